@@ -2,4 +2,7 @@
 
 from importlib.metadata import version
 
+from csulora_callback.correction import Correction, Penalty, correct
+
 __version__ = version("csulora-callback")
+__all__ = ["Correction", "Penalty", "correct"]
