@@ -2,7 +2,19 @@
 
 from importlib.metadata import version
 
+from csulora_callback.callback import CSULoRACallback
 from csulora_callback.correction import Correction, Penalty, correct
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.metrics import SafetyDrift
+from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
-__all__ = ["Correction", "Penalty", "correct"]
+__all__ = [
+    "CSULoRACallback",
+    "Correction",
+    "Penalty",
+    "SafetyCorrector",
+    "SafetyDrift",
+    "SafetySubspace",
+    "correct",
+]

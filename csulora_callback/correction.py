@@ -99,6 +99,10 @@ class Penalty:
         """``g_b = 1/(1 + λ_b)`` by block, each in ``[0, 1]``."""
         return {block: 1.0 / (1.0 + m) for block, m in self.multipliers(relative_energy).items()}
 
+    def to_json(self) -> dict:
+        """``{"name": …, parameter: …}`` with infinity as the string ``"inf"``, which JSON has no number for."""
+        return {"name": self.name, **{k: v if math.isfinite(v) else str(v) for k, v in self.parameters.items()}}
+
 
 def _checked_multiplier(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:

@@ -1,0 +1,254 @@
+"""Which LoRA layers a model has, and how their factors are read and written. Knows nothing of safety.
+
+What cannot be corrected is refused, by module and kind: an update that the correction does not see would pass into the
+checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from csulora_callback.weights import module_name
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""``(lora_A, lora_B)`` by module name, shapes ``(r, d_in)`` and ``(d_out, r)``."""
+
+# PEFT's key of a factor inside an adapter file, fixed by its documented checkpoint format.
+_PEFT_KEY = "base_model.model.{name}.lora_{factor}.weight"
+
+# Initializations that leave the base weights alone, so that s·B·A is the update relative to the aligned model. The
+# others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
+_PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One LoRA layer of a live model, seen through one of its adapters."""
+
+    name: str  # of the wrapped module, as in the model without PEFT: "model.layers.0.self_attn.q_proj"
+    module: LoraLayer
+    adapter: str
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """``(r, d_in)``."""
+        return self.module.lora_A[self.adapter].weight
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """``(d_out, r)``."""
+        return self.module.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's factor ``s`` in ``Δ = s·B·A``, with rsLoRA and per-module patterns already in it."""
+        return self.module.scaling[self.adapter]
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the wrapped weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does."""
+        return isinstance(self.module.get_base_layer(), Conv1D)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA adapter of a model that is being trained: its layers by module name.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> adapter = find_adapter(model)
+        >>> adapter.name, list(adapter.layers)
+        ('default', ['model.layers.0.self_attn.q_proj'])
+        >>> lora_A, lora_B = adapter.read()["model.layers.0.self_attn.q_proj"]
+        >>> tuple(lora_A.shape), tuple(lora_B.shape)
+        ((2, 8), (8, 2))
+    """
+
+    name: str
+    layers: dict[str, AdaptedLayer]
+
+    def read(self) -> Factors:
+        """Copies of the factors, in the parameters' dtype and on their device."""
+        return {
+            name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for name, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def write(self, factors: Factors) -> None:
+        """Copy ``factors`` into the live parameters in place: optimizers keep their references and moments."""
+        for name, (lora_A, lora_B) in factors.items():
+            self.layers[name].lora_A.copy_(lora_A)
+            self.layers[name].lora_B.copy_(lora_B)
+
+
+def find_adapter(model: nn.Module) -> Adapter:
+    """The active LoRA adapter of a model: the trainable one, or the only active one when nothing is trainable.
+
+    Args:
+        model: a ``PeftModel``, or a transformers model with an adapter added by ``add_adapter``.
+
+    Raises:
+        ValueError: if the model has no LoRA layer, if more than one adapter qualifies, if the adapter is merged, or if
+            any part of what is trained is of a kind that the correction cannot see (the message names module and
+            kind).
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not layers:
+        raise ValueError(
+            "`model`: expected a model with LoRA layers, but found none. Wrap it with peft.get_peft_model(model, "
+            "LoraConfig(...)) or pass peft_config to the trainer before adding the callback."
+        )
+    for name, module in layers.items():
+        if not isinstance(module, LoraLayer):
+            raise _unsupported(name, f"{type(module).__module__}.{type(module).__qualname__}")
+    adapter = _active_adapter(layers)
+    _check_config(_peft_configs(model)[adapter])
+
+    adapted = {}
+    for name, module in layers.items():
+        if not _has_adapter(module, adapter):
+            continue
+        _check_layer(name, module, adapter)
+        adapted[module_name(name)] = AdaptedLayer(module_name(name), module, adapter)
+    _check_nothing_else_trains(model, adapted)
+    return Adapter(adapter, adapted)
+
+
+def digest(factors: Factors) -> str:
+    """SHA-256 over names and values of all factors.
+
+    Values are hashed in float32 at least: PEFT loads a 16-bit adapter file into float32 parameters, and these are the
+    same weights.
+    """
+    sha = hashlib.sha256()
+    for name in sorted(factors):
+        sha.update(name.encode())
+        for tensor in factors[name]:
+            wide = tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+            sha.update(wide.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def all_finite(factors: Factors) -> bool:
+    """Whether no factor holds NaN or Inf."""
+    return all(bool(torch.isfinite(tensor).all()) for pair in factors.values() for tensor in pair)
+
+
+def to_peft_state_dict(factors: Factors) -> dict[str, Tensor]:
+    """Factors under the keys of a PEFT adapter file (``adapter_model.safetensors``), contiguous and on the CPU."""
+    state = {}
+    for name, (lora_A, lora_B) in factors.items():
+        state[_PEFT_KEY.format(name=name, factor="A")] = lora_A.cpu().contiguous()
+        state[_PEFT_KEY.format(name=name, factor="B")] = lora_B.cpu().contiguous()
+    return state
+
+
+def from_peft_state_dict(state: Mapping[str, Tensor], names: list[str], source: str) -> Factors:
+    """The factors of the modules ``names`` out of a PEFT adapter state dict.
+
+    Raises:
+        ValueError: if a factor of one of the modules is missing; ``source`` names the file in the message.
+    """
+    factors = {}
+    for name in names:
+        keys = [_PEFT_KEY.format(name=name, factor=factor) for factor in "AB"]
+        for key in keys:
+            if key not in state:
+                raise ValueError(f"{source}: expected the LoRA factor '{key}', but the file does not hold it.")
+        factors[name] = (state[keys[0]], state[keys[1]])
+    return factors
+
+
+def _has_adapter(module: LoraLayer, adapter: str) -> bool:
+    return adapter in module.scaling
+
+
+def _active_adapter(layers: dict[str, LoraLayer]) -> str:
+    active = {
+        adapter for module in layers.values() for adapter in module.active_adapters if _has_adapter(module, adapter)
+    }
+    trainable = {
+        adapter
+        for adapter in active
+        for module in layers.values()
+        if _has_adapter(module, adapter)
+        and any(p.requires_grad for n, p in module.named_parameters() if f".{adapter}" in f".{n}")
+    }
+    candidates = sorted(trainable or active)
+    if len(candidates) != 1:
+        raise ValueError(
+            f"`model`: expected one active trainable LoRA adapter, but got {candidates}. "
+            "Select it with model.set_adapter(name)."
+        )
+    return candidates[0]
+
+
+def _peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
+    return next(module.peft_config for module in model.modules() if hasattr(module, "peft_config"))
+
+
+def _check_config(config: PeftConfig) -> None:
+    if config.init_lora_weights not in _PLAIN_INITIALIZATIONS:
+        raise ValueError(
+            f"`model`: LoRA with init_lora_weights={config.init_lora_weights!r} is not supported: a part of the base "
+            "weight lives in the factors, so they are not the update of the aligned model. "
+            f"Use one of {_PLAIN_INITIALIZATIONS}."
+        )
+    if config.layer_replication:
+        raise ValueError(
+            "`model`: LoRA with layer_replication is not supported: the names of replicated layers no longer say "
+            "which layer of the checkpoint they came from."
+        )
+
+
+def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
+    if module.merged:
+        raise ValueError(f"module '{module_name(name)}': its adapter is merged. Call model.unmerge_adapter() first.")
+    if module.use_dora.get(adapter):
+        raise _unsupported(name, "DoRA (use_dora=True)")
+    if adapter in module.lora_variant:
+        raise _unsupported(name, type(module.lora_variant[adapter]).__name__)
+    if module.lora_bias.get(adapter):
+        raise _unsupported(name, "lora_bias=True")
+    if adapter in module.lora_embedding_A:
+        raise _unsupported(name, "LoRA on an embedding")
+    if type(module).__name__ == "ParamWrapper":
+        raise _unsupported(name, "target_parameters")
+    if adapter not in module.lora_A or type(module.lora_A[adapter]) is not nn.Linear:
+        raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}")
+    if type(module).__name__ == "MultiheadAttention":
+        raise _unsupported(name, "LoRA on nn.MultiheadAttention")
+
+
+def _check_nothing_else_trains(model: nn.Module, adapted: dict[str, AdaptedLayer]) -> None:
+    seen = {id(p) for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)}
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or id(parameter) in seen:
+            continue
+        for wrapper, module in wrappers.items():
+            if name.startswith(f"{wrapper}."):
+                raise _unsupported(wrapper, f"modules_to_save ({type(module).__name__})")
+        raise _unsupported(name, "a parameter trained outside the LoRA factors")
+
+
+def _unsupported(name: str, kind: str) -> ValueError:
+    return ValueError(
+        f"module '{module_name(name)}': {kind} is not supported by CSULoRA, and is not skipped in silence: its update "
+        "would reach the checkpoint uncorrected. Train plain LoRA on Linear or Conv1D layers only."
+    )

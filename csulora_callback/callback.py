@@ -1,0 +1,141 @@
+"""The public callback: its arguments, and the corrector they describe. When it runs is up to the trainers' halves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+from torch import nn
+
+from csulora_callback.adapters import find_adapter
+from csulora_callback.correction import Penalty
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.huggingface import HuggingFaceEvents
+from csulora_callback.report import print_start
+from csulora_callback.subspace import SafetySubspace, default_cache_dir
+
+logger = logging.getLogger(__name__)
+
+
+class CSULoRACallback(HuggingFaceEvents):
+    r"""Keeps what a LoRA fine-tune ships inside the safety subspace of the aligned model it started from.
+
+    The subspace of a module is spanned by the leading singular vectors of \\( W_{aligned} − W_{base} \\). The update
+    \\( Δ = s·B·A \\) is split by it into aligned, partially aligned and off-subspace parts, and the closest safe
+    update
+
+    \\( X^* = \arg\min_X ‖X − Δ‖² + \sum_b λ_b ‖Π_b X‖² \\)
+
+    is what every checkpoint holds, what the trainer evaluates, and what the model ends as. What is trained is not
+    touched (unless ``every_n_steps`` asks for it): training is bit-identical to training without the callback. The raw
+    factors lie beside every checkpoint in ``csulora/``, so that resuming is exact and the correction can be undone.
+    After CSULoRA (arXiv 2605.30640); see :mod:`csulora_callback.correction` for what is the paper's and what is ours.
+
+    Args:
+        base_model: the unaligned base checkpoint \\( W_{base} \\): a folder, a Hub id, or a module in memory.
+        aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on.
+        subspace: a :class:`SafetySubspace` or the path of a saved one, instead of ``base_model``.
+        rank: \\( k \\), the number of singular vectors on each side.
+        energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
+        penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
+        strength: of the default penalty; ``0`` corrects nothing.
+        every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
+            step). Repeated correction compounds, and training is then no longer the one without the callback.
+        evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.
+        log_every_n_steps: add the drift only to log records of steps divisible by this. By default to every record
+            that has a training loss.
+        cache_dir: where estimated subspaces are kept, by the content of both checkpoints. By default
+            ``~/.cache/csulora_callback``.
+        resume_from: the checkpoint folder that training resumes from, needed only where it does not lie in the
+            trainer's output folder.
+
+    Raises:
+        ValueError: for arguments out of range, and when training begins for anything that cannot be corrected:
+            unsupported adapters, checkpoints that do not fit, a base equal to the aligned model.
+
+    Example:
+        >>> from csulora_callback import CSULoRACallback
+        >>> callback = CSULoRACallback(base_model="meta-llama/Llama-3.2-1B")
+        >>> # trainer = Trainer(model=peft_model, args=args, train_dataset=data, callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        base_model: str | os.PathLike | nn.Module | None = None,
+        aligned_model: str | os.PathLike | nn.Module | None = None,
+        subspace: SafetySubspace | str | os.PathLike | None = None,
+        rank: int = 64,
+        energy: float | None = None,
+        penalty: Penalty | None = None,
+        strength: float = 10.0,
+        every_n_steps: int | None = None,
+        evaluate_corrected: bool = True,
+        log_every_n_steps: int | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        resume_from: str | os.PathLike | None = None,
+    ) -> None:
+        super().__init__()
+        if (base_model is None) == (subspace is None):
+            raise ValueError(
+                "`base_model`: expected the unaligned base checkpoint, or a `subspace` instead, but got "
+                f"{'neither' if base_model is None else 'both'}. "
+                "Pass base_model='org/base' or subspace='file.safetensors'."
+            )
+        if penalty is not None and not isinstance(penalty, Penalty):
+            raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+        for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
+            if steps is not None and (not isinstance(steps, int) or steps < 1):
+                raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
+        self.base_model = base_model
+        self.aligned_model = aligned_model
+        self.subspace = subspace
+        self.rank = rank
+        self.energy = energy
+        self.penalty = Penalty.csulora(strength) if penalty is None else penalty
+        self.every_n_steps = every_n_steps
+        self.evaluate_corrected = evaluate_corrected
+        self.log_every_n_steps = log_every_n_steps
+        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        self.resume_from = resume_from
+
+    def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
+        """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
+        started = time.perf_counter()
+        subspace = self._subspace_for(model, progress=verbose)
+        corrector = SafetyCorrector(model, subspace, self.penalty)
+        still = [name for name in corrector.adapter.layers if subspace[name].U.shape[1] == 0]
+        if verbose:
+            print_start(corrector, seconds=time.perf_counter() - started)
+            if still:
+                logger.warning(
+                    "%d of %d adapted modules did not change between base and aligned model, so their whole update "
+                    "counts as off-subspace: %s%s",
+                    len(still),
+                    len(corrector.adapter.layers),
+                    ", ".join(still[:3]),
+                    ", …" if len(still) > 3 else "",
+                )
+        return corrector
+
+    def _subspace_for(self, model: nn.Module, progress: bool) -> SafetySubspace:
+        if isinstance(self.subspace, SafetySubspace):
+            return self.subspace
+        if self.subspace is not None:
+            return SafetySubspace.load(self.subspace)
+        return SafetySubspace.estimate(
+            self.base_model,
+            _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model,
+            target_modules=list(find_adapter(model).layers),
+            rank=self.rank,
+            energy=self.energy,
+            progress=progress,
+            cache_dir=self.cache_dir,
+        )
+
+
+def _weights_below_adapter(model: nn.Module) -> nn.Module | str:
+    """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
+    layer = next(iter(find_adapter(model).layers.values())).module.get_base_layer()
+    return model if layer.weight.is_floating_point() else model.config.name_or_path

@@ -1,0 +1,208 @@
+"""One model, one subspace, one penalty: measure, correct around a block of code, or correct for good."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from torch import Tensor, nn
+
+from csulora_callback.adapters import Adapter, Factors, all_finite, digest, find_adapter
+from csulora_callback.correction import Correction, Penalty, correct
+from csulora_callback.metrics import SafetyDrift
+from csulora_callback.sidecar import Sidecar
+from csulora_callback.subspace import SafetySubspace
+
+
+@dataclass(frozen=True)
+class CorrectedAdapter:
+    """The adapter of one moment: its raw factors, the corrected ones, and the record for the sidecar.
+
+    ``metrics`` holds the keys of :class:`~csulora_callback.SafetyDrift`; it is empty when the factors held NaN or Inf
+    and nothing could be corrected (then ``corrected`` is ``raw``).
+    """
+
+    raw: Factors
+    corrected: Factors
+    metrics: dict[str, float]
+    record: dict
+
+    @property
+    def sidecar(self) -> Sidecar:
+        """What is written beside the corrected adapter."""
+        return Sidecar(self.raw, self.record)
+
+
+class SafetyCorrector:
+    """Corrects the LoRA adapter of a live model.
+
+    Args:
+        model: a model with one active LoRA adapter (see :func:`~csulora_callback.adapters.find_adapter`).
+        subspace: must hold a basis, of the right shape, for every adapted module.
+        penalty: the table of multipliers.
+
+    Raises:
+        ValueError: if an adapted module has no basis in ``subspace`` or one of another shape (the module is named).
+
+    Example:
+        >>> import copy
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from csulora_callback import Penalty, SafetyCorrector, SafetySubspace
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> base, aligned = LlamaForCausalLM(config), LlamaForCausalLM(config)
+        >>> subspace = SafetySubspace.estimate(base, aligned, ["q_proj"], rank=2, progress=False)
+        >>> lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        >>> model = get_peft_model(aligned, lora)
+        >>> corrector = SafetyCorrector(model, subspace, Penalty.csulora(10.0))
+        >>> before = corrector.measure()["csulora/update_norm"]
+        >>> with corrector.corrected() as adapter:  # corrected factors are live in here, the raw ones after
+        ...     inside = adapter.metrics["csulora/attenuation"]
+        >>> corrector.measure()["csulora/update_norm"] == before and 0 < inside < 1
+        True
+    """
+
+    def __init__(self, model: nn.Module, subspace: SafetySubspace, penalty: Penalty) -> None:
+        self.adapter: Adapter = find_adapter(model)
+        self.subspace = subspace
+        self.penalty = penalty
+        self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
+        self._swapped_in: CorrectedAdapter | None = None
+        self._before_swap: Factors | None = None
+        self._applied: CorrectedAdapter | None = None  # the last correction made for good
+
+    def compute(self) -> CorrectedAdapter:
+        """The correction of the adapter as it stands, without touching the model.
+
+        Where the live factors are the result of a correction already, that correction is returned: none is ever
+        applied twice to the same weights.
+        """
+        if self._swapped_in is not None:
+            return self._swapped_in
+        live = self.adapter.read()
+        if self._applied is not None and digest(live) == self._applied.record["corrected_digest"]:
+            return self._applied
+        if not all_finite(live):
+            return CorrectedAdapter(live, live, {}, self._record(live, live, {}, {}))
+
+        corrections = {name: self._correct(name, *live[name]) for name in live}
+        drift = SafetyDrift()
+        for correction in corrections.values():
+            drift.update(correction)
+        metrics = drift.compute()
+        corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
+        return CorrectedAdapter(live, corrected, metrics, self._record(live, corrected, corrections, metrics))
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of the correction as it would be made now; the model is not touched."""
+        return self.compute().metrics
+
+    def apply(self) -> CorrectedAdapter:
+        """Correct the live factors in place, for good. Doing so again without training in between changes nothing."""
+        self.restore()
+        adapter = self.compute()
+        self.adapter.write(adapter.corrected)
+        self._applied = adapter
+        return adapter
+
+    def step(self) -> CorrectedAdapter:
+        """Correct the live factors in place as a step of training: what comes out is what training goes on from.
+
+        A checkpoint saved right after it therefore records the corrected factors as the raw ones.
+        """
+        adapter = self.apply()
+        record = {**adapter.record, "raw_digest": adapter.record["corrected_digest"]}
+        self._applied = CorrectedAdapter(adapter.corrected, adapter.corrected, adapter.metrics, record)
+        return self._applied
+
+    def mark_applied(self, adapter: CorrectedAdapter) -> None:
+        """Tell the corrector that the live factors are the corrected ones of ``adapter``, loaded from a checkpoint."""
+        self._applied = adapter
+
+    def swap_in(self) -> CorrectedAdapter:
+        """Put the corrected factors into the model and keep the live ones until :meth:`restore`; twice is once."""
+        if self._swapped_in is None:
+            before, adapter = self.adapter.read(), self.compute()
+            self.adapter.write(adapter.corrected)
+            self._before_swap, self._swapped_in = before, adapter
+        return self._swapped_in
+
+    def restore(self) -> None:
+        """Put back, bit for bit, what :meth:`swap_in` replaced; nothing happens where nothing is swapped in."""
+        if self._swapped_in is not None:
+            self.adapter.write(self._before_swap)
+            self._before_swap = self._swapped_in = None
+
+    @contextmanager
+    def corrected(self) -> Iterator[CorrectedAdapter]:
+        """Corrected factors inside, the live ones after, whatever happens. Inside a swap it changes nothing."""
+        nested = self._swapped_in is not None
+        adapter = self.swap_in()
+        try:
+            yield adapter
+        finally:
+            if not nested:
+                self.restore()
+
+    def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
+        U, V = (side.to(lora_A.device) for side in self._bases[name])
+        return correct(lora_A, lora_B, U, V, self.penalty, self.adapter.layers[name].scaling)
+
+    def _record(
+        self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]
+    ) -> dict:
+        modules = {
+            name: {
+                "scaling": self.adapter.layers[name].scaling,
+                **(_summary(corrections[name]) if name in corrections else {}),
+            }
+            for name in raw
+        }
+        return {
+            "format": 1,
+            "status": "corrected" if corrections else "not corrected: the factors hold NaN or Inf",
+            "adapter": self.adapter.name,
+            "penalty": self.penalty.to_json(),
+            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
+            "raw_digest": digest(raw),
+            "corrected_digest": digest(corrected),
+            "metrics": metrics,
+            "modules": modules,
+            "versions": {
+                package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")
+            },
+        }
+
+
+def _summary(correction: Correction) -> dict:
+    return {
+        "energy": correction.energy,
+        "relative_energy": correction.relative_energy,
+        "gain": correction.gain,
+        "relative_change": correction.relative_change,
+        "truncation_error": correction.truncation_error,
+    }
+
+
+def _oriented_basis(adapter: Adapter, subspace: SafetySubspace, name: str) -> tuple[Tensor, Tensor]:
+    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side."""
+    if name not in subspace:
+        nearest = difflib.get_close_matches(name, list(subspace), n=3)
+        raise ValueError(
+            f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
+            f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
+        )
+    layer, basis = adapter.layers[name], subspace[name]
+    U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
+    expected, got = (layer.lora_B.shape[0], layer.lora_A.shape[1]), (U.shape[0], V.shape[0])
+    if expected != got:
+        raise ValueError(
+            f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "
+            f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
+        )
+    return U, V

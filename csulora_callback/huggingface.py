@@ -1,0 +1,233 @@
+"""When the correction runs in ``transformers.Trainer``: its events translated into calls of the corrector.
+
+What the Trainer saves and evaluates is corrected by opening a *window* (corrected factors live) when a step or an
+epoch has decided to evaluate or save, and closing it once the save is done. Saves that come from elsewhere (a signal,
+a later callback, ``trainer.save_model()`` by hand) go through the model's ``save_pretrained``, which is wrapped to
+correct around the call and to write the sidecar into the same folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import types
+from abc import abstractmethod
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from csulora_callback import sidecar
+from csulora_callback.adapters import digest
+from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
+
+logger = logging.getLogger(__name__)
+
+
+class HuggingFaceEvents(TrainerCallback):
+    """The half of :class:`~csulora_callback.CSULoRACallback` that listens to ``transformers.Trainer``."""
+
+    every_n_steps: int | None
+    evaluate_corrected: bool
+    log_every_n_steps: int | None
+    resume_from: str | os.PathLike | None
+
+    def __init__(self) -> None:
+        self._corrector: SafetyCorrector | None = None
+        self._model: nn.Module | None = None
+        self._state: TrainerState | None = None
+        self._training = False
+        self._saved_into: Path | None = None  # where save_pretrained wrote since the last checkpoint was finished
+        self._warned_not_finite = False
+
+    @abstractmethod
+    def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        """Estimate the subspace, refuse what cannot be corrected, and put raw factors back when resuming."""
+        if self._corrector is not None and state.global_step == 0:
+            # A run that crashed inside the window left corrected factors behind (a resume has loaded over them).
+            self._corrector.restore()
+        _surround(_calling_handler(), self)
+        self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
+        self._model, self._state = model, state
+        if state.global_step > 0:
+            self._restore_raw(args, state)
+        self._wrap_save_pretrained(model)
+        self._training = True
+        if args.eval_on_start and self.evaluate_corrected:
+            self._corrector.swap_in()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Close the window if no save has: what is trained is raw."""
+        self._corrector.restore()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Close the window if no save has: what is trained is raw."""
+        self._corrector.restore()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
+    ) -> None:
+        """Add the drift to the record that holds the loss, before any reporting callback has read it."""
+        if "loss" in logs and state.global_step % (self.log_every_n_steps or 1) == 0:
+            metrics = self._corrector.measure()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+        if "train_runtime" in logs:
+            # The last record, before the best model is loaded: raw factors put back any later would overwrite it.
+            self._corrector.restore()
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """The Trainer copies the adapter out of the checkpoint by file name; the sidecar has to follow it."""
+        source = _checkpoint_folder(args, state) / sidecar.FOLDER
+        if self._training and source.is_dir():
+            shutil.copytree(source, Path(args.output_dir) / sidecar.FOLDER, dirs_exist_ok=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """The checkpoint is written: close the window."""
+        folder = _checkpoint_folder(args, state)
+        if args.should_save and self._saved_into is None and folder.is_dir():
+            # A model without save_pretrained (a plain module around a PeftModel): its state dict was saved as it was.
+            self._corrector.compute().sidecar.save(folder)
+        self._saved_into = None
+        self._corrector.restore()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Leave the corrected model in memory; the best checkpoint, if one was loaded, is corrected already."""
+        corrector = self._corrector
+        corrector.restore()
+        self._training = False
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            live = corrector.adapter.read()
+            if _find_corrected(digest(live), [Path(state.best_model_checkpoint)]):
+                saved = sidecar.Sidecar.load(state.best_model_checkpoint)
+                corrector.mark_applied(CorrectedAdapter(saved.raw, live, saved.record["metrics"], saved.record))
+        self._warn_if_not_finite(corrector.apply())
+
+    def _after_step(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
+            self._corrector.step()
+        self._open_window(control)
+
+    def _open_window(self, control: TrainerControl) -> None:
+        # With save_strategy="best" the save is decided only after the evaluation. Where evaluations are to see raw
+        # weights, a save that follows one is left to the wrapped save_pretrained.
+        if self.evaluate_corrected if control.should_evaluate else control.should_save:
+            self._warn_if_not_finite(self._corrector.swap_in())
+
+    def _restore_raw(self, args: TrainingArguments, state: TrainerState) -> None:
+        """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors."""
+        live = digest(self._corrector.adapter.read())
+        if self.resume_from is not None:
+            folders = [Path(self.resume_from)]
+        else:
+            here = _checkpoint_folder(args, state)
+            folders = [here, *sorted(set(Path(args.output_dir).glob(f"**/{PREFIX_CHECKPOINT_DIR}-*")) - {here})]
+        folder = _find_corrected(live, folders)
+        if folder is not None:
+            self._corrector.adapter.write(sidecar.Sidecar.load(folder).raw)
+        elif self.resume_from is not None or any("csulora/update_norm" in record for record in state.log_history):
+            raise ValueError(
+                f"`resume_from`: training resumes at step {state.global_step} from a corrected checkpoint, but its "
+                f"raw factors were not found: no {sidecar.FOLDER}/{sidecar.RECORD} in {_shortened(folders)} belongs "
+                "to the adapter in the model. Pass CSULoRACallback(resume_from=...) with the folder that "
+                "trainer.train() got."
+            )
+
+    def _wrap_save_pretrained(self, model: nn.Module) -> None:
+        if not hasattr(model, "save_pretrained"):
+            return
+        original = model.save_pretrained
+        if hasattr(original, "uncorrected"):  # a callback of an earlier run wrapped it: correct once, not twice
+            original = original.uncorrected
+
+        def save_pretrained(target: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -> object:
+            if target is not model:  # a deep copy took the attribute along
+                return type(target).save_pretrained(target, save_directory, *args, **kwargs)
+            with self._corrector.corrected() as adapter:
+                self._warn_if_not_finite(adapter)
+                if kwargs.get("is_main_process", True):
+                    adapter.sidecar.save(save_directory)
+                self._saved_into = Path(save_directory)
+                self._record_save(adapter)
+                return original(save_directory, *args, **kwargs)
+
+        save_pretrained.uncorrected = original
+        model.save_pretrained = types.MethodType(save_pretrained, model)
+
+    def _record_save(self, adapter: CorrectedAdapter) -> None:
+        """A save between two log records gets one of its own, so that the checkpoint's state says it is corrected."""
+        step, history = self._state.global_step, self._state.log_history
+        logged = any("csulora/update_norm" in record and record["step"] == step for record in history[-3:])
+        if self._training and adapter.metrics and not logged:
+            history.append({**adapter.metrics, "epoch": self._state.epoch, "step": step})
+
+    def _warn_if_not_finite(self, adapter: CorrectedAdapter) -> None:
+        if not adapter.metrics and not self._warned_not_finite:
+            self._warned_not_finite = True
+            logger.warning(
+                "The LoRA factors hold NaN or Inf: a checkpoint saved now holds the raw adapter, not a corrected "
+                "one, and its %s/%s says so.",
+                sidecar.FOLDER,
+                sidecar.RECORD,
+            )
+
+
+class _AfterOthers(TrainerCallback):
+    """Stands last in the Trainer's list: other callbacks may still ask for a save, or read the raw weights."""
+
+    def __init__(self, events: HuggingFaceEvents) -> None:
+        self.events = events
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.events._after_step(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.events._open_window(control)
+
+
+def _calling_handler() -> CallbackHandler:
+    """The handler that is calling: events get no reference to it, and the order of its list decides who sees what."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), CallbackHandler):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    raise RuntimeError("expected CSULoRACallback's events to be called by a transformers.Trainer, but they were not.")
+
+
+def _surround(handler: CallbackHandler, events: HuggingFaceEvents) -> None:
+    """First in the list for ``on_log`` (reporting callbacks read after it), last for ``on_step_end``."""
+    others = [
+        callback
+        for callback in handler.callbacks
+        if callback is not events and not (isinstance(callback, _AfterOthers) and callback.events is events)
+    ]
+    if any(isinstance(callback, HuggingFaceEvents) for callback in others):
+        raise ValueError("`callbacks`: expected one CSULoRACallback, but got several. Combine them into one penalty.")
+    # A new list: the handler is iterating over the old one, where an insertion would call someone twice.
+    handler.callbacks = [events, *others, _AfterOthers(events)]
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _find_corrected(corrected_digest: str, folders: list[Path]) -> Path | None:
+    """The first folder whose sidecar belongs to the corrected factors with this digest."""
+    for folder in folders:
+        written = (folder / sidecar.FOLDER / sidecar.RECORD).is_file()
+        if written and sidecar.read_record(folder)["corrected_digest"] == corrected_digest:
+            return folder
+    return None
+
+
+def _shortened(folders: list[Path]) -> str:
+    return ", ".join(map(str, folders[:3])) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")

@@ -1,0 +1,35 @@
+"""What a person reads: the table printed when the callback starts."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from csulora_callback.corrector import SafetyCorrector
+
+
+def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
+    """One compact table of what will be corrected, and how."""
+    subspace, layers = corrector.subspace, corrector.adapter.layers
+    lora_ranks = [layer.lora_A.shape[0] for layer in layers.values()]
+    ranks = [subspace[name].U.shape[1] for name in layers]
+    table = Table(title="CSULoRA", title_justify="left", show_header=False)
+    table.add_row("adapter", f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {_range(lora_ranks)}")
+    table.add_row("safety subspace", f"rank {_range(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy")
+    table.add_row("penalty", _penalty(corrector))
+    table.add_row("ready in", f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}")
+    return table
+
+
+def print_start(corrector: SafetyCorrector, seconds: float) -> None:
+    """Print :func:`start_table`."""
+    Console().print(start_table(corrector, seconds))
+
+
+def _penalty(corrector: SafetyCorrector) -> str:
+    parameters = ", ".join(f"{name} {value:g}" for name, value in corrector.penalty.parameters.items())
+    return f"{corrector.penalty.name}{f' ({parameters})' if parameters else ''}"
+
+
+def _range(values: list[int]) -> str:
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"

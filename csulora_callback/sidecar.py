@@ -1,0 +1,79 @@
+"""The folder ``csulora/`` beside every corrected adapter: the raw factors and a record of what was done.
+
+Nothing is lost by a correction: ``raw_adapter.safetensors`` has the keys of a PEFT adapter file, so that it can take
+its place, and ``correction.json`` says which subspace and penalty were used and what they did to each module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from csulora_callback.adapters import Factors, from_peft_state_dict, to_peft_state_dict
+
+FOLDER = "csulora"
+RAW_ADAPTER = "raw_adapter.safetensors"
+RECORD = "correction.json"
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Raw factors and the JSON record of their correction."""
+
+    raw: Factors
+    record: dict
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write into ``folder/csulora/``; each file appears whole or not at all.
+
+        The record goes last: a folder that has it also has the factors it describes.
+        """
+        target = Path(folder) / FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        state = to_peft_state_dict(self.raw)
+        _write_whole(target / RAW_ADAPTER, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        text = json.dumps(self.record, indent=2, allow_nan=False)
+        _write_whole(target / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Sidecar:
+        """Read ``folder/csulora/``.
+
+        Raises:
+            FileNotFoundError: if ``folder`` was not written with the callback.
+            ValueError: if one of the two files is corrupt.
+        """
+        record, raw_file = read_record(folder), Path(folder) / FOLDER / RAW_ADAPTER
+        try:
+            state = load_file(raw_file)
+        except SafetensorError as error:
+            raise ValueError(f"{raw_file}: expected a safetensors file, but it cannot be read ({error}).") from error
+        return cls(from_peft_state_dict(state, list(record["modules"]), str(raw_file)), record)
+
+
+def read_record(folder: str | os.PathLike) -> dict:
+    """The record ``correction.json`` of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+        ValueError: if it is not JSON.
+    """
+    path = Path(folder) / FOLDER / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; expected a checkpoint folder written with CSULoRACallback.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, but it cannot be read ({error}).") from error
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    os.replace(temporary, path)
