@@ -1,0 +1,388 @@
+"""The promises of the callback in a real Trainer: what is saved is corrected, what is trained is not.
+
+Every run with the callback is compared with the same run without it.
+"""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
+from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
+from tests.lab import TARGETS, make_trainer, saved_pair, with_lora
+
+PENALTY = Penalty.csulora(5.0)
+RANK = 3
+SCALING = 2.0
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return saved_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def subspace(pair):
+    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+
+
+def callback(pair, **arguments) -> CSULoRACallback:
+    return CSULoRACallback(base_model=pair[0], **{"rank": RANK, "penalty": PENALTY, **arguments})
+
+
+def fresh_model(pair, **lora) -> PeftModel:
+    # Dropout draws from the global generator at every step: one stray draw by the callback would show.
+    return with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), lora_dropout=0.1, **lora)
+
+
+def train(pair, output: Path, callbacks: list, resume=None, **arguments):
+    trainer = make_trainer(fresh_model(pair), output, callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def raw(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "csulora" / "raw_adapter.safetensors")
+
+
+def live(trainer) -> dict[str, torch.Tensor]:
+    return to_peft_state_dict(find_adapter(trainer.model).read())
+
+
+def expected(raw_state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
+    """The correction of a raw adapter, made by hand; `correct` has its own tests against dense references."""
+    factors = from_peft_state_dict(raw_state, list(subspace), "raw")
+    result = {}
+    for name, (lora_A, lora_B) in factors.items():
+        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
+        result[name] = (done.lora_A, done.lora_B)
+    return to_peft_state_dict(result)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def losses(trainer) -> list[float]:
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+EVAL = {"eval_strategy": "steps", "eval_steps": 2}
+STRATEGIES = {
+    "steps": {"save_steps": 3, **EVAL},
+    "epoch": {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
+    "best": {"save_strategy": "best", "metric_for_best_model": "loss", **EVAL},
+    "last step only": {"save_steps": 1000},
+    "accumulation": {"save_steps": 2, "gradient_accumulation_steps": 3, "max_steps": 5},
+    "total limit": {"save_steps": 2, "save_total_limit": 1},
+    "best at end": {
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,  # the worst, so that best and last differ
+        **EVAL,
+    },
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace, tmp_path, strategy):
+    arguments = STRATEGIES[strategy]
+    without = train(pair, tmp_path / "without", [], **arguments)
+    with_it = train(pair, tmp_path / "with", [callback(pair)], **arguments)
+
+    assert losses(with_it) == losses(without)
+    written = checkpoints(tmp_path / "with")
+    assert written
+    for folder in written:
+        assert_same(saved(folder), expected(raw(folder), subspace))
+        twin = tmp_path / "without" / folder.name
+        if strategy in ("best", "best at end") and not twin.exists():
+            continue  # evaluations differ, and so may the steps that were best
+        assert_same(raw(folder), saved(twin))
+        for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            assert pickle.dumps(_plain(torch.load(folder / file, weights_only=False))) == pickle.dumps(
+                _plain(torch.load(twin / file, weights_only=False))
+            )
+    if strategy == "best at end":
+        assert_same(live(with_it), saved(Path(with_it.state.best_model_checkpoint)))
+        assert with_it.state.best_model_checkpoint != str(written[-1])
+    else:
+        assert_same(live(with_it), expected(saved_at_end(without), subspace))
+    with_it.save_model(tmp_path / "shipped")
+    assert_same(saved(tmp_path / "shipped"), live(with_it))
+    assert_same(expected(raw(tmp_path / "shipped"), subspace), live(with_it))
+
+
+def _plain(value):
+    """Tensors as lists, so that two states can be compared byte by byte."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def saved_at_end(trainer) -> dict[str, torch.Tensor]:
+    return live(trainer)
+
+
+def test_evaluation_sees_what_ships(pair, tmp_path):
+    without = train(pair, tmp_path / "without", [], save_steps=2, **EVAL)
+    trainer = train(pair, tmp_path / "with", [callback(pair)], save_steps=2, **EVAL)
+    raw_eval = train(pair, tmp_path / "raw", [callback(pair, evaluate_corrected=False)], save_steps=2, **EVAL)
+
+    def eval_losses(trainer):
+        return {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
+
+    for folder in checkpoints(tmp_path / "with"):
+        shipped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), folder)
+        by_hand = make_trainer(shipped, tmp_path / "by_hand").evaluate()["eval_loss"]
+        assert eval_losses(trainer)[int(folder.name.split("-")[1])] == by_hand
+        assert_same(saved(tmp_path / "raw" / folder.name), saved(folder))
+    assert eval_losses(raw_eval) == eval_losses(without) != eval_losses(trainer)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resume_is_exact_from_any_checkpoint(pair, tmp_path, step):
+    arguments = {"save_steps": 2, **EVAL}
+    whole = train(pair, tmp_path / "whole", [callback(pair)], **arguments)
+    first = train(pair, tmp_path / "parts", [callback(pair)], **arguments)
+    assert losses(first) == losses(whole)
+    for folder in checkpoints(tmp_path / "parts"):
+        if int(folder.name.split("-")[1]) > step:
+            for file in sorted(folder.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            folder.rmdir()
+    resumed = train(pair, tmp_path / "parts", [callback(pair)], resume=True, **arguments)
+    assert losses(resumed) == losses(whole)
+    assert_same(live(resumed), live(whole))
+    for folder in checkpoints(tmp_path / "whole"):
+        assert_same(raw(tmp_path / "parts" / folder.name), raw(folder))
+        assert_same(saved(tmp_path / "parts" / folder.name), saved(folder))
+
+
+def test_a_run_begun_without_the_callback_resumes_with_it_and_the_reverse(pair, subspace, tmp_path):
+    without = train(pair, tmp_path / "a", [], save_steps=4)
+    resumed = train(pair, tmp_path / "b", [callback(pair)], resume=str(tmp_path / "a/checkpoint-4"), save_steps=4)
+    assert losses(resumed) == losses(without)
+    assert_same(raw(tmp_path / "b/checkpoint-8"), saved(tmp_path / "a/checkpoint-8"))
+    assert_same(live(resumed), expected(live(without), subspace))
+
+
+class SaveByHand(TrainerCallback):
+    """Saves from every event that a user might use, and remembers where."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.trainer = None
+
+    def save(self, event: str, state) -> None:
+        self.trainer.save_model(self.output / f"{event}-{state.global_step}")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.save("step_begin", state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.save("step_end", state)
+
+    def on_log(self, args, state, control, **kwargs):
+        self.save("log", state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.save("save", state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.save("train_end", state)
+
+
+def test_saves_by_hand_during_and_after_training_are_corrected_once(pair, subspace, tmp_path):
+    without = train(pair, tmp_path / "without", [], save_steps=4, **EVAL)
+    hand = SaveByHand(tmp_path / "hand")
+    trainer = make_trainer(fresh_model(pair), tmp_path / "with", [hand, callback(pair)], save_steps=4, **EVAL)
+    hand.trainer = trainer
+    trainer.train()
+    assert losses(trainer) == losses(without)
+    folders = list((tmp_path / "hand").iterdir())
+    assert {folder.name.rsplit("-", 1)[0] for folder in folders} == {
+        "step_begin",
+        "step_end",
+        "log",
+        "save",
+        "train_end",
+    }
+    for folder in folders:
+        assert_same(saved(folder), expected(raw(folder), subspace))
+    assert_same(raw(tmp_path / "hand/step_end-4"), saved(tmp_path / "without/checkpoint-4"))
+    assert_same(raw(tmp_path / "hand/save-8"), saved(tmp_path / "without/checkpoint-8"))
+    trainer.save_model(tmp_path / "after")
+    trainer.model.save_pretrained(tmp_path / "again")
+    assert_same(saved(tmp_path / "after"), saved(tmp_path / "with/checkpoint-8"))
+    assert_same(saved(tmp_path / "again"), saved(tmp_path / "with/checkpoint-8"))
+
+
+class AskLate(TrainerCallback):
+    """Stands after CSULoRACallback in the list and asks for an evaluation and a save at step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            control.should_save = control.should_evaluate = True
+
+
+def test_what_a_later_callback_asks_for_is_corrected(pair, subspace, tmp_path):
+    trainer = train(pair, tmp_path, [callback(pair), AskLate()], save_steps=1000)
+    folder = tmp_path / "checkpoint-3"
+    assert_same(saved(folder), expected(raw(folder), subspace))
+    shipped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), folder)
+    by_hand = make_trainer(shipped, tmp_path / "by_hand").evaluate()["eval_loss"]
+    assert [r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r] == [by_hand]
+
+
+class Watch(TrainerCallback):
+    """Remembers the live factors at each event."""
+
+    def __init__(self) -> None:
+        self.seen = {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.seen["step_end", state.global_step] = to_peft_state_dict(find_adapter(model).read())
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self.seen["train_end", state.global_step] = to_peft_state_dict(find_adapter(model).read())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_other_callbacks_see_raw_weights_in_training_and_corrected_ones_at_its_end(pair, subspace, tmp_path, first):
+    watch, ours = Watch(), callback(pair)
+    trainer = train(pair, tmp_path, [watch, ours] if first else [ours, watch], save_steps=2)
+    for folder in checkpoints(tmp_path):
+        assert_same(watch.seen["step_end", int(folder.name.split("-")[1])], raw(folder))
+    assert_same(watch.seen["train_end", 8], live(trainer))
+    assert_same(live(trainer), expected(raw(tmp_path / "checkpoint-8"), subspace))
+
+
+class CorrectByHand(TrainerCallback):
+    """The proximal step of `every_n_steps`, written with nothing but `correct`."""
+
+    def __init__(self, every: int, subspace: SafetySubspace) -> None:
+        self.every, self.subspace = every, subspace
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step % self.every == 0:
+            adapter = find_adapter(model)
+            done = from_peft_state_dict(
+                expected(to_peft_state_dict(adapter.read()), self.subspace), list(adapter.layers), ""
+            )
+            adapter.write(done)
+
+
+def test_every_n_steps_corrects_the_live_weights_and_compounds(pair, subspace, tmp_path):
+    by_hand = train(pair, tmp_path / "hand", [CorrectByHand(2, subspace)], save_steps=3)
+    trainer = train(pair, tmp_path / "ours", [callback(pair, every_n_steps=2)], save_steps=3)
+    assert losses(trainer) == losses(by_hand)
+    ours = tmp_path / "ours"
+    assert_same(raw(ours / "checkpoint-3"), saved(tmp_path / "hand/checkpoint-3"))
+    assert_same(saved(ours / "checkpoint-3"), expected(raw(ours / "checkpoint-3"), subspace))
+    # Steps 6 and 8 were corrected in place: their checkpoints hold that, and not a correction of it.
+    for step in (6, 8):
+        assert_same(saved(ours / f"checkpoint-{step}"), saved(tmp_path / f"hand/checkpoint-{step}"))
+        assert_same(raw(ours / f"checkpoint-{step}"), saved(ours / f"checkpoint-{step}"))
+    assert_same(live(trainer), live(by_hand))
+    for step in (3, 6):
+        resumed = train(
+            pair,
+            tmp_path / f"resumed-{step}",
+            [callback(pair, every_n_steps=2, resume_from=ours / f"checkpoint-{step}")],
+            resume=str(ours / f"checkpoint-{step}"),
+            save_steps=3,
+        )
+        assert_same(live(resumed), live(trainer))
+
+
+def test_a_crash_inside_the_window_is_undone_by_the_next_run(pair, tmp_path):
+    trainer = make_trainer(fresh_model(pair), tmp_path, [callback(pair)], save_steps=1000, **EVAL)
+    trainer.compute_metrics = lambda _: 1 / 0
+    before = {}
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            before.update(to_peft_state_dict(find_adapter(model).read()))
+
+    class Compare(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 0:
+                assert_same(live(trainer), before)
+
+    trainer.add_callback(Remember())
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert any(not torch.equal(live(trainer)[key], before[key]) for key in before)
+    trainer.compute_metrics = None
+    trainer.remove_callback(Remember)
+    trainer.add_callback(Compare())
+    trainer.train()
+
+
+def test_copies_and_pickles_of_the_model_are_free_of_the_callback(pair, tmp_path):
+    trainer = train(pair, tmp_path, [callback(pair)])
+    for copied in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        adapter = find_adapter(copied)
+        adapter.write({name: (A * 0 + 1, B * 0 + 1) for name, (A, B) in adapter.read().items()})
+        copied.save_pretrained(tmp_path / "copied")
+        assert all(bool((tensor == 1).all()) for tensor in saved(tmp_path / "copied").values())
+        assert not (tmp_path / "copied" / "csulora").exists()
+
+
+def test_a_second_run_on_the_same_model_corrects_once(pair, subspace, tmp_path):
+    model = fresh_model(pair)
+    make_trainer(model, tmp_path / "first", [callback(pair)]).train()
+    second = make_trainer(model, tmp_path / "second", [callback(pair)], save_steps=4)
+    second.train()
+    for folder in checkpoints(tmp_path / "second"):
+        assert_same(saved(folder), expected(raw(folder), subspace))
+
+
+class Wrapped(nn.Module):
+    """A plain module around a PeftModel: the Trainer saves its state dict without `save_pretrained`."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids, labels):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def test_a_module_around_a_peft_model_saves_corrected_weights_and_resumes(pair, subspace, tmp_path):
+    def run(output, callbacks, resume=None):
+        torch.manual_seed(0)
+        trainer = make_trainer(Wrapped(fresh_model(pair)), output, callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    without, trainer = run(tmp_path / "without", []), run(tmp_path / "with", [callback(pair)])
+    assert losses(trainer) == losses(without)
+    state = load_file(tmp_path / "with/checkpoint-4/model.safetensors")
+    right = expected(raw(tmp_path / "with/checkpoint-4"), subspace)
+    for key, value in right.items():
+        inside = f"inner.{key.replace('.lora_A.', '.lora_A.default.').replace('.lora_B.', '.lora_B.default.')}"
+        assert torch.equal(state[inside], value)
+    resumed = run(tmp_path / "with", [callback(pair)], resume=str(tmp_path / "with/checkpoint-4"))
+    assert_same(live(resumed), live(trainer))
