@@ -1,0 +1,358 @@
+"""The safety subspace: leading singular vectors of what alignment did to each weight, ``D = W_aligned − W_base``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from csulora_callback.weights import Checkpoint, open_checkpoint, update_fingerprint
+
+logger = logging.getLogger(__name__)
+
+Source = str | os.PathLike | nn.Module | Checkpoint
+Method = Literal["auto", "krylov", "exact"]
+
+_FORMAT = "1"
+_EXACT_UP_TO = 512  # smaller side of a matrix whose full SVD is as fast as an approximate one
+_EXTRA_BLOCKS = 4  # Krylov blocks beyond the first: what turns the right rank into the right subspace
+_OVERSAMPLING = 8
+_FIRST_RANK = 64  # first guess when the rank is to be found from an energy
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The safety subspace of one module, in the orientation in which its weight is stored.
+
+    Attributes:
+        U: ``(rows, k)`` float32, orthonormal columns; the output side of an ``nn.Linear``.
+        V: ``(columns, k)`` float32, orthonormal columns; the input side of an ``nn.Linear``.
+        singular_values: ``(k,)`` float32, descending.
+        displacement: ``‖D‖``, Frobenius norm of the whole displacement; 0 where alignment left the module alone.
+    """
+
+    U: Tensor
+    V: Tensor
+    singular_values: Tensor
+    displacement: float
+
+    @property
+    def energy(self) -> float:
+        """Share of ``‖D‖²`` that the subspace keeps, in ``[0, 1]``; 1 for a displacement of zero."""
+        if self.displacement == 0.0:
+            return 1.0
+        return min(1.0, self.singular_values.double().square().sum().item() / self.displacement**2)
+
+
+@dataclass(frozen=True)
+class SafetySubspace(Mapping[str, Basis]):
+    """A :class:`Basis` by module name, with a record of where it came from.
+
+    Attributes:
+        bases: by module name, as in the model without PEFT.
+        metadata: fingerprints and dtypes of both checkpoints, rank rule, method, seed, versions.
+        from_cache: whether :meth:`estimate` found it in its cache.
+
+    Example:
+        >>> import torch
+        >>> from csulora_callback import SafetySubspace
+        >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+        >>> subspace["0"].U.shape, subspace["0"].V.shape, 0 < subspace.energy_kept < 1
+        (torch.Size([6, 2]), torch.Size([8, 2]), True)
+    """
+
+    bases: dict[str, Basis]
+    metadata: dict
+    from_cache: bool = field(default=False, compare=False)
+
+    def __getitem__(self, name: str) -> Basis:
+        return self.bases[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bases)
+
+    def __len__(self) -> int:
+        return len(self.bases)
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the displacement's energy kept, over all modules together."""
+        total = sum(basis.displacement**2 for basis in self.bases.values())
+        return sum(basis.energy * basis.displacement**2 for basis in self.bases.values()) / total
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all bases."""
+        sha = hashlib.sha256()
+        for name in sorted(self.bases):
+            basis = self.bases[name]
+            for part in (basis.U, basis.V, basis.singular_values, torch.tensor([basis.displacement]).double()):
+                update_fingerprint(sha, name, part)
+        return sha.hexdigest()
+
+    @classmethod
+    def estimate(
+        cls,
+        base: Source,
+        aligned: Source,
+        target_modules: str | Sequence[str] | None = None,
+        rank: int = 64,
+        energy: float | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        method: Method = "auto",
+        seed: int = 0,
+        cache_dir: str | os.PathLike | None = None,
+    ) -> SafetySubspace:
+        """Estimate the subspace of every target module from a base and an aligned checkpoint.
+
+        Reads one pair of tensors at a time. Large matrices go through a randomized block Krylov iteration with extra
+        blocks (Musco & Musco 2015), small ones through an exact SVD; the global random state is not touched.
+
+        Args:
+            base: the unaligned checkpoint: a folder, a Hub id, or a module in memory.
+            aligned: the aligned checkpoint, likewise.
+            target_modules: full module names or their last parts (``["q_proj", "v_proj"]``), a regular expression for
+                the full name, or ``None`` for every two-dimensional weight that both checkpoints have.
+            rank: number ``k`` of singular vectors on each side; less where a displacement has fewer.
+            energy: keep instead the smallest ``k`` that holds this share of ``‖D‖²``, in ``(0, 1]``.
+            device: where to compute; by default where the aligned weights are.
+            progress: show a progress bar.
+            method: ``"krylov"`` or ``"exact"`` for all modules, or ``"auto"`` to choose by size.
+            seed: of the random start of the Krylov iteration; with the module's name it fixes the result.
+            cache_dir: look up and keep the result in this folder, by the content of both checkpoints.
+
+        Raises:
+            ValueError: for arguments out of range; if a target is missing in a checkpoint (nearest names are given),
+                shapes differ (the first differing tensor is named), weights hold NaN or Inf, or base and aligned are
+                equal.
+            FileNotFoundError: if a checkpoint is not there.
+        """
+        _check_arguments(rank, energy, method)
+        names = _targets(base, aligned, target_modules)
+        base, aligned = open_checkpoint(base, names), open_checkpoint(aligned, names)
+        for name in names:
+            if base.shape(name) != aligned.shape(name):
+                raise ValueError(
+                    f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
+                    f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."
+                )
+        rule = {"rank": rank if energy is None else None, "energy": energy, "method": method, "seed": seed}
+        if cache_dir is None:
+            return cls._estimate(base, aligned, names, rule, device, progress)
+
+        key = {"format": _FORMAT, "base": base.fingerprint(names), "aligned": aligned.fingerprint(names), **rule}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        path = Path(cache_dir) / f"subspace-{digest[:32]}.safetensors"
+        if path.is_file():
+            try:
+                cached = cls.load(path)
+                return cls(cached.bases, cached.metadata, from_cache=True)
+            except ValueError as error:
+                logger.warning("The cached subspace is unusable and is estimated again: %s", error)
+        subspace = cls._estimate(base, aligned, names, rule, device, progress)
+        subspace.save(path)
+        return subspace
+
+    @classmethod
+    def _estimate(
+        cls, base: Checkpoint, aligned: Checkpoint, names: list[str], rule: dict, device: object, progress: bool
+    ) -> SafetySubspace:
+        bases, prints, dtypes = {}, (hashlib.sha256(), hashlib.sha256()), (set(), set())
+        for name in tqdm(names, desc="safety subspace", unit="module", disable=not progress):
+            pair = base.weight(name), aligned.weight(name)
+            for sha, seen, weight in zip(prints, dtypes, pair, strict=True):
+                update_fingerprint(sha, name, weight)
+                seen.add(str(weight.dtype).removeprefix("torch."))
+            bases[name] = _basis(name, *pair, rule, device)
+        if all(basis.displacement == 0.0 for basis in bases.values()):
+            raise ValueError(
+                f"`base`: base equal to aligned, no displacement: none of the {len(bases)} target modules differs "
+                f"between {base.source} and {aligned.source}. Pass the checkpoint from before alignment as base."
+            )
+        metadata = {
+            "base": {"source": base.source, "fingerprint": prints[0].hexdigest(), "dtypes": sorted(dtypes[0])},
+            "aligned": {"source": aligned.source, "fingerprint": prints[1].hexdigest(), "dtypes": sorted(dtypes[1])},
+            **rule,
+            "versions": {package: version(package) for package in ("csulora-callback", "torch")},
+        }
+        return cls(bases, metadata)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file; it appears whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, basis in self.bases.items():
+            tensors[f"{name}.U"] = basis.U.contiguous()
+            tensors[f"{name}.V"] = basis.V.contiguous()
+            tensors[f"{name}.singular_values"] = basis.singular_values.contiguous()
+        header = {
+            "csulora_subspace": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "metadata": json.dumps(self.metadata),
+            "displacement": json.dumps({name: basis.displacement for name, basis in self.bases.items()}),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SafetySubspace:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is corrupt, not a safety subspace, of an unknown format, or if its content does not
+                have the fingerprint it states.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`subspace`: expected a file that SafetySubspace.save wrote, but {path} is not there."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("csulora_subspace") != _FORMAT:
+                    raise ValueError(
+                        f"`subspace`: expected a safety subspace of format {_FORMAT}, but {path} is "
+                        f"{'another safetensors file' if 'csulora_subspace' not in header else 'of another format'}. "
+                        "Estimate it again with SafetySubspace.estimate(...).save(path)."
+                    )
+                bases = {
+                    name: Basis(*(file.get_tensor(f"{name}.{part}") for part in ("U", "V", "singular_values")), norm)
+                    for name, norm in json.loads(header["displacement"]).items()
+                }
+        except SafetensorError as error:
+            raise ValueError(f"`subspace`: {path} is corrupt ({error}). Estimate it again.") from error
+        subspace = cls(bases, json.loads(header["metadata"]))
+        if subspace.fingerprint != header["fingerprint"]:
+            raise ValueError(
+                f"`subspace`: {path} is corrupt: its content has the fingerprint {subspace.fingerprint[:12]}…, but "
+                f"{header['fingerprint'][:12]}… was expected. Estimate it again."
+            )
+        return subspace
+
+
+def default_cache_dir() -> Path:
+    """``csulora_callback`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csulora_callback"
+
+
+def _check_arguments(rank: int, energy: float | None, method: str) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"`rank`: expected a whole number ≥ 1, but got {rank!r}.")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
+    if method not in ("auto", "krylov", "exact"):
+        raise ValueError(f"`method`: expected 'auto', 'krylov' or 'exact', but got {method!r}.")
+
+
+def _targets(base: Source, aligned: Source, target_modules: str | Sequence[str] | None) -> list[str]:
+    """Full names of the target modules, sorted: a fingerprint must not depend on the order of files."""
+    there = open_checkpoint(aligned).names()
+    if target_modules is None:
+        names = set(there) & set(open_checkpoint(base).names())
+        wanted = "a two-dimensional weight that both checkpoints have"
+    elif isinstance(target_modules, str):
+        names = {name for name in there if re.fullmatch(target_modules, name)}
+        wanted = f"a module whose name matches {target_modules!r}"
+    else:
+        # Names that are not in the files stay: they may be names that transformers gives on loading.
+        matches = {
+            target: [name for name in there if name == target or name.endswith(f".{target}")]
+            for target in target_modules
+        }
+        names = {name for target, found in matches.items() for name in found or [target]}
+        wanted = "at least one name"
+    if not names:
+        raise ValueError(f"`target_modules`: expected {wanted}, but found none. Names are like {there[:3]}.")
+    return sorted(names)
+
+
+def _basis(name: str, base: Tensor, aligned: Tensor, rule: dict, device: object) -> Basis:
+    device = aligned.device if device is None else device
+    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
+    D = aligned.to(device, wide) - base.to(device, wide)
+    norm = torch.linalg.matrix_norm(D).item()
+    if norm == 0.0:
+        return Basis(torch.zeros(D.shape[0], 0), torch.zeros(D.shape[1], 0), torch.zeros(0), 0.0)
+    U, sigma, V = _leading_singular_triplets(name, D / norm, rule)
+    return Basis(U.float().cpu().contiguous(), V.float().cpu().contiguous(), (sigma * norm).float().cpu(), norm)
+
+
+def _leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
+    smaller = min(D.shape)
+    guess = rule["rank"] or _FIRST_RANK
+    while True:
+        few = (guess + _OVERSAMPLING) * (1 + _EXTRA_BLOCKS) < smaller
+        if rule["method"] == "exact" or not few or (rule["method"] == "auto" and smaller <= _EXACT_UP_TO):
+            U, sigma, Vh = torch.linalg.svd(D, full_matrices=False)
+            V, complete = Vh.T, True
+        else:
+            U, sigma, V = _block_krylov(D, guess, _generator(name, rule["seed"]))
+            complete = False
+        k = _cut(sigma, D, rule)
+        if k is not None or complete:
+            k = sigma.numel() if k is None else k
+            return _with_fixed_signs(U[:, :k], sigma[:k], V[:, :k])
+        guess *= 2
+
+
+def _cut(sigma: Tensor, D: Tensor, rule: dict) -> int | None:
+    """How many singular values the rule keeps; ``None`` where an energy needs more than there are."""
+    noise = max(D.shape) * torch.finfo(D.dtype).eps * sigma[0]
+    numerical_rank = int((sigma > noise).sum())
+    if rule["rank"] is not None:
+        return min(rule["rank"], numerical_rank)
+    share = sigma.double().square().cumsum(0)  # of a displacement of norm one
+    enough = torch.nonzero(share >= rule["energy"] - torch.finfo(D.dtype).eps)
+    return min(int(enough[0]) + 1, numerical_rank) if len(enough) else None
+
+
+def _block_krylov(D: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading ``rank`` singular triplets from the Krylov space of ``D Dᵀ`` over a random block."""
+    if D.shape[0] > D.shape[1]:
+        V, sigma, U = _block_krylov(D.T, rank, generator)
+        return U, sigma, V
+    start = torch.randn(D.shape[1], rank + _OVERSAMPLING, generator=generator, dtype=torch.float32)
+    block = torch.linalg.qr(D @ start.to(D))[0]
+    space = block
+    for _ in range(_EXTRA_BLOCKS):
+        block = D @ (D.T @ block)
+        for _ in range(2):  # once is not enough in float32
+            block = block - space @ (space.T @ block)
+            block = torch.linalg.qr(block)[0]
+        space = torch.cat([space, block], dim=1)
+    left, sigma, Vh = torch.linalg.svd(space.T @ D, full_matrices=False)
+    return (space @ left)[:, :rank], sigma[:rank], Vh[:rank].T
+
+
+def _generator(name: str, seed: int) -> torch.Generator:
+    # A generator of our own, on the CPU: the global one must not move, and devices must agree.
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % math.ceil(2**63))
+
+
+def _with_fixed_signs(U: Tensor, sigma: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors are defined up to a common sign: make the largest entry of each left one positive."""
+    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(U)
+    return U * sign, sigma, V * sign

@@ -1,0 +1,253 @@
+"""Lazy reading of a checkpoint, one tensor at a time: a local folder, a Hub id, or a module in memory.
+
+Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out)`` for transformers' ``Conv1D``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)|^module\.")
+
+
+def module_name(raw: str) -> str:
+    """The name of a module as in the model without wrappers (PEFT, ``torch.compile``, DDP, FSDP).
+
+    Example:
+        >>> module_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
+        'model.layers.0.self_attn.q_proj'
+        >>> module_name("_orig_mod.base_model.model.lm_head")
+        'lm_head'
+    """
+    name = _WRAPPERS.sub("", raw).rstrip(".")
+    # A PeftModel may itself sit inside another module (a LightningModule, say): its inside is what has the name.
+    return name.rpartition("base_model.model.")[2]
+
+
+class Checkpoint:
+    """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
+
+    Made by :func:`open_checkpoint`.
+
+    Attributes:
+        source: where the weights come from, for messages.
+    """
+
+    def __init__(
+        self, source: str, readers: dict[str, Callable[[], Tensor]], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        self.source = source
+        self._readers = readers
+        self._shapes = shapes
+
+    def names(self) -> list[str]:
+        """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
+        return [name for name, shape in self._shapes.items() if len(shape) == 2]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a module's weight as stored.
+
+        Raises:
+            ValueError: if the checkpoint has no such module; the nearest names are given.
+        """
+        self._check(name)
+        return self._shapes[name]
+
+    def weight(self, name: str) -> Tensor:
+        """A module's weight as stored: not upcast, on the CPU or where the module in memory holds it.
+
+        Raises:
+            ValueError: if there is no such module, if its weight is quantized, or if it holds NaN or Inf.
+        """
+        self._check(name)
+        weight = self._readers[name]()
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"{self.source}: the weight of '{name}' is quantized ({weight.dtype}), expected floating point. "
+                "Pass the path or Hub id of the unquantized checkpoint instead."
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{self.source}: the weight of '{name}' holds NaN or Inf, expected finite values.")
+        return weight
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """SHA-256 over name, dtype, shape and bytes of these modules' weights.
+
+        Equal weights give equal fingerprints wherever they are stored.
+        """
+        sha = hashlib.sha256()
+        for name in sorted(names):
+            update_fingerprint(sha, name, self.weight(name))
+        return sha.hexdigest()
+
+    def _check(self, name: str) -> None:
+        if name not in self._shapes:
+            nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
+                f"{f'; nearest names: {nearest}' if nearest else ''}."
+            )
+
+
+def update_fingerprint(sha: hashlib._Hash, name: str, weight: Tensor) -> None:
+    """Add one weight to a running fingerprint."""
+    sha.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
+    sha.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
+
+
+def open_checkpoint(
+    source: str | os.PathLike | nn.Module | Checkpoint,
+    required: Iterable[str] = (),
+    *,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        source: a folder with safetensors (single or sharded) or ``pytorch_model.bin`` files, a Hub id, or a module in
+            memory (a ``PeftModel`` counts as the model below its adapters).
+        required: module names that must be found. Where the files name them otherwise (transformers renames and fuses
+            on load), the whole checkpoint is loaded through transformers on the CPU, and a warning says so.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        FileNotFoundError: if the folder or the Hub id cannot be had, or holds no weights.
+        ValueError: if a file is corrupt, or a required module is missing even after loading through transformers.
+
+    Example:
+        >>> from torch import nn
+        >>> checkpoint = open_checkpoint(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+        >>> checkpoint.names(), checkpoint.shape("0")
+        (['0'], (2, 3))
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    required = list(required)
+    if isinstance(source, nn.Module):
+        checkpoint = _from_module(source, f"{type(source).__name__} in memory")
+        for name in required:
+            checkpoint.shape(name)
+        return checkpoint
+    folder = Path(source) if Path(source).is_dir() else _from_hub(source, revision)
+    checkpoint = _from_folder(folder, str(source))
+    missing = [name for name in required if name not in checkpoint._shapes]
+    if missing:
+        logger.warning(
+            "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which renames "
+            "on load. This holds the whole model in memory.",
+            source,
+            missing[0],
+        )
+        checkpoint = _from_module(_load_through_transformers(folder, checkpoint, missing[0]), str(source))
+        for name in required:
+            checkpoint.shape(name)
+    return checkpoint
+
+
+def _from_module(module: nn.Module, source: str) -> Checkpoint:
+    readers, shapes = {}, {}
+    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
+        prefix, _, kind = raw.rpartition(".")
+        if kind == "weight" and ".lora_" not in raw:
+            name = module_name(prefix)
+            readers[name] = lambda parameter=parameter: parameter.detach()
+            shapes[name] = tuple(parameter.shape)
+    return Checkpoint(source, readers, shapes)
+
+
+def _from_folder(folder: Path, source: str) -> Checkpoint:
+    found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{source}: expected one of {', '.join(_WEIGHT_FILES)} in {folder}, but found none.")
+    if found.name.endswith(".index.json"):
+        try:
+            files = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{found}: expected a shard index with a weight_map, but it cannot be read.") from error
+    else:
+        files = [found.name]
+
+    readers, shapes = {}, {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{source}: the shard {file} that {found.name} lists is missing. Fetch it again.")
+        opened = _safetensors_file if file.endswith(".safetensors") else _bin_file
+        for key, (reader, shape) in opened(folder / file).items():
+            prefix, _, kind = key.rpartition(".")
+            if kind == "weight":
+                readers[prefix], shapes[prefix] = reader, shape
+    return Checkpoint(source, readers, shapes)
+
+
+def _safetensors_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
+    def reader(key: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(key)
+
+        return read
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: (reader(key), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a safetensors file, but it is corrupt ({error}). Fetch it again."
+        ) from error
+
+
+def _bin_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
+    # mmap leaves the data on disk until a tensor is used; weights_only refuses to run pickled code.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {key: (lambda tensor=tensor: tensor, tuple(tensor.shape)) for key, tensor in state.items()}
+
+
+def _from_hub(source: str | os.PathLike, revision: str | None) -> Path:
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["config.json", *patterns]))
+
+    try:
+        folder = fetch("model*.safetensors", "model.safetensors.index.json")
+        return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{source}: expected a folder with a checkpoint or a Hub id, but it is neither."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{source}: not a local folder, and the Hub did not give it ({type(error).__name__}). Check the name, "
+            "log in with `hf auth login` if it is gated, and unset HF_HUB_OFFLINE if it is not in the cache."
+        ) from error
+
+
+def _load_through_transformers(folder: Path, checkpoint: Checkpoint, missing: str) -> nn.Module:
+    try:
+        architectures = AutoConfig.from_pretrained(folder).architectures
+    except (OSError, ValueError):
+        architectures = None
+    if not architectures or not hasattr(transformers, architectures[0]):
+        checkpoint.shape(missing)  # raises, with the nearest names
+    return getattr(transformers, architectures[0]).from_pretrained(folder, dtype="auto", low_cpu_mem_usage=True)
