@@ -29,7 +29,7 @@ Method = Literal["auto", "krylov", "exact"]
 
 _FORMAT = "1"
 _EXACT_UP_TO = 512  # smaller side of a matrix whose full SVD is as fast as an approximate one
-_EXTRA_BLOCKS = 4  # Krylov blocks beyond the first: what turns the right rank into the right subspace
+_EXTRA_BLOCKS = 6  # Krylov blocks beyond the first: what turns the right rank into the right subspace
 _OVERSAMPLING = 8
 _FIRST_RANK = 64  # first guess when the rank is to be found from an energy
 
@@ -337,10 +337,10 @@ def _block_krylov(D: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     space = block
     for _ in range(_EXTRA_BLOCKS):
         block = D @ (D.T @ block)
-        for _ in range(2):  # once is not enough in float32
-            block = block - space @ (space.T @ block)
-            block = torch.linalg.qr(block)[0]
+        block = torch.linalg.qr(block - space @ (space.T @ block))[0]
         space = torch.cat([space, block], dim=1)
+    # Once the iteration has converged its last blocks are rounding noise, partly within the space before them.
+    space = torch.linalg.qr(space)[0]
     left, sigma, Vh = torch.linalg.svd(space.T @ D, full_matrices=False)
     return (space @ left)[:, :rank], sigma[:rank], Vh[:rank].T
 
