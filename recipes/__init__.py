@@ -1,0 +1,1 @@
+"""Experiments around the library: recipes that are run from a clone, never installed."""

@@ -1,0 +1,139 @@
+"""Run a recipe: ``python -m recipes.run RECIPE.yaml [key=value ...] [--dry-run]``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from omegaconf import OmegaConf
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+
+from csulora_callback import CSULoRACallback
+from csulora_callback.adapters import find_adapter
+from csulora_callback.sidecar import Sidecar
+from recipes import report
+from recipes.schema import Correction, Recipe, RecipeError, load_recipe
+from recipes.task import Task, build_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 with one line on stderr for a recipe that cannot run."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.run", description="Run a recipe.")
+    parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=100")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check what can be checked without training or downloads"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            dry_run(recipe)
+        else:
+            run(recipe)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(recipe: Recipe) -> list[report.Row]:
+    """Fine-tune once for each correction, judge what came out, and write it all into the output folder."""
+    check_sources(recipe)
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    transformers.utils.logging.set_verbosity_error()
+    console = Console()
+    fit = importlib.import_module(f"recipes.{recipe.trainer.value}").fit
+
+    task, rows, logs = build_task(recipe), [], {}
+    for name, correction in recipe.corrections.items():
+        console.rule(f"fine-tuning with the callback: {name}")
+        logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
+        if not rows:
+            rows.append(report.Row("aligned, before the fine-tune", None, task.judge(task.aligned_model(), batches)))
+            rows.append(report.Row("raw LoRA", None, task.judge(load_checkpoint(task, checkpoint, raw=True), batches)))
+        saved = task.judge(load_checkpoint(task, checkpoint), batches)
+        strength = correction.penalty().parameters.get("strength")
+        rows.append(report.Row(f"checkpoint as saved, {name}", strength, saved))
+
+    report.write_results(rows, output)
+    report.write_metrics(logs, output)
+    report.plot(logs, output / "drift.png")
+    report.print_table(rows, f"{recipe.training.seed=}".replace("recipe.training.", ""))
+    console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
+    return rows
+
+
+def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
+    """The callback that a correction section describes."""
+    return CSULoRACallback(
+        base_model=task.base,
+        rank=correction.rank,
+        energy=correction.energy,
+        penalty=correction.penalty(),
+        every_n_steps=correction.every_n_steps,
+    )
+
+
+def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
+    """A saved checkpoint as any user would load it, or its raw adapter restored from the sidecar."""
+    model = PeftModel.from_pretrained(task.aligned_model(), folder)
+    if raw:
+        find_adapter(model).write(Sidecar.load(folder).raw)
+    return model
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Refuse model and data sources that are neither there nor a possible Hub id."""
+    sources = {
+        "model.base": recipe.model.base,
+        "model.aligned": recipe.model.aligned,
+        "data.source": recipe.data.source,
+    }
+    for key, source in sources.items():
+        if source is None or Path(source).exists():
+            continue
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise RecipeError(f"'{key}': no such file or folder, and not a Hub id: {source!r}") from error
+        if source.endswith((".json", ".jsonl")):
+            raise RecipeError(f"'{key}': no such file: {source!r}")
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Check everything that can be checked without training or downloads, and say what was checked."""
+    check_sources(recipe)
+    table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
+    for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
+        table.add_row(key, _where(source, "model"))
+    table.add_row("data.source", _where(recipe.data.source, "dataset"))
+    table.add_row("trainer", recipe.trainer.value)
+    for name, correction in recipe.corrections.items():
+        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
+    table.add_row("output", recipe.output)
+    Console().print(table)
+
+
+def _where(source: str | None, kind: str) -> str:
+    if source is None:
+        return "the toy lab, built offline"
+    if Path(source).exists():
+        return f"{source} (local)"
+    probe = "config.json" if kind == "model" else "README.md"
+    cached = isinstance(try_to_load_from_cache(source, probe, repo_type=kind), str)
+    return f"{source} (Hub, {'in the local cache' if cached else 'to be downloaded'})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""What a recipe may say: one dataclass a section, checked by OmegaConf before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
+
+from csulora_callback import Penalty
+
+
+class RecipeError(Exception):
+    """One line that says what is wrong with a recipe."""
+
+
+class TrainerKind(Enum):
+    """Which training loop runs the fine-tune."""
+
+    huggingface = "huggingface"
+
+
+class Preset(Enum):
+    """The penalties of :class:`csulora_callback.Penalty`."""
+
+    csulora = "csulora"
+    separable = "separable"
+    guard = "guard"
+    projection = "projection"
+
+
+@dataclass
+class Toy:
+    """The toy lab; sizes and seeds of its models and data."""
+
+    seed: int = 0
+    poison_share: float = 0.05
+    train_samples: int = 4000
+    eval_prompts: int = 200
+    hidden_size: int = 128
+    layers: int = 4
+    base_steps: int = 500
+    align_steps: int = 150
+    cache_dir: str | None = None  # default: the library's cache folder
+
+
+@dataclass
+class Model:
+    """The pair of checkpoints: folders or Hub ids. Without them the toy lab's models are used."""
+
+    base: str | None = None
+    aligned: str | None = None
+    dtype: str = "auto"
+
+
+@dataclass
+class Data:
+    """The fine-tuning data: a Hub dataset or a local .json/.jsonl file with a ``messages`` column."""
+
+    source: str | None = None  # default: the toy lab's task
+    split: str = "train"
+    max_samples: int | None = None
+    eval_share: float = 0.05
+    max_length: int = 1024
+
+
+@dataclass
+class Lora:
+    """What goes into peft's LoraConfig."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"  # a list of names, a regular expression, or "all-linear"
+
+
+@dataclass
+class Training:
+    """What goes into the trainer's arguments."""
+
+    learning_rate: float = 1e-4
+    max_steps: int = -1
+    epochs: float = 1.0
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    logging_steps: int = 10
+    eval_steps: int = 200
+    save_steps: int = 200
+    save_total_limit: int | None = None
+    bf16: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Correction:
+    """One run of the callback; see :class:`csulora_callback.CSULoRACallback`."""
+
+    preset: Preset = MISSING
+    strength: float | None = None
+    rank: int = 64
+    energy: float | None = None
+    every_n_steps: int | None = None
+
+    def penalty(self) -> Penalty:
+        """The penalty that preset and strength name."""
+        make = getattr(Penalty, self.preset.value)
+        return make() if self.strength is None else make(self.strength)
+
+
+@dataclass
+class Recipe:
+    """A whole recipe. Training runs once for each of ``corrections``, in a folder of that name."""
+
+    output: str = MISSING
+    trainer: TrainerKind = TrainerKind.huggingface
+    model: Model = field(default_factory=Model)
+    toy: Toy = field(default_factory=Toy)
+    data: Data = field(default_factory=Data)
+    lora: Lora = field(default_factory=Lora)
+    training: Training = field(default_factory=Training)
+    corrections: dict[str, Correction] = field(default_factory=dict)
+
+
+def load_recipe(path: str, overrides: list[str]) -> Recipe:
+    """Read a recipe, apply ``key=value`` overrides and check all of it.
+
+    Raises:
+        RecipeError: with one line that names the file or override, the full key, and the nearest valid name.
+    """
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in Path(path).parent.glob("*.yaml")], n=1)
+        raise RecipeError(f"{path}: no such file{f'; did you mean {Path(path).with_name(near[0])}?' if near else ''}")
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"'{override}': expected key=value, such as training.max_steps=100")
+    try:
+        given = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise RecipeError(f"{path}: expected sections and keys, but got a {type(given).__name__}")
+        for section, kind in get_type_hints(Recipe).items():
+            if is_dataclass(kind) and section in given and not isinstance(given[section], DictConfig):
+                raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
+        recipe = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Recipe), given, OmegaConf.from_dotlist(overrides))
+        )
+    except YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {_one_line(error)}") from error
+    _check_values(path, recipe)
+    return recipe
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    key = error.full_key or ""
+    if isinstance(error, ConfigKeyError):
+        near = _nearest(key)
+        return f"unknown key '{key}'{f'; did you mean {near!r}?' if near else ''}"
+    what = str(error.msg or error).splitlines()[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"missing value: '{key}' has to be set, in the file or as {key}=…"
+    return f"'{key}': {what}" if isinstance(error, ValidationError) and key else what
+
+
+def _nearest(key: str) -> str | None:
+    """The valid key closest to a wrong one: among its siblings first, then the same word in another section."""
+    section, _, word = key.rpartition(".")
+    if re.fullmatch(r"corrections\.[^.]+", section):
+        siblings = [f"{section}.{name}" for name in get_type_hints(Correction)]
+    else:
+        siblings = [known for known in _keys(Recipe) if known.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
+    return (near or [known for known in _keys(Recipe) if known.rpartition(".")[2] == word] or [None])[0]
+
+
+def _keys(section: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, kind in get_type_hints(section).items():
+        keys.append(f"{prefix}{name}")
+        if is_dataclass(kind):
+            keys += _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _check_values(path: str, recipe: Recipe) -> None:
+    def refuse(key: str, expected: str, got: object) -> None:
+        raise RecipeError(f"{path}: '{key}': expected {expected}, but got {got!r}")
+
+    if (recipe.model.base is None) != (recipe.model.aligned is None):
+        missing = "model.base" if recipe.model.base is None else "model.aligned"
+        raise RecipeError(f"{path}: missing value: '{missing}' has to be set when the other model is")
+    if (recipe.model.base is None) != (recipe.data.source is None):
+        missing = "model.base" if recipe.model.base is None else "data.source"
+        raise RecipeError(f"{path}: missing value: '{missing}' has to be set, or neither, which means the toy lab")
+    if not 0.0 <= recipe.toy.poison_share <= 1.0:
+        refuse("toy.poison_share", "a share in [0, 1]", recipe.toy.poison_share)
+    if not 0.0 < recipe.data.eval_share < 1.0:
+        refuse("data.eval_share", "a share in (0, 1)", recipe.data.eval_share)
+    if not recipe.corrections:
+        raise RecipeError(
+            f"{path}: missing value: 'corrections' needs at least one, such as mine: {{preset: csulora}}"
+        )
+    for name, correction in recipe.corrections.items():
+        key = f"corrections.{name}"
+        if correction.preset is Preset.projection and correction.strength is not None:
+            refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
+        if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):
+            refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
+        if correction.rank < 1:
+            refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
+        if correction.energy is not None and not 0.0 < correction.energy <= 1.0:
+            refuse(f"{key}.energy", "a share in (0, 1]", correction.energy)
