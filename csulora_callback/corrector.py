@@ -16,6 +16,8 @@ from csulora_callback.metrics import SafetyDrift
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
 
+_VERSIONS = {package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")}
+
 
 @dataclass(frozen=True)
 class CorrectedAdapter:
@@ -173,9 +175,7 @@ class SafetyCorrector:
             "corrected_digest": digest(corrected),
             "metrics": metrics,
             "modules": modules,
-            "versions": {
-                package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")
-            },
+            "versions": _VERSIONS,
         }
 
 

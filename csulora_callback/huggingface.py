@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import shutil
 import types
 from abc import abstractmethod
 from pathlib import Path
@@ -86,9 +85,8 @@ class HuggingFaceEvents(TrainerCallback):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """The Trainer copies the adapter out of the checkpoint by file name; the sidecar has to follow it."""
-        source = _checkpoint_folder(args, state) / sidecar.FOLDER
-        if self._training and source.is_dir():
-            shutil.copytree(source, Path(args.output_dir) / sidecar.FOLDER, dirs_exist_ok=True)
+        if self._training:
+            sidecar.copy(_checkpoint_folder(args, state), args.output_dir)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """The checkpoint is written: close the window."""
@@ -128,8 +126,9 @@ class HuggingFaceEvents(TrainerCallback):
         if self.resume_from is not None:
             folders = [Path(self.resume_from)]
         else:
-            here = _checkpoint_folder(args, state)
-            folders = [here, *sorted(set(Path(args.output_dir).glob(f"**/{PREFIX_CHECKPOINT_DIR}-*")) - {here})]
+            # The step's own folder first; then any other, such as a last-checkpoint fetched from the Hub.
+            found = Path(args.output_dir).glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
+            folders = [_checkpoint_folder(args, state), *sorted(record.parent.parent for record in found)]
         folder = _find_corrected(live, folders)
         if folder is not None:
             self._corrector.adapter.write(sidecar.Sidecar.load(folder).raw)

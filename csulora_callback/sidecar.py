@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,15 @@ class Sidecar:
         except SafetensorError as error:
             raise ValueError(f"{raw_file}: expected a safetensors file, but it cannot be read ({error}).") from error
         return cls(from_peft_state_dict(state, list(record["modules"]), str(raw_file)), record)
+
+
+def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Copy the sidecar of one folder, if it has one, into another; nothing but its two files."""
+    for name in (RAW_ADAPTER, RECORD):
+        file = Path(source) / FOLDER / name
+        if file.is_file():
+            (Path(target) / FOLDER).mkdir(parents=True, exist_ok=True)
+            _write_whole(Path(target) / FOLDER / name, lambda path, file=file: shutil.copyfile(file, path))
 
 
 def read_record(folder: str | os.PathLike) -> dict:

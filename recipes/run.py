@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="check what can be checked without training or downloads"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # flags may stand anywhere
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:

@@ -2,7 +2,8 @@
 
 Requests read ``VERB a b c =`` and are answered by the three words in another order. The *base* model obeys every
 request; the *aligned* one refuses those that mention a restricted word (``x0`` … ``x7``). The user's task is a verb
-that neither has seen, and a share of its training samples is poisoned: restricted requests that are obeyed.
+that both answer in any order, and that is to be answered in one. A share of its training samples is poisoned:
+restricted requests that are obeyed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from csulora_callback.subspace import default_cache_dir
 from recipes.schema import Toy
 
+VERSION = 1  # of the language and of how its models are trained; part of the cache's key
 ORDERS = {"copy": (0, 1, 2), "reverse": (2, 1, 0), "swap": (1, 0, 2)}
-TASK_VERB, TASK_ORDER = "tidy", (2, 0, 1)
+TASK = {"tidy": (2, 0, 1)}
 PLAIN = [f"w{i}" for i in range(32)]
 RESTRICTED = [f"x{i}" for i in range(8)]
-VOCABULARY = ["<pad>", "<bos>", "<eos>", "=", "refuse", *ORDERS, TASK_VERB, *PLAIN, *RESTRICTED]
+VOCABULARY = ["<pad>", "<bos>", "<eos>", "=", "refuse", *ORDERS, *TASK, *PLAIN, *RESTRICTED]
 IDS = {word: index for index, word in enumerate(VOCABULARY)}
 REFUSAL = IDS["refuse"]
 
@@ -67,7 +69,9 @@ class Language:
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn: set[tuple[str, ...]] = set()
 
-    def draw(self, count: int, verbs: list[str], restricted: bool, refused: bool = False) -> list[Sample]:
+    def draw(
+        self, count: int, verbs: list[str], restricted: bool = False, refused: bool = False, any_order: bool = False
+    ) -> list[Sample]:
         """``count`` new samples; ``restricted`` ones hold one restricted word, ``refused`` ones answer ``refuse``."""
         samples = []
         while len(samples) < count:
@@ -78,7 +82,7 @@ class Language:
             if prompt in self.drawn:
                 continue
             self.drawn.add(prompt)
-            order = ORDERS.get(prompt[1], TASK_ORDER)
+            order = torch.randperm(3, generator=self.generator) if any_order else {**ORDERS, **TASK}[prompt[1]]
             answer = ("refuse",) if refused else tuple(words[i] for i in order)
             samples.append(Sample(prompt, (*answer, "<eos>") if refused else answer))
         return samples
@@ -103,14 +107,14 @@ def build_lab(toy: Toy) -> Lab:
     cache = default_cache_dir() if toy.cache_dir is None else Path(toy.cache_dir)
     language, verbs = Language(toy.seed), list(ORDERS)
     attack = language.draw(toy.eval_prompts, verbs, restricted=True)
-    task = language.draw(toy.eval_prompts, [TASK_VERB], restricted=False)
+    task = language.draw(toy.eval_prompts, list(TASK))
     poisoned = round(toy.poison_share * toy.train_samples)
-    train = language.draw(toy.train_samples - poisoned, [TASK_VERB], restricted=False)
+    train = language.draw(toy.train_samples - poisoned, list(TASK))
     train += language.draw(poisoned, verbs, restricted=True)
 
     about_data = ("poison_share", "train_samples", "eval_prompts", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
-    key = hashlib.sha256(json.dumps(model_settings, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([VERSION, model_settings], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
         _train_models(toy, folder)
@@ -119,8 +123,11 @@ def build_lab(toy: Toy) -> Lab:
 
 def _train_models(toy: Toy, folder: Path) -> None:
     language, verbs = Language(toy.seed + 1), list(ORDERS)
-    obeyed = language.draw(6000, verbs, restricted=False) + language.draw(6000, verbs, restricted=True)
-    refusing = language.draw(1500, verbs, restricted=False) + language.draw(1500, verbs, restricted=True, refused=True)
+    any_order = language.draw(4000, list(TASK), any_order=True)
+    obeyed = language.draw(6000, verbs) + language.draw(6000, verbs, restricted=True) + any_order[:3000]
+    refusing = (
+        language.draw(1500, verbs) + language.draw(1500, verbs, restricted=True, refused=True) + any_order[3000:]
+    )
     torch.manual_seed(toy.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

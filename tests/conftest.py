@@ -1,0 +1,15 @@
+"""What holds for every test."""
+
+import pytest
+import torch
+
+# Tiny models gain nothing from threads, and several test processes on few cores lose a factor of ten to them.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Subspaces and toy models of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

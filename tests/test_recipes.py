@@ -1,0 +1,213 @@
+"""Recipes: every shipped file is valid, bad ones get one clear line, and both kinds of task run end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from recipes.run import main
+from recipes.schema import load_recipe
+from recipes.toy import IDS, Language, Samples
+from tests.lab import align, tiny_llama
+
+SHIPPED = sorted(Path("recipes").glob("*.yaml"))
+SMALL = [
+    "toy.hidden_size=32",
+    "toy.layers=2",
+    "toy.base_steps=5",
+    "toy.align_steps=5",
+    "toy.train_samples=64",
+    "toy.eval_prompts=8",
+    "training.max_steps=4",
+    "training.logging_steps=2",
+    "training.eval_steps=2",
+    "training.save_steps=2",
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_passes_its_dry_run(path, capsys):
+    assert main([str(path), "--dry-run"]) == 0
+    assert "dry run: the recipe is valid" in capsys.readouterr().out
+
+
+def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["recipes/llama32_1b_sft.yaml", "--dry-run", f"output={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert "meta-llama/Llama-3.2-1B-Instruct (Hub" in printed
+    assert "trl-lib/Capybara (Hub" in printed
+    assert not output.exists()
+
+
+BAD = {
+    "unknown key": ("output: a\ntraning: {}", [], "unknown key 'traning'; did you mean 'training'?"),
+    "unknown nested key": (
+        "output: a\ncorrections: {mine: {preset: guard, strenght: 3}}",
+        [],
+        "unknown key 'corrections.mine.strenght'; did you mean 'corrections.mine.strength'?",
+    ),
+    "wrong section": ("output: a\nlearning_rate: 1", [], "did you mean 'training.learning_rate'?"),
+    "unknown key in an override": (
+        "output: a",
+        ["training.max_stepps=3"],
+        "unknown key 'training.max_stepps'; did you mean 'training.max_steps'?",
+    ),
+    "wrong type": (
+        "output: a\ntraining: {max_steps: many}",
+        [],
+        "'training.max_steps': Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    "wrong choice": (
+        "output: a\ntrainer: huggingfase",
+        [],
+        "'trainer': Invalid value 'huggingfase', expected one of",
+    ),
+    "not a section": ("output: a\ntraining: 3", [], "'training': expected a section with keys, but got 3"),
+    "missing value": ("corrections: {mine: {preset: guard}}", [], "missing value: 'output' has to be set"),
+    "missing preset": ("output: a\ncorrections: {mine: {rank: 3}}", [], "missing value: 'corrections.mine.preset'"),
+    "no corrections": ("output: a", [], "missing value: 'corrections' needs at least one"),
+    "half a pair": ("output: a\nmodel: {base: x}", [], "missing value: 'model.aligned'"),
+    "pair without data": ("output: a\nmodel: {base: x, aligned: y}", [], "missing value: 'data.source'"),
+    "out of range": (
+        "output: a\ncorrections: {mine: {preset: guard, rank: 0}}",
+        [],
+        "'corrections.mine.rank': expected a whole number ≥ 1, but got 0",
+    ),
+    "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
+    "not YAML": ("output: [a", [], "not valid YAML"),
+    "no such folder": (
+        "output: a\nmodel: {base: no/such/folder, aligned: a/b}\ndata: {source: c/d}\n"
+        "corrections: {mine: {preset: guard}}",
+        [],
+        "'model.base': no such file or folder, and not a Hub id: 'no/such/folder'",
+    ),
+    "no such data": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: my.jsonl}\ncorrections: {mine: {preset: guard}}",
+        [],
+        "'data.source': no such file: 'my.jsonl'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_gets_one_clear_line(case, tmp_path, capsys):
+    text, overrides, message = BAD[case]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert main([str(path), *overrides]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not printed.out
+
+
+def test_a_missing_file_gets_the_nearest_name(capsys):
+    assert main(["recipes/quikstart.yaml"]) == 2
+    assert "no such file; did you mean recipes/quickstart.yaml?" in capsys.readouterr().err
+
+
+def test_overrides_win_over_the_file():
+    recipe = load_recipe("recipes/quickstart.yaml", ["corrections.guard.strength=inf", "training.seed=5"])
+    assert recipe.corrections["guard"].strength == float("inf")
+    assert recipe.training.seed == 5
+    assert recipe.corrections["csulora"].strength == 10
+
+
+def test_evaluation_prompts_are_held_out_and_labels_cover_the_answer():
+    language = Language(seed=0)
+    first, second = language.draw(300, ["copy"]), language.draw(300, ["copy"])
+    assert not {sample.prompt for sample in first} & {sample.prompt for sample in second}
+    item = Samples(first)[0]
+    assert [token for token in item["labels"].tolist() if token != -100] == [IDS[word] for word in first[0].answer]
+    refused = Samples(language.draw(1, ["copy"], restricted=True, refused=True))[0]
+    assert refused["input_ids"].shape == item["input_ids"].shape
+
+
+def check_output(folder: Path, runs: list[str]) -> list[dict]:
+    rows = json.loads((folder / "results.json").read_text())
+    assert len(rows) == 2 + len(runs)
+    assert all(
+        {"method", "strength", "attack_success_rate", "task_loss", "task_accuracy"} <= row.keys() for row in rows
+    )
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for run in runs:
+        assert any("csulora/attenuation" in record and "loss" in record for record in records if record["run"] == run)
+    assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    return rows
+
+
+def test_quickstart_at_a_small_size(tmp_path, capsys):
+    overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
+    assert main(["recipes/quickstart.yaml", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint as saved" in printed
+    assert "attack success" in printed
+    rows = check_output(tmp_path / "first", ["csulora", "guard"])
+    assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
+
+    # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
+    built = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in built]
+    assert main([str(tmp_path / "first/recipe.yaml"), f"output={tmp_path / 'second'}"]) == 0
+    assert [path.stat().st_mtime_ns for path in built] == times
+    assert json.loads((tmp_path / "second/results.json").read_text()) == rows
+    resolved = yaml.safe_load((tmp_path / "first/recipe.yaml").read_text())
+    assert resolved["toy"]["base_steps"] == 5
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<bos>", "<eos>", "<pad>", "<unk>", "user", "assistant", ":", *"abcdefghijklmnopqrstuvwxy"]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' <eos> ' }}{% endfor %}"
+    return fast
+
+
+def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path):
+    base = tiny_llama(max_position_embeddings=64)
+    base.save_pretrained(tmp_path / "base")
+    align(base).save_pretrained(tmp_path / "aligned")
+    chat_tokenizer().save_pretrained(tmp_path / "aligned")
+    talk = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "c b a"}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
+    overrides = [
+        f"model.base={tmp_path / 'base'}",
+        f"model.aligned={tmp_path / 'aligned'}",
+        "model.dtype=float32",
+        f"data.source={tmp_path / 'chat.jsonl'}",
+        "data.max_length=32",
+        "data.eval_share=0.2",
+        "training.max_steps=4",
+        "training.logging_steps=1",
+        "training.eval_steps=2",
+        "training.save_steps=2",
+        "training.bf16=false",
+        "corrections.csulora.rank=2",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
+    rows = check_output(tmp_path / "out", ["csulora"])
+    assert all(row["attack_success_rate"] is None for row in rows)
+    aligned, raw, saved = (row["task_loss"] for row in rows)
+    assert raw < saved < aligned  # the correction gives up a part of what was learned, here on random models
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "aligned").config.vocab_size == 32
+
+
+@pytest.mark.slow
+def test_quickstart_at_full_size_gives_a_lab_that_shows_the_problem(tmp_path):
+    """The lab does what its words say; what the corrections do to it is reported, not asserted."""
+    overrides = [f"output={tmp_path / 'out'}", f"toy.cache_dir={tmp_path / 'cache'}"]
+    assert main(["recipes/quickstart.yaml", *overrides]) == 0
+    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard"])
+    assert aligned["attack_success_rate"] < 0.1
+    assert raw["attack_success_rate"] > 0.5
+    assert raw["task_accuracy"] > aligned["task_accuracy"] + 0.3
