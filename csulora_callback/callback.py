@@ -14,7 +14,7 @@ from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
 from csulora_callback.report import print_start
-from csulora_callback.subspace import SafetySubspace, default_cache_dir
+from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class CSULoRACallback(HuggingFaceEvents):
                 f"{'neither' if base_model is None else 'both'}. "
                 "Pass base_model='org/base' or subspace='file.safetensors'."
             )
+        check_rank_rule(rank, energy)
         if penalty is not None and not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,7 +31,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)|^module\.")
+_DDP = re.compile(r"^(?:_orig_mod\.)?module\.")  # compiled or not
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)")
 
 
 def module_name(raw: str) -> str:
@@ -42,7 +44,7 @@ def module_name(raw: str) -> str:
         >>> module_name("_orig_mod.base_model.model.lm_head")
         'lm_head'
     """
-    name = _WRAPPERS.sub("", raw).rstrip(".")
+    name = _WRAPPERS.sub("", _DDP.sub("", raw)).rstrip(".")
     # A PeftModel may itself sit inside another module (a LightningModule, say): its inside is what has the name.
     return name.rpartition("base_model.model.")[2]
 
@@ -54,6 +56,14 @@ class Checkpoint:
 
     Attributes:
         source: where the weights come from, for messages.
+
+    Example:
+        >>> from torch import nn
+        >>> checkpoint = open_checkpoint(nn.Sequential(nn.Linear(3, 2)))
+        >>> checkpoint.source, checkpoint.weight("0").shape
+        ('Sequential in memory', torch.Size([2, 3]))
+        >>> len(checkpoint.fingerprint(["0"]))
+        64
     """
 
     def __init__(
@@ -84,7 +94,7 @@ class Checkpoint:
         """
         self._check(name)
         weight = self._readers[name]()
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # float8 needs scales that lie elsewhere
             raise ValueError(
                 f"{self.source}: the weight of '{name}' is quantized ({weight.dtype}), expected floating point. "
                 "Pass the path or Hub id of the unquantized checkpoint instead."
@@ -113,7 +123,14 @@ class Checkpoint:
 
 
 def update_fingerprint(sha: hashlib._Hash, name: str, weight: Tensor) -> None:
-    """Add one weight to a running fingerprint."""
+    """Add one weight to a running fingerprint: its name, dtype, shape and bytes.
+
+    Example:
+        >>> sha = hashlib.sha256()
+        >>> update_fingerprint(sha, "layer", torch.eye(2))
+        >>> sha.hexdigest()[:8]
+        '9aeaff20'
+    """
     sha.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
     sha.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
 
@@ -131,11 +148,12 @@ def open_checkpoint(
             memory (a ``PeftModel`` counts as the model below its adapters).
         required: module names that must be found. Where the files name them otherwise (transformers renames and fuses
             on load), the whole checkpoint is loaded through transformers on the CPU, and a warning says so.
-        revision: branch, tag or commit of a Hub id.
+        revision: branch, tag or commit of a Hub id; nothing else has one.
 
     Raises:
         FileNotFoundError: if the folder or the Hub id cannot be had, or holds no weights.
-        ValueError: if a file is corrupt, or a required module is missing even after loading through transformers.
+        ValueError: if a file is corrupt, a required module is missing even after loading through transformers, or
+            ``revision`` is given with something that is not a Hub id.
 
     Example:
         >>> from torch import nn
@@ -143,11 +161,15 @@ def open_checkpoint(
         >>> checkpoint.names(), checkpoint.shape("0")
         (['0'], (2, 3))
     """
+    if revision is not None and (isinstance(source, Checkpoint | nn.Module) or Path(source).is_dir()):
+        raise ValueError(
+            f"`revision`: expected None, since only a Hub id has revisions, but got {revision!r}. Leave it out."
+        )
     if isinstance(source, Checkpoint):
         return source
     required = list(required)
     if isinstance(source, nn.Module):
-        checkpoint = _from_module(source, f"{type(source).__name__} in memory")
+        checkpoint = _from_module(source, set(), f"{type(source).__name__} in memory")
         for name in required:
             checkpoint.shape(name)
         return checkpoint
@@ -161,17 +183,17 @@ def open_checkpoint(
             source,
             missing[0],
         )
-        checkpoint = _from_module(_load_through_transformers(folder, checkpoint, missing[0]), str(source))
+        checkpoint = _from_module(*_load_through_transformers(folder, checkpoint, missing[0]), str(source))
         for name in required:
             checkpoint.shape(name)
     return checkpoint
 
 
-def _from_module(module: nn.Module, source: str) -> Checkpoint:
+def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
     readers, shapes = {}, {}
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
         prefix, _, kind = raw.rpartition(".")
-        if kind == "weight" and ".lora_" not in raw:
+        if kind == "weight" and ".lora_" not in raw and raw not in invented:
             name = module_name(prefix)
             readers[name] = lambda parameter=parameter: parameter.detach()
             shapes[name] = tuple(parameter.shape)
@@ -185,8 +207,10 @@ def _from_folder(folder: Path, source: str) -> Checkpoint:
     if found.name.endswith(".index.json"):
         try:
             files = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{found}: expected a shard index with a weight_map, but it cannot be read.") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{found}: expected a shard index with a weight_map, but it cannot be read. Fetch it again."
+            ) from error
     else:
         files = [found.name]
 
@@ -221,7 +245,13 @@ def _safetensors_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple
 
 def _bin_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
     # mmap leaves the data on disk until a tensor is used; weights_only refuses to run pickled code.
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected tensors written by torch.save, but it cannot be read with weights_only=True "
+            f"({str(error).splitlines()[0]}). Fetch it again, or a checkpoint in safetensors."
+        ) from error
     return {key: (lambda tensor=tensor: tensor, tuple(tensor.shape)) for key, tensor in state.items()}
 
 
@@ -243,11 +273,17 @@ def _from_hub(source: str | os.PathLike, revision: str | None) -> Path:
         ) from error
 
 
-def _load_through_transformers(folder: Path, checkpoint: Checkpoint, missing: str) -> nn.Module:
+def _load_through_transformers(folder: Path, checkpoint: Checkpoint, missing: str) -> tuple[nn.Module, set[str]]:
+    """The model, and the names of parameters that the files lack and transformers made up."""
     try:
         architectures = AutoConfig.from_pretrained(folder).architectures
     except (OSError, ValueError):
         architectures = None
     if not architectures or not hasattr(transformers, architectures[0]):
         checkpoint.shape(missing)  # raises, with the nearest names
-    return getattr(transformers, architectures[0]).from_pretrained(folder, dtype="auto", low_cpu_mem_usage=True)
+    architecture = getattr(transformers, architectures[0])
+    # transformers draws what the files lack at random. Noise must neither pass for weights nor move the generator
+    # that a training run draws from.
+    with torch.random.fork_rng(devices=[]):
+        model, info = architecture.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    return model, set(info["missing_keys"])

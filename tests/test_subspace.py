@@ -1,5 +1,6 @@
 """The subspace against dense SVDs, its file, its cache, and what it refuses."""
 
+import contextlib
 import logging
 import shutil
 
@@ -105,6 +106,19 @@ def test_rank_never_exceeds_that_of_the_displacement():
     assert_leading(basis, D, 3, tolerance=1e-5)
 
 
+def test_all_energy_of_a_low_rank_displacement_needs_no_more_than_its_rank():
+    D = displacement(64, 48, torch.tensor([3.0, 2.0, 1.0]))
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), energy=1.0, progress=False)["0"]
+    assert_leading(basis, D, 3, tolerance=1e-5)
+
+
+def test_norm_of_a_large_displacement_is_accurate():
+    """One float32 sum over all squares is wrong by 1e-4 at this size, and an energy with it."""
+    D = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), rank=1, progress=False)["0"]
+    assert basis.displacement == pytest.approx(D.double().norm().item(), rel=1e-6)
+
+
 def test_sixteen_bit_weights_are_subtracted_in_float32(tmp_path):
     base = tiny_llama().to(torch.bfloat16)
     aligned = align(base)
@@ -142,6 +156,15 @@ def test_a_module_that_did_not_move_has_an_empty_basis():
     assert subspace.energy_kept == pytest.approx(kept / total, rel=1e-5)
 
 
+def test_result_depends_on_neither_order_nor_number_of_modules():
+    base, aligned = tiny_llama(), align(tiny_llama())
+    few, more = (
+        SafetySubspace.estimate(base, aligned, targets, rank=2, method="krylov", progress=False)
+        for targets in (["v_proj"], TARGETS[::-1])
+    )
+    assert all(torch.equal(few[name].U, more[name].U) for name in few)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return saved_pair(tmp_path_factory.mktemp("pair"))
@@ -163,13 +186,20 @@ def test_files_that_are_not_a_whole_subspace_are_refused(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"SafetySubspace\.save wrote, but .* is not there"):
         SafetySubspace.load(path)
     save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"expected a safety subspace of format 1, but .* another safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a safety subspace of format 2, but .* another safetensors file"):
         SafetySubspace.load(path)
-    SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False).save(path)
+    original = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
+    original.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-50])
     with pytest.raises(ValueError, match=r"`subspace`: .* is corrupt"):
         SafetySubspace.load(path)
+    for place in range(0, int.from_bytes(whole[:8], "little") + 8, 7):  # the header, whatever it says
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        with contextlib.suppress(ValueError):  # refused; what is not refused has to be what was saved
+            assert SafetySubspace.load(path).metadata == original.metadata
     flipped = bytearray(whole)
     flipped[-9] ^= 1
     path.write_bytes(bytes(flipped))
@@ -220,6 +250,7 @@ def test_default_cache_dir_follows_xdg(monkeypatch, tmp_path):
         ({"energy": 1.5}, r"`energy`: expected a share in \(0, 1\] or None, but got 1.5"),
         ({"method": "svd"}, "`method`: expected 'auto', 'krylov' or 'exact', but got 'svd'"),
         ({"target_modules": "nothing"}, "expected a module whose name matches 'nothing', but found none"),
+        ({"target_modules": ["model.norm"]}, "expected two-dimensional weights, but that of 'model.norm'"),
         ({"target_modules": ["q_prj"]}, "expected a weight for the module 'q_prj'"),
     ],
 )
