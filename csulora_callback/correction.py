@@ -255,7 +255,8 @@ def correct(
     closest = sum(gain[block] * core for block, core in blocks.items())
     left, sigma, right = torch.linalg.svd(closest, full_matrices=False)
     kept = sigma.numel() if rank == "expand" else min(A.shape[0], sigma.numel())
-    truncation_error = (sigma[kept:].norm() / sigma.norm()).item()
+    whole = sigma.norm()
+    truncation_error = (sigma[kept:].norm() / whole).item() if whole > 0 else 0.0  # X* = 0 fits any rank
     left, sigma, right = left[:, :kept], sigma[:kept], right[:kept]
     relative_change = (((left * sigma) @ right - before).norm() / before.norm()).item()
 
