@@ -15,6 +15,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
 from csulora_callback.report import print_start
 from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
+from csulora_callback.weights import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +122,15 @@ class CSULoRACallback(HuggingFaceEvents):
         return corrector
 
     def _subspace_for(self, model: nn.Module, progress: bool) -> SafetySubspace:
-        if isinstance(self.subspace, SafetySubspace):
-            return self.subspace
+        aligned = _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model
         if self.subspace is not None:
-            return SafetySubspace.load(self.subspace)
+            given = self.subspace
+            subspace = given if isinstance(given, SafetySubspace) else SafetySubspace.load(given)
+            _check_origin(subspace, aligned)
+            return subspace
         return SafetySubspace.estimate(
             self.base_model,
-            _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model,
+            aligned,
             target_modules=list(find_adapter(model).layers),
             rank=self.rank,
             energy=self.energy,
@@ -140,3 +143,22 @@ def _weights_below_adapter(model: nn.Module) -> nn.Module | str:
     """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
     layer = next(iter(find_adapter(model).layers.values())).module.get_base_layer()
     return model if layer.weight.is_floating_point() else model.config.name_or_path
+
+
+def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Module) -> None:
+    """Refuse a subspace that was estimated from other aligned weights than the adapter sits on."""
+    origin, names = subspace.metadata["aligned"], list(subspace)
+    checkpoint = open_checkpoint(aligned, names)
+    dtype = str(checkpoint.weight(names[0]).dtype).removeprefix("torch.")
+    if origin["dtypes"] != [dtype]:
+        logger.warning(
+            "The subspace was estimated from %s weights and the model holds %s ones: whether they are the same "
+            "checkpoint cannot be checked.",
+            "/".join(origin["dtypes"]),
+            dtype,
+        )
+    elif checkpoint.fingerprint(names) != origin["fingerprint"]:
+        raise ValueError(
+            f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
+            f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import transformers
@@ -52,6 +53,7 @@ def run(recipe: Recipe) -> list[report.Row]:
     output.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
     console = Console()
     fit = importlib.import_module(f"recipes.{recipe.trainer.value}").fit
 
@@ -60,16 +62,16 @@ def run(recipe: Recipe) -> list[report.Row]:
         console.rule(f"fine-tuning with the callback: {name}")
         logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
         if not rows:
-            rows.append(report.Row("aligned, before the fine-tune", None, task.judge(task.aligned_model(), batches)))
+            rows.append(report.Row("aligned model", None, task.judge(task.aligned_model(), batches)))
             rows.append(report.Row("raw LoRA", None, task.judge(load_checkpoint(task, checkpoint, raw=True), batches)))
         saved = task.judge(load_checkpoint(task, checkpoint), batches)
         strength = correction.penalty().parameters.get("strength")
-        rows.append(report.Row(f"checkpoint as saved, {name}", strength, saved))
+        rows.append(report.Row(f"saved checkpoint, {name}", strength, saved))
 
     report.write_results(rows, output)
     report.write_metrics(logs, output)
     report.plot(logs, output / "drift.png")
-    report.print_table(rows, f"{recipe.training.seed=}".replace("recipe.training.", ""))
+    report.print_table(rows, f"what the correction did (training seed {recipe.training.seed})")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
     return rows
 

@@ -292,3 +292,14 @@ def test_factors_that_become_nan_are_saved_raw_and_do_not_stop_the_run(pair, tmp
     assert_says(warnings[0], "NaN or Inf", "raw adapter, not a corrected one", "csulora/correction.json")
     losses = [record for record in trainer.state.log_history if "loss" in record]
     assert ["csulora/update_norm" in record for record in losses] == [True, True] + [False] * 6
+
+
+def test_a_subspace_of_other_weights_is_refused_and_one_of_another_dtype_is_doubted(pair, tmp_path, caplog):
+    base, _ = pair
+    other = SafetySubspace.estimate(base, align(tiny_llama(), seed=9), TARGETS, rank=2, progress=False)
+    with pytest.raises(ValueError, match="the fingerprint of the weights it was estimated from .* is another"):
+        make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(subspace=other)]).train()
+    narrow = SafetySubspace.estimate(base, align(tiny_llama()).bfloat16(), TARGETS, rank=2, progress=False)
+    assert "what the narrower dtype rounded away counts as displacement" in caplog.text
+    make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(subspace=narrow)]).train()
+    assert "whether they are the same checkpoint cannot be checked" in caplog.text

@@ -91,7 +91,7 @@ def test_wandb(pair, tmp_path, monkeypatch):
     try:
         history = train(pair, tmp_path, report_to=["wandb"]).state.log_history
     finally:
-        wandb.finish()
+        wandb.teardown()  # waits until the writing process has ended; finish() can return before the file is whole
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows = [row for row in wandb_history(file) if "train/loss" in row or any("csulora" in key for key in row)]
