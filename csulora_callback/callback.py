@@ -105,8 +105,11 @@ class CSULoRACallback(HuggingFaceEvents):
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started = time.perf_counter()
-        subspace = self._subspace_for(model, progress=verbose)
+        aligned = _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model
+        subspace = self._subspace_for(model, aligned, progress=verbose)
         corrector = SafetyCorrector(model, subspace, self.penalty)
+        if self.subspace is not None:
+            _check_origin(subspace, aligned)
         still = [name for name in corrector.adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, seconds=time.perf_counter() - started)
@@ -121,13 +124,13 @@ class CSULoRACallback(HuggingFaceEvents):
                 )
         return corrector
 
-    def _subspace_for(self, model: nn.Module, progress: bool) -> SafetySubspace:
-        aligned = _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model
+    def _subspace_for(
+        self, model: nn.Module, aligned: str | os.PathLike | nn.Module, progress: bool
+    ) -> SafetySubspace:
+        if isinstance(self.subspace, SafetySubspace):
+            return self.subspace
         if self.subspace is not None:
-            given = self.subspace
-            subspace = given if isinstance(given, SafetySubspace) else SafetySubspace.load(given)
-            _check_origin(subspace, aligned)
-            return subspace
+            return SafetySubspace.load(self.subspace)
         return SafetySubspace.estimate(
             self.base_model,
             aligned,

@@ -66,7 +66,7 @@ def run(recipe: Recipe) -> list[report.Row]:
             rows.append(report.Row("raw LoRA", None, task.judge(load_checkpoint(task, checkpoint, raw=True), batches)))
         saved = task.judge(load_checkpoint(task, checkpoint), batches)
         strength = correction.penalty().parameters.get("strength")
-        rows.append(report.Row(f"saved checkpoint, {name}", strength, saved))
+        rows.append(report.Row(f"saved, {name}", strength, saved))
 
     report.write_results(rows, output)
     report.write_metrics(logs, output)

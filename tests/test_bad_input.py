@@ -297,7 +297,7 @@ def test_factors_that_become_nan_are_saved_raw_and_do_not_stop_the_run(pair, tmp
 def test_a_subspace_of_other_weights_is_refused_and_one_of_another_dtype_is_doubted(pair, tmp_path, caplog):
     base, _ = pair
     other = SafetySubspace.estimate(base, align(tiny_llama(), seed=9), TARGETS, rank=2, progress=False)
-    with pytest.raises(ValueError, match="the fingerprint of the weights it was estimated from .* is another"):
+    with pytest.raises(ValueError, match=r"the fingerprint of the weights it was estimated from .* is another"):
         make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(subspace=other)]).train()
     narrow = SafetySubspace.estimate(base, align(tiny_llama()).bfloat16(), TARGETS, rank=2, progress=False)
     assert "what the narrower dtype rounded away counts as displacement" in caplog.text

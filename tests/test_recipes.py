@@ -146,7 +146,7 @@ def test_quickstart_at_a_small_size(tmp_path, capsys):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
     assert main(["recipes/quickstart.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "saved checkpoint, guard" in printed
+    assert "saved, guard" in printed
     assert "attack success" in printed
     rows = check_output(tmp_path / "first", ["csulora", "guard"])
     assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
