@@ -84,11 +84,14 @@ class CSULoRACallback(HuggingFaceEvents):
                 f"{'neither' if base_model is None else 'both'}. "
                 "Pass base_model='org/base' or subspace='file.safetensors'."
             )
+        _check_source("base_model", base_model, nn.Module)
+        _check_source("aligned_model", aligned_model, nn.Module)
+        _check_source("subspace", subspace, SafetySubspace)
         check_rank_rule(rank, energy)
         if penalty is not None and not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
-            if steps is not None and (not isinstance(steps, int) or steps < 1):
+            if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
         self.base_model = base_model
         self.aligned_model = aligned_model
@@ -140,6 +143,12 @@ class CSULoRACallback(HuggingFaceEvents):
             progress=progress,
             cache_dir=self.cache_dir,
         )
+
+
+def _check_source(name: str, source: object, kind: type) -> None:
+    if source is None or isinstance(source, kind) or (isinstance(source, str | os.PathLike) and str(source)):
+        return
+    raise ValueError(f"`{name}`: expected a path, a Hub id or a {kind.__name__}, but got {source!r}.")
 
 
 def _weights_below_adapter(model: nn.Module) -> nn.Module | str:

@@ -39,6 +39,7 @@ class HuggingFaceEvents(TrainerCallback):
         self._corrector: SafetyCorrector | None = None
         self._model: nn.Module | None = None
         self._state: TrainerState | None = None
+        self._handler: CallbackHandler | None = None
         self._training = False
         self._saved_into: Path | None = None  # where save_pretrained wrote since the last checkpoint was finished
         self._warned_not_finite = False
@@ -53,7 +54,8 @@ class HuggingFaceEvents(TrainerCallback):
         if self._corrector is not None and state.global_step == 0:
             # A run that crashed inside the window left corrected factors behind (a resume has loaded over them).
             self._corrector.restore()
-        _surround(_calling_handler(), self)
+        self._handler = _calling_handler()
+        _surround(self._handler, self)
         self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
         self._model, self._state = model, state
         if state.global_step > 0:
@@ -148,7 +150,7 @@ class HuggingFaceEvents(TrainerCallback):
             original = original.uncorrected
 
         def save_pretrained(target: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -> object:
-            if target is not model:  # a deep copy took the attribute along
+            if target is not model or not self._listening:  # a deep copy, or a model whose callback was removed
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
             with self._corrector.corrected() as adapter:
                 self._warn_if_not_finite(adapter)
@@ -160,6 +162,11 @@ class HuggingFaceEvents(TrainerCallback):
 
         save_pretrained.uncorrected = original
         model.save_pretrained = types.MethodType(save_pretrained, model)
+
+    @property
+    def _listening(self) -> bool:
+        """Whether the callback is still in the trainer's list: users may remove it between two runs."""
+        return any(callback is self for callback in self._handler.callbacks)
 
     def _record_save(self, adapter: CorrectedAdapter) -> None:
         """A save between two log records gets one of its own, so that the checkpoint's state says it is corrected."""
@@ -186,10 +193,12 @@ class _AfterOthers(TrainerCallback):
         self.events = events
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.events._after_step(state, control)
+        if self.events._listening:
+            self.events._after_step(state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.events._open_window(control)
+        if self.events._listening:
+            self.events._open_window(control)
 
 
 def _calling_handler() -> CallbackHandler:

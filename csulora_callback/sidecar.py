@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from csulora_callback.adapters import Factors, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.adapters import Factors, digest, from_peft_state_dict, to_peft_state_dict
 
 FOLDER = "csulora"
 RAW_ADAPTER = "raw_adapter.safetensors"
@@ -48,14 +48,20 @@ class Sidecar:
 
         Raises:
             FileNotFoundError: if ``folder`` was not written with the callback.
-            ValueError: if one of the two files is corrupt.
+            ValueError: if one of the two files is corrupt, or they do not belong together.
         """
         record, raw_file = read_record(folder), Path(folder) / FOLDER / RAW_ADAPTER
         try:
             state = load_file(raw_file)
         except SafetensorError as error:
             raise ValueError(f"{raw_file}: expected a safetensors file, but it cannot be read ({error}).") from error
-        return cls(from_peft_state_dict(state, list(record["modules"]), str(raw_file)), record)
+        raw = from_peft_state_dict(state, list(record["modules"]), str(raw_file))
+        if digest(raw) != record["raw_digest"]:
+            raise ValueError(
+                f"{raw_file}: expected the factors that {RECORD} beside it records, but their digest is another. "
+                "The file was changed; take both from a copy of the checkpoint."
+            )
+        return cls(raw, record)
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:

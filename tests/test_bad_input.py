@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from csulora_callback import CSULoRACallback, SafetySubspace
@@ -303,3 +303,29 @@ def test_a_subspace_of_other_weights_is_refused_and_one_of_another_dtype_is_doub
     assert "what the narrower dtype rounded away counts as displacement" in caplog.text
     make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(subspace=narrow)]).train()
     assert "whether they are the same checkpoint cannot be checked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base_model": 3}, "`base_model`: expected a path, a Hub id or a Module, but got 3."),
+        ({"base_model": ""}, "`base_model`: expected a path, a Hub id or a Module, but got ''."),
+        ({"base_model": "a/b", "aligned_model": []}, "`aligned_model`: expected a path, a Hub id or a Module"),
+        ({"subspace": {}}, "`subspace`: expected a path, a Hub id or a SafetySubspace, but got {}."),
+        ({"base_model": "a/b", "every_n_steps": True}, "`every_n_steps`: expected a number of steps ≥ 1 or None"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CSULoRACallback(**arguments)
+
+
+def test_raw_factors_that_were_changed_are_not_resumed_from(pair, subspace, tmp_path):
+    def trainer():
+        return make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(subspace=subspace)])
+
+    trainer().train()
+    raw = tmp_path / "checkpoint-8" / "csulora" / "raw_adapter.safetensors"
+    save_file({key: 3 * tensor for key, tensor in load_file(raw).items()}, raw)
+    with pytest.raises(ValueError, match=r"raw_adapter\.safetensors: expected the factors that correction\.json"):
+        trainer().train(resume_from_checkpoint=True)

@@ -386,3 +386,28 @@ def test_a_module_around_a_peft_model_saves_corrected_weights_and_resumes(pair, 
         assert torch.equal(state[inside], value)
     resumed = run(tmp_path / "with", [callback(pair)], resume=str(tmp_path / "with/checkpoint-4"))
     assert_same(live(resumed), live(trainer))
+
+
+def test_a_callback_that_was_removed_does_nothing(pair, tmp_path):
+    def two_runs(output, callbacks):
+        trainer = make_trainer(fresh_model(pair), output, callbacks, save_steps=2)
+        adapter = find_adapter(trainer.model)
+        start = adapter.read()
+        trainer.train()
+        trainer.remove_callback(CSULoRACallback)
+        adapter.write(start)  # the first run left a corrected adapter
+        trainer.train()
+        return trainer
+
+    clean, removed = two_runs(tmp_path / "clean", []), two_runs(tmp_path / "removed", [callback(pair)])
+    assert losses(removed) == losses(clean)
+    for folder in checkpoints(tmp_path / "clean"):
+        assert_same(saved(tmp_path / "removed" / folder.name), saved(folder))
+
+
+def test_a_refused_callback_can_be_removed(pair, tmp_path):
+    trainer = make_trainer(fresh_model(pair), tmp_path, [CSULoRACallback(base_model=pair[1])])
+    with pytest.raises(ValueError, match="base equal to aligned"):
+        trainer.train()
+    trainer.remove_callback(CSULoRACallback)
+    trainer.train()
