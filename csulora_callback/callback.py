@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
+from functools import cache
 from pathlib import Path
 
 from torch import nn
@@ -13,14 +15,17 @@ from csulora_callback.adapters import find_adapter
 from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
+from csulora_callback.lightning import LightningEvents
 from csulora_callback.report import print_start
 from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
 from csulora_callback.weights import open_checkpoint
 
 logger = logging.getLogger(__name__)
 
+_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # one project, two import names
 
-class CSULoRACallback(HuggingFaceEvents):
+
+class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     r"""Keeps what a LoRA fine-tune ships inside the safety subspace of the aligned model it started from.
 
     The subspace of a module is spanned by the leading singular vectors of \\( W_{aligned} − W_{base} \\). The update
@@ -77,7 +82,7 @@ class CSULoRACallback(HuggingFaceEvents):
         cache_dir: str | os.PathLike | None = None,
         resume_from: str | os.PathLike | None = None,
     ) -> None:
-        super().__init__()
+        HuggingFaceEvents.__init__(self)
         if (base_model is None) == (subspace is None):
             raise ValueError(
                 "`base_model`: expected the unaligned base checkpoint, or a `subspace` instead, but got "
@@ -104,6 +109,19 @@ class CSULoRACallback(HuggingFaceEvents):
         self.log_every_n_steps = log_every_n_steps
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
+
+    def __new__(cls, *args: object, **kwargs: object) -> CSULoRACallback:
+        return super().__new__(_also_lightnings(cls))
+
+    def __reduce__(self) -> tuple:
+        # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
+        plain = next(kind for kind in type(self).__mro__ if kind.__dict__.get("_made_from") is None)
+        return plain.__new__, (plain,), self.__dict__
+
+    def on_train_end(self, *event: object, **kwargs: object) -> None:
+        """The one event whose name both trainers use: (args, state, control) or (trainer, module)."""
+        half = HuggingFaceEvents if len(event) == 3 else LightningEvents
+        half.on_train_end(self, *event, **kwargs)
 
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
@@ -143,6 +161,21 @@ class CSULoRACallback(HuggingFaceEvents):
             progress=progress,
             cache_dir=self.cache_dir,
         )
+
+
+def _also_lightnings(kind: type[CSULoRACallback]) -> type[CSULoRACallback]:
+    """``kind``, or where Lightning is in use a subclass that is one of its callbacks too.
+
+    Lightning asks its callbacks for some forty hooks. Inheriting them here, and not in the class statement, spares
+    everyone else the import.
+    """
+    bases = tuple(sys.modules[package].Callback for package in _LIGHTNING if package in sys.modules)
+    return _mixed(kind, bases) if bases and not issubclass(kind, bases) else kind
+
+
+@cache
+def _mixed(kind: type[CSULoRACallback], bases: tuple[type, ...]) -> type[CSULoRACallback]:
+    return type(kind.__name__, (kind, *bases), {"_made_from": kind, "__doc__": kind.__doc__})
 
 
 def _check_source(name: str, source: object, kind: type) -> None:

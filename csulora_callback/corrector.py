@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.metrics import SafetyDrift
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS = {package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")}
 
@@ -77,6 +80,7 @@ class SafetyCorrector:
         self._swapped_in: CorrectedAdapter | None = None
         self._before_swap: Factors | None = None
         self._applied: CorrectedAdapter | None = None  # the last correction made for good
+        self._warned = False
 
     def compute(self) -> CorrectedAdapter:
         """The correction of the adapter as it stands, without touching the model.
@@ -90,6 +94,7 @@ class SafetyCorrector:
         if self._applied is not None and digest(live) == self._applied.record["corrected_digest"]:
             return self._applied
         if not all_finite(live):
+            self._warn_not_finite()
             return CorrectedAdapter(live, live, {}, self._record(live, live, {}, {}))
 
         corrections = {name: self._correct(name, *live[name]) for name in live}
@@ -150,6 +155,14 @@ class SafetyCorrector:
         finally:
             if not nested:
                 self.restore()
+
+    def _warn_not_finite(self) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "The LoRA factors hold NaN or Inf and are left as they are: a checkpoint saved now holds the raw "
+                "adapter, not a corrected one, and its record says so."
+            )
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
         U, V = (side.to(lora_A.device) for side in self._bases[name])

@@ -9,7 +9,6 @@ correct around the call and to write the sidecar into the same folder.
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import types
 from abc import abstractmethod
@@ -23,8 +22,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from csulora_callback import sidecar
 from csulora_callback.adapters import digest
 from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
-
-logger = logging.getLogger(__name__)
 
 
 class HuggingFaceEvents(TrainerCallback):
@@ -42,7 +39,6 @@ class HuggingFaceEvents(TrainerCallback):
         self._handler: CallbackHandler | None = None
         self._training = False
         self._saved_into: Path | None = None  # where save_pretrained wrote since the last checkpoint was finished
-        self._warned_not_finite = False
 
     @abstractmethod
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
@@ -109,7 +105,7 @@ class HuggingFaceEvents(TrainerCallback):
             if _find_corrected(digest(live), [Path(state.best_model_checkpoint)]):
                 saved = sidecar.Sidecar.load(state.best_model_checkpoint)
                 corrector.mark_applied(CorrectedAdapter(saved.raw, live, saved.record["metrics"], saved.record))
-        self._warn_if_not_finite(corrector.apply())
+        corrector.apply()
 
     def _after_step(self, state: TrainerState, control: TrainerControl) -> None:
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
@@ -120,7 +116,7 @@ class HuggingFaceEvents(TrainerCallback):
         # With save_strategy="best" the save is decided only after the evaluation. Where evaluations are to see raw
         # weights, a save that follows one is left to the wrapped save_pretrained.
         if self.evaluate_corrected if control.should_evaluate else control.should_save:
-            self._warn_if_not_finite(self._corrector.swap_in())
+            self._corrector.swap_in()
 
     def _restore_raw(self, args: TrainingArguments, state: TrainerState) -> None:
         """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors."""
@@ -153,7 +149,6 @@ class HuggingFaceEvents(TrainerCallback):
             if target is not model or not self._listening:  # a deep copy, or a model whose callback was removed
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
             with self._corrector.corrected() as adapter:
-                self._warn_if_not_finite(adapter)
                 if kwargs.get("is_main_process", True):
                     adapter.sidecar.save(save_directory)
                 self._saved_into = Path(save_directory)
@@ -174,16 +169,6 @@ class HuggingFaceEvents(TrainerCallback):
         logged = any("csulora/update_norm" in record and record["step"] == step for record in history[-3:])
         if self._training and adapter.metrics and not logged:
             history.append({**adapter.metrics, "epoch": self._state.epoch, "step": step})
-
-    def _warn_if_not_finite(self, adapter: CorrectedAdapter) -> None:
-        if not adapter.metrics and not self._warned_not_finite:
-            self._warned_not_finite = True
-            logger.warning(
-                "The LoRA factors hold NaN or Inf: a checkpoint saved now holds the raw adapter, not a corrected "
-                "one, and its %s/%s says so.",
-                sidecar.FOLDER,
-                sidecar.RECORD,
-            )
 
 
 class _AfterOthers(TrainerCallback):

@@ -1,0 +1,310 @@
+"""The promises of the callback in Lightning's Trainer, each against the same run without it."""
+
+import copy
+import csv
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
+
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
+from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
+from tests.lab import TARGETS, Tokens, saved_pair, with_lora
+
+PENALTY = Penalty.csulora(5.0)
+RANK = 3
+SCALING = 2.0
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return saved_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def subspace(pair):
+    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+
+
+class Module(L.LightningModule):
+    """Holds its PeftModel under a name of its own; drops out, so that a stray random draw would show."""
+
+    def __init__(self, aligned: Path, late: bool = False, manual: bool = False, compiled: bool = False) -> None:
+        super().__init__()
+        self.aligned, self.late, self.compiled = aligned, late, compiled
+        self.automatic_optimization = not manual
+        self.network = None
+        if not late:
+            self.build()
+
+    def build(self) -> None:
+        network = with_lora(AutoModelForCausalLM.from_pretrained(self.aligned), lora_dropout=0.1)
+        self.network = torch.compile(network, backend="eager") if self.compiled else network
+
+    def configure_model(self) -> None:
+        if self.network is None:
+            self.build()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.network(**batch).loss
+        self.log("loss", loss)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.network(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=2e-2)
+
+
+def callback(pair, **arguments) -> CSULoRACallback:
+    return CSULoRACallback(base_model=pair[0], **{"rank": RANK, "penalty": PENALTY, **arguments})
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(outputs["loss"].item())
+
+
+def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_path=None, **arguments):
+    """Eight steps in two epochs; returns the trainer, with the loss of every step."""
+    torch.manual_seed(11)
+    losses = Losses()
+    settings = {
+        "max_epochs": 2,
+        "limit_train_batches": 4,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": root,
+        "log_every_n_steps": 2,
+    }
+    trainer = L.Trainer(callbacks=[*callbacks, losses], **{**settings, **arguments})
+    data = DataLoader(Tokens(), batch_size=4), DataLoader(Tokens(count=8, seed=4), batch_size=4)
+    trainer.fit(module or Module(pair[1]), *data, ckpt_path=ckpt_path)
+    trainer.losses = losses.seen
+    return trainer
+
+
+def live(module) -> dict[str, torch.Tensor]:
+    return to_peft_state_dict(find_adapter(module).read())
+
+
+def expected(raw_state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
+    factors = from_peft_state_dict(raw_state, list(subspace), "raw")
+    result = {}
+    for name, (lora_A, lora_B) in factors.items():
+        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
+        result[name] = (done.lora_A, done.lora_B)
+    return to_peft_state_dict(result)
+
+
+def factors_in(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """Factors in a checkpoint's state_dict under PEFT's keys, and the raw ones beside them."""
+    checkpoint = torch.load(path, weights_only=True)
+    saved = {
+        f"base_model.model.{key.split('base_model.model.', 1)[1].replace('.default.', '.')}": value
+        for key, value in checkpoint["state_dict"].items()
+        if ".lora_" in key
+    }
+    return saved, checkpoint.get("csulora", {}).get("raw")
+
+
+def assert_same(left, right) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+def assert_corrected(path: Path, subspace: SafetySubspace) -> dict[str, torch.Tensor]:
+    saved, raw = factors_in(path)
+    assert_same(saved, expected(raw, subspace))
+    return raw
+
+
+CHECKPOINTS = {
+    "every epoch": {"save_top_k": -1},
+    "weights only": {"save_top_k": -1, "save_weights_only": True},
+    "save last": {"save_last": True},
+    "monitored best": {"monitor": "val_loss", "save_top_k": 1},
+    "train steps": {"every_n_train_steps": 3, "save_top_k": -1},
+    "at train epoch end": {"save_on_train_epoch_end": True, "save_top_k": -1},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace, tmp_path, kind):
+    def run(folder, callbacks):
+        saving = ModelCheckpoint(tmp_path / folder, filename="{step}", **CHECKPOINTS[kind])
+        return fit(pair, tmp_path, [*callbacks, saving])
+
+    without, trainer = run("without", []), run("with", [callback(pair)])
+    assert trainer.losses == without.losses
+    written = sorted((tmp_path / "with").glob("*.ckpt"))
+    assert written
+    for path in written:
+        raw = assert_corrected(path, subspace)
+        twin = tmp_path / "without" / path.name
+        if twin.exists():  # validation losses differ, and so may the best
+            assert_same(raw, factors_in(twin)[0])
+    assert_same(live(trainer.lightning_module), expected(live(without.lightning_module), subspace))
+
+
+@pytest.mark.parametrize("variant", ["late", "manual", "compiled"])
+def test_modules_of_every_make(pair, subspace, tmp_path, variant):
+    without = fit(pair, tmp_path, [], Module(pair[1], **{variant: True}), enable_checkpointing=False)
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    trainer = fit(pair, tmp_path, [callback(pair), saving], Module(pair[1], **{variant: True}))
+    assert trainer.losses == without.losses
+    for path in tmp_path.glob("*.ckpt"):
+        assert_corrected(path, subspace)
+    assert_same(live(trainer.lightning_module), expected(live(without.lightning_module), subspace))
+
+
+def test_validation_sees_what_ships(pair, tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    trainer = fit(pair, tmp_path, [callback(pair), saving])
+    seen = trainer.callback_metrics["val_loss"].item()
+    raw = fit(pair, tmp_path, [callback(pair, evaluate_corrected=False)], enable_checkpointing=False)
+    without = fit(pair, tmp_path, [], enable_checkpointing=False)
+    data = DataLoader(Tokens(count=8, seed=4), batch_size=4)
+
+    fresh = Module.load_from_checkpoint(tmp_path / "step=8.ckpt", aligned=pair[1])
+    plain = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    assert plain.validate(fresh, data, verbose=False)[0]["val_loss"] == seen
+    # By the same trainer too, which must not take the checkpoint for one to resume from, nor correct it again.
+    assert trainer.validate(ckpt_path=tmp_path / "step=8.ckpt", dataloaders=data, verbose=False)[0]["val_loss"] == seen
+    assert raw.callback_metrics["val_loss"] == without.callback_metrics["val_loss"] != seen
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_resume_is_exact(pair, tmp_path, step):
+    def saving(folder):
+        return ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    whole = fit(pair, tmp_path, [callback(pair), saving("whole")])
+    path = tmp_path / "whole" / f"step={step}.ckpt"
+    resumed = fit(pair, tmp_path, [callback(pair), saving("resumed")], ckpt_path=path)
+    without = fit(pair, tmp_path, [saving("without")])
+    twin = fit(pair, tmp_path, [saving("twin")], ckpt_path=tmp_path / "without" / f"step={step}.ckpt")
+    # Dropout draws anew after a resume, as Lightning does not keep the generator: the run without us is the measure.
+    assert resumed.losses == twin.losses
+    assert_same(factors_in(tmp_path / "resumed/step=8.ckpt")[1], factors_in(tmp_path / "twin/step=8.ckpt")[0])
+    assert whole.losses == without.losses
+
+
+def test_saves_by_hand_during_and_after_the_fit(pair, subspace, tmp_path):
+    class SaveByHand(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / f"during-{trainer.global_step}.ckpt")
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / f"validating-{trainer.global_step}.ckpt")
+
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    trainer = fit(pair, tmp_path, [SaveByHand(), callback(pair)], enable_checkpointing=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trainer.save_checkpoint(tmp_path / "after-weights.ckpt", weights_only=True)
+    for path in tmp_path.glob("*.ckpt"):
+        assert_corrected(path, subspace)
+    assert_same(factors_in(tmp_path / "after.ckpt")[0], live(trainer.lightning_module))
+    assert_same(factors_in(tmp_path / "after-weights.ckpt")[0], factors_in(tmp_path / "validating-8.ckpt")[0])
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_leaves_the_weights_that_were_trained(pair, subspace, tmp_path, error):
+    before = {}
+
+    class Fail(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *arguments):
+            raise error
+
+        def on_train_batch_end(self, trainer, pl_module, *arguments):
+            before.update(live(pl_module))
+
+    module = Module(pair[1])
+    rescue = OnExceptionCheckpoint(tmp_path, filename="rescue")
+    with pytest.raises((error, SystemExit)):
+        fit(pair, tmp_path, [callback(pair), Fail(), rescue], module)
+    assert_same(live(module), before)
+    if error is ZeroDivisionError:
+        assert_same(assert_corrected(tmp_path / "rescue.ckpt", subspace), before)
+
+
+def test_every_n_steps_and_a_second_fit(pair, subspace, tmp_path):
+    class CorrectByHand(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step % 3 == 0:
+                adapter = find_adapter(pl_module)
+                done = expected(to_peft_state_dict(adapter.read()), subspace)
+                adapter.write(from_peft_state_dict(done, list(adapter.layers), ""))
+
+    by_hand = fit(pair, tmp_path, [CorrectByHand()], enable_checkpointing=False)
+    ours = fit(pair, tmp_path, [callback(pair, every_n_steps=3)], enable_checkpointing=False)
+    assert ours.losses == by_hand.losses
+    assert_same(live(ours.lightning_module), expected(live(by_hand.lightning_module), subspace))
+
+    saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    fit(pair, tmp_path, [callback(pair), saving], ours.lightning_module)
+    for path in tmp_path.glob("*.ckpt"):
+        assert_corrected(path, subspace)
+
+
+def test_drift_goes_through_the_loggers_with_the_loss(pair, subspace, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = fit(pair, tmp_path, [callback(pair)], logger=logger, enable_checkpointing=False)
+    with open(Path(logger.log_dir) / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["loss"]]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7]
+    names = ("aligned_energy", "partial_energy", "off_energy", "attenuation", "relative_change", "truncation_error")
+    for row in rows:
+        assert all(float(row[f"csulora/{name}"]) >= 0 for name in (*names, "update_norm"))
+        shares = sum(float(row[f"csulora/{name}"]) for name in names[:3])
+        assert shares == pytest.approx(1.0, abs=1e-5)
+    assert {"csulora/off_energy", "csulora/attenuation"} <= trainer.progress_bar_metrics.keys()
+    assert "csulora/update_norm" not in trainer.progress_bar_metrics
+
+
+def test_bad_input_is_refused_before_the_first_step(pair, tmp_path):
+    with pytest.raises(ValueError, match="base equal to aligned"):
+        fit(pair, tmp_path, [CSULoRACallback(base_model=pair[1])])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_callback_is_lightnings_own_and_copies_and_pickles(pair):
+    ours = callback(pair)
+    assert isinstance(ours, CSULoRACallback)
+    assert isinstance(ours, Callback)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert isinstance(copied, CSULoRACallback)
+        assert isinstance(copied, Callback)
+        assert copied.penalty == PENALTY
+
+
+def test_neither_trainer_imports_the_other():
+    code = (
+        "import sys\nfrom csulora_callback import CSULoRACallback\nCSULoRACallback(base_model='a/b')\n"
+        "print([name for name in ('lightning', 'pytorch_lightning', 'transformers.trainer') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
