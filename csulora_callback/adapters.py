@@ -6,15 +6,21 @@ checkpoint untouched.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,6 +87,7 @@ class Adapter:
 
     name: str
     layers: dict[str, AdaptedLayer]
+    config: PeftConfig
 
     def read(self) -> Factors:
         """Copies of the factors, in the parameters' dtype and on their device."""
@@ -117,7 +124,8 @@ def find_adapter(model: nn.Module) -> Adapter:
         if not isinstance(module, LoraLayer):
             raise _unsupported(name, f"{type(module).__module__}.{type(module).__qualname__}")
     adapter = _active_adapter(layers)
-    _check_config(_peft_configs(model)[adapter])
+    config = _peft_configs(model)[adapter]
+    _check_config(config)
 
     adapted = {}
     for name, module in layers.items():
@@ -126,7 +134,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         _check_layer(name, module, adapter)
         adapted[module_name(name)] = AdaptedLayer(module_name(name), module, adapter)
     _check_nothing_else_trains(model, adapted)
-    return Adapter(adapter, adapted)
+    return Adapter(adapter, adapted, config)
 
 
 def digest(factors: Factors) -> str:
@@ -156,6 +164,23 @@ def to_peft_state_dict(factors: Factors) -> dict[str, Tensor]:
         state[_PEFT_KEY.format(name=name, factor="A")] = lora_A.cpu().contiguous()
         state[_PEFT_KEY.format(name=name, factor="B")] = lora_B.cpu().contiguous()
     return state
+
+
+def save_as_peft_adapter(factors: Factors, config: PeftConfig, folder: str | os.PathLike) -> None:
+    """Write a folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
+
+    An earlier folder of that name is replaced.
+    """
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(to_peft_state_dict(factors), unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    for_loading = copy.copy(config)
+    for_loading.inference_mode = True
+    for_loading.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
 
 
 def from_peft_state_dict(state: Mapping[str, Tensor], names: list[str], source: str) -> Factors:

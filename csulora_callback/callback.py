@@ -54,8 +54,10 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             that has a training loss.
         cache_dir: where estimated subspaces are kept, by the content of both checkpoints. By default
             ``~/.cache/csulora_callback``.
-        resume_from: the checkpoint folder that training resumes from, needed only where it does not lie in the
-            trainer's output folder.
+        resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
+            lie in its output folder. Lightning's checkpoints hold everything themselves.
+        export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
+            folder ``NAME.adapter``.
 
     Raises:
         ValueError: for arguments out of range, and when training begins for anything that cannot be corrected:
@@ -81,6 +83,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         log_every_n_steps: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         resume_from: str | os.PathLike | None = None,
+        export_adapter: bool = True,
     ) -> None:
         HuggingFaceEvents.__init__(self)
         if (base_model is None) == (subspace is None):
@@ -109,6 +112,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.log_every_n_steps = log_every_n_steps
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
+        self.export_adapter = export_adapter
 
     def __new__(cls, *args: object, **kwargs: object) -> CSULoRACallback:
         return super().__new__(_also_lightnings(cls))
@@ -186,8 +190,9 @@ def _check_source(name: str, source: object, kind: type) -> None:
 
 def _weights_below_adapter(model: nn.Module) -> nn.Module | str:
     """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
-    layer = next(iter(find_adapter(model).layers.values())).module.get_base_layer()
-    return model if layer.weight.is_floating_point() else model.config.name_or_path
+    adapter = find_adapter(model)
+    weight = next(iter(adapter.layers.values())).module.get_base_layer().weight
+    return model if weight.is_floating_point() else adapter.config.base_model_name_or_path
 
 
 def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Module) -> None:

@@ -8,11 +8,13 @@ corrected factors in the model itself. Nothing here imports Lightning.
 from __future__ import annotations
 
 import logging
+import shutil
 import types
 from abc import abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from csulora_callback.adapters import from_peft_state_dict, to_peft_state_dict
+from csulora_callback.adapters import from_peft_state_dict, save_as_peft_adapter, to_peft_state_dict
 from csulora_callback.corrector import SafetyCorrector
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class LightningEvents:
     every_n_steps: int | None
     evaluate_corrected: bool
     log_every_n_steps: int | None
+    export_adapter: bool
     _corrector: SafetyCorrector | None
 
     @abstractmethod
@@ -42,6 +45,8 @@ class LightningEvents:
             self._corrector = None
             self._last_step = trainer.global_step
             self._wrap_on_save_checkpoint(pl_module)
+            if self.export_adapter and not isinstance(trainer.strategy.checkpoint_io, _AdapterExport):
+                trainer.strategy.checkpoint_io = _AdapterExport(trainer.strategy.checkpoint_io, self)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resuming loaded the corrected factors: put the raw ones back. Evaluating a checkpoint keeps what ships."""
@@ -128,3 +133,33 @@ class LightningEvents:
                 state[key] = factor.clone()
         checkpoint["state_dict"] = state
         checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
+
+
+class _AdapterExport:
+    """Stands before Lightning's ``CheckpointIO``: each checkpoint gets a PEFT folder, and loses it when removed."""
+
+    def __init__(self, checkpoint_io: Any, events: LightningEvents) -> None:
+        self.checkpoint_io, self.events = checkpoint_io, events
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+        if CHECKPOINT_KEY in checkpoint and _is_local(path):
+            adapter, corrector = self.events._corrector.compute(), self.events._corrector
+            save_as_peft_adapter(adapter.corrected, corrector.adapter.config, _folder(path))
+            adapter.sidecar.save(_folder(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        self.checkpoint_io.remove_checkpoint(path)
+        if _is_local(path):
+            shutil.rmtree(_folder(path), ignore_errors=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.checkpoint_io, name)
+
+
+def _is_local(path: str | Path) -> bool:
+    return "://" not in str(path)
+
+
+def _folder(path: str | Path) -> Path:
+    return Path(path).with_suffix(".adapter")

@@ -12,11 +12,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
 from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.sidecar import Sidecar
 from tests.lab import TARGETS, Tokens, saved_pair, with_lora
 
 PENALTY = Penalty.csulora(5.0)
@@ -308,3 +310,19 @@ def test_neither_trainer_imports_the_other():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_every_checkpoint_has_an_adapter_folder_that_peft_loads(pair, tmp_path):
+    saving = ModelCheckpoint(tmp_path / "kept", filename="{step}", monitor="step", mode="max", save_top_k=2)
+    trainer = fit(pair, tmp_path, [callback(pair), saving], max_epochs=3)
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert names == {"step=8.ckpt", "step=8.adapter", "step=12.ckpt", "step=12.adapter"}
+    for path in (tmp_path / "kept").glob("*.ckpt"):
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), path.with_suffix(".adapter"))
+        assert_same(live(loaded), factors_in(path)[0])
+        assert_same(to_peft_state_dict(Sidecar.load(path.with_suffix(".adapter")).raw), factors_in(path)[1])
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert (tmp_path / "after.adapter" / "adapter_config.json").is_file()
+
+    fit(pair, tmp_path, [callback(pair, export_adapter=False), ModelCheckpoint(tmp_path / "alone")])
+    assert not list((tmp_path / "alone").glob("*.adapter"))
