@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader
 
 from csulora_callback import CSULoRACallback
 from csulora_callback.adapters import find_adapter
@@ -55,7 +57,7 @@ def run(recipe: Recipe) -> list[report.Row]:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
     console = Console()
-    fit = importlib.import_module(f"recipes.{recipe.trainer.value}").fit
+    fit = load_fit(recipe)
 
     task, rows, logs = build_task(recipe), [], {}
     for name, correction in recipe.corrections.items():
@@ -74,6 +76,18 @@ def run(recipe: Recipe) -> list[report.Row]:
     report.print_table(rows, f"what the correction did (training seed {recipe.training.seed})")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
     return rows
+
+
+def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
+    """The training loop that the recipe names; nothing of the other one is imported."""
+    try:
+        return importlib.import_module(f"recipes.{recipe.trainer.value}").fit
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        raise RecipeError(
+            "'trainer': lightning is not installed; pip install -c constraints.txt -e '.[recipes,lightning]'"
+        ) from error
 
 
 def make_callback(task: Task, correction: Correction) -> CSULoRACallback:

@@ -25,6 +25,7 @@ class TrainerKind(Enum):
     """Which training loop runs the fine-tune."""
 
     huggingface = "huggingface"
+    lightning = "lightning"
 
 
 class Preset(Enum):

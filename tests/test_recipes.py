@@ -1,6 +1,8 @@
 """Recipes: every shipped file is valid, bad ones get one clear line, and both kinds of task run end to end."""
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,9 +144,10 @@ def check_output(folder: Path, runs: list[str]) -> list[dict]:
     return rows
 
 
-def test_quickstart_at_a_small_size(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_lightning"])
+def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
-    assert main(["recipes/quickstart.yaml", *overrides]) == 0
+    assert main([f"recipes/{name}.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
     assert "saved, guard" in printed
     assert "attack success" in printed
@@ -172,7 +175,8 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path):
+@pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
+def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
     base = tiny_llama(max_position_embeddings=64)
     base.save_pretrained(tmp_path / "base")
     align(base).save_pretrained(tmp_path / "aligned")
@@ -192,6 +196,7 @@ def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path):
         "training.save_steps=2",
         "training.bf16=false",
         "corrections.csulora.rank=2",
+        f"trainer={trainer}",
         f"output={tmp_path / 'out'}",
     ]
     assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
@@ -200,6 +205,18 @@ def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path):
     aligned, raw, saved = (row["task_loss"] for row in rows)
     assert raw < saved < aligned  # the correction gives up a part of what was learned, here on random models
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "aligned").config.vocab_size == 32
+
+
+def test_the_two_quickstarts_differ_in_nothing_but_the_trainer():
+    one, other = (load_recipe(f"recipes/{name}.yaml", []) for name in ("quickstart", "quickstart_lightning"))
+    assert dataclasses.replace(other, trainer=one.trainer, output=one.output) == one
+
+
+def test_a_missing_lightning_names_the_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "recipes.lightning", raising=False)
+    assert main(["recipes/quickstart_lightning.yaml", f"output={tmp_path}"]) == 2
+    assert "pip install -c constraints.txt -e '.[recipes,lightning]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
