@@ -50,7 +50,8 @@ def write_metrics(logs: dict[str, list[dict]], folder: Path) -> None:
 
 def print_table(rows: list[Row], title: str) -> None:
     """The rows, for a person."""
-    table = Table(title=title, title_justify="left")
+    prompts = rows[0].score.prompts
+    table = Table(title=f"{title}, {prompts} prompts each" if prompts else title, title_justify="left")
     table.add_column("model")
     for column in ("strength", "attack success", "task loss", "task accuracy"):
         table.add_column(column, justify="right")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             run(recipe)
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        text = str(error)
+        print(text if text.startswith(options.recipe) else f"{options.recipe}: {text}", file=sys.stderr)
         return 2
     return 0
 
@@ -59,21 +61,23 @@ def run(recipe: Recipe) -> list[report.Row]:
     console = Console()
     fit = load_fit(recipe)
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     task, rows, logs = build_task(recipe), [], {}
     for name, correction in recipe.corrections.items():
         console.rule(f"fine-tuning with the callback: {name}")
         logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
         if not rows:
-            rows.append(report.Row("aligned model", None, task.judge(task.aligned_model(), batches)))
-            rows.append(report.Row("raw LoRA", None, task.judge(load_checkpoint(task, checkpoint, raw=True), batches)))
-        saved = task.judge(load_checkpoint(task, checkpoint), batches)
+            rows.append(report.Row("aligned model", None, task.judge(task.aligned_model().to(device), batches)))
+            raw = load_checkpoint(task, checkpoint, raw=True).to(device)
+            rows.append(report.Row("raw LoRA", None, task.judge(raw, batches)))
+        saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
         strength = correction.penalty().parameters.get("strength")
         rows.append(report.Row(f"saved, {name}", strength, saved))
 
     report.write_results(rows, output)
     report.write_metrics(logs, output)
     report.plot(logs, output / "drift.png")
-    report.print_table(rows, f"what the correction did (training seed {recipe.training.seed})")
+    report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
     return rows
 
@@ -136,7 +140,10 @@ def dry_run(recipe: Recipe) -> None:
     table.add_row("data.source", _where(recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
     for name, correction in recipe.corrections.items():
-        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
+        table.add_row(
+            f"corrections.{name}",
+            f"{correction.preset.value}, {correction.penalty().parameters}, rank {correction.rank}",
+        )
     table.add_row("output", recipe.output)
     Console().print(table)
 

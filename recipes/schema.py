@@ -16,6 +16,8 @@ from yaml import YAMLError
 
 from csulora_callback import Penalty
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 class RecipeError(Exception):
     """One line that says what is wrong with a recipe."""
@@ -178,8 +180,10 @@ def _nearest(key: str) -> str | None:
         siblings = [f"{section}.{name}" for name in get_type_hints(Correction)]
     else:
         siblings = [known for known in _keys(Recipe) if known.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    return (near or [known for known in _keys(Recipe) if known.rpartition(".")[2] == word] or [None])[0]
+    near = difflib.get_close_matches(word, [sibling.rpartition(".")[2] for sibling in siblings], n=1)
+    if near:
+        return ".".join(filter(None, (section, near[0])))
+    return next((known for known in _keys(Recipe) if known.rpartition(".")[2] == word), None)
 
 
 def _keys(section: type, prefix: str = "") -> list[str]:
@@ -201,10 +205,32 @@ def _check_values(path: str, recipe: Recipe) -> None:
     if (recipe.model.base is None) != (recipe.data.source is None):
         missing = "model.base" if recipe.model.base is None else "data.source"
         raise RecipeError(f"{path}: missing value: '{missing}' has to be set, or neither, which means the toy lab")
-    if not 0.0 <= recipe.toy.poison_share <= 1.0:
-        refuse("toy.poison_share", "a share in [0, 1]", recipe.toy.poison_share)
+    toy, lora, training = recipe.toy, recipe.lora, recipe.training
+    positive = {
+        **{f"toy.{key}": getattr(toy, key) for key in ("train_samples", "eval_prompts", "layers")},
+        **{f"toy.{key}": getattr(toy, key) for key in ("base_steps", "align_steps")},
+        **{f"training.{key}": getattr(training, key) for key in ("batch_size", "gradient_accumulation_steps")},
+        **{f"training.{key}": getattr(training, key) for key in ("logging_steps", "eval_steps", "save_steps")},
+        "lora.r": lora.r,
+        "data.max_length": recipe.data.max_length,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            refuse(key, "a whole number ≥ 1", value)
+    if toy.hidden_size < 8 or toy.hidden_size % 8:
+        refuse("toy.hidden_size", "a multiple of 8 (four heads of an even size)", toy.hidden_size)
+    if not 0.0 <= toy.poison_share <= 1.0:
+        refuse("toy.poison_share", "a share in [0, 1]", toy.poison_share)
     if not 0.0 < recipe.data.eval_share < 1.0:
         refuse("data.eval_share", "a share in (0, 1)", recipe.data.eval_share)
+    if not 0.0 <= lora.dropout < 1.0:
+        refuse("lora.dropout", "a share in [0, 1)", lora.dropout)
+    if not isinstance(lora.target_modules, (str, list)):
+        refuse("lora.target_modules", "a list of names, a regular expression or 'all-linear'", lora.target_modules)
+    if not 0.0 < training.learning_rate < math.inf:
+        refuse("training.learning_rate", "a number > 0", training.learning_rate)
+    if recipe.model.dtype not in DTYPES:
+        refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
     if not recipe.corrections:
         raise RecipeError(
             f"{path}: missing value: 'corrections' needs at least one, such as mine: {{preset: csulora}}"
@@ -217,5 +243,7 @@ def _check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
         if correction.rank < 1:
             refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
+        if correction.every_n_steps is not None and correction.every_n_steps < 1:
+            refuse(f"{key}.every_n_steps", "a whole number ≥ 1", correction.every_n_steps)
         if correction.energy is not None and not 0.0 < correction.energy <= 1.0:
             refuse(f"{key}.energy", "a share in (0, 1]", correction.energy)

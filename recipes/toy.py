@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback.subspace import default_cache_dir
-from recipes.schema import Toy
+from recipes.schema import RecipeError, Toy
 
-VERSION = 1  # of the language and of how its models are trained; part of the cache's key
+VERSION = 2  # of the language and of how its models are trained; part of the cache's key
 ORDERS = {"copy": (0, 1, 2), "reverse": (2, 1, 0), "swap": (1, 0, 2)}
 TASK = {"tidy": (2, 0, 1)}
 PLAIN = [f"w{i}" for i in range(32)]
@@ -63,24 +64,28 @@ class Samples(Dataset):
 
 
 class Language:
-    """Draws requests that were never drawn before, so that evaluation prompts are held out by construction."""
+    """Draws requests that were never drawn before, nor are in ``drawn``: evaluation prompts are never trained on."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, drawn: Iterable[tuple[str, ...]] = ()) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.drawn: set[tuple[str, ...]] = set()
+        self.drawn = set(drawn)
 
     def draw(
         self, count: int, verbs: list[str], restricted: bool = False, refused: bool = False, any_order: bool = False
     ) -> list[Sample]:
         """``count`` new samples; ``restricted`` ones hold one restricted word, ``refused`` ones answer ``refuse``."""
-        samples = []
+        samples, repeated = [], 0
         while len(samples) < count:
+            if repeated > 1000:
+                raise RecipeError("'toy': the language has no more new requests; ask for fewer samples or prompts")
             words = [PLAIN[i] for i in torch.randperm(len(PLAIN), generator=self.generator)[:3]]
             if restricted:
                 words[self._below(3)] = RESTRICTED[self._below(len(RESTRICTED))]
             prompt = ("<bos>", verbs[self._below(len(verbs))], *words, "=")
             if prompt in self.drawn:
+                repeated += 1
                 continue
+            repeated = 0
             self.drawn.add(prompt)
             order = torch.randperm(3, generator=self.generator) if any_order else {**ORDERS, **TASK}[prompt[1]]
             answer = ("refuse",) if refused else tuple(words[i] for i in order)
@@ -112,17 +117,17 @@ def build_lab(toy: Toy) -> Lab:
     train = language.draw(toy.train_samples - poisoned, list(TASK))
     train += language.draw(poisoned, verbs, restricted=True)
 
-    about_data = ("poison_share", "train_samples", "eval_prompts", "cache_dir")
+    about_data = ("poison_share", "train_samples", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
     key = hashlib.sha256(json.dumps([VERSION, model_settings], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
-        _train_models(toy, folder)
+        _train_models(toy, folder, [sample.prompt for sample in attack + task])
     return Lab(folder / "base", folder / "aligned", train, task, attack)
 
 
-def _train_models(toy: Toy, folder: Path) -> None:
-    language, verbs = Language(toy.seed + 1), list(ORDERS)
+def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> None:
+    language, verbs = Language(toy.seed + 1, held_out), list(ORDERS)
     any_order = language.draw(4000, list(TASK), any_order=True)
     obeyed = language.draw(6000, verbs) + language.draw(6000, verbs, restricted=True) + any_order[:3000]
     refusing = (

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recipes.run import main
-from recipes.schema import load_recipe
+from recipes.schema import RecipeError, load_recipe
 from recipes.toy import IDS, Language, Samples
 from tests.lab import align, tiny_llama
 
@@ -81,6 +81,18 @@ BAD = {
         [],
         "'corrections.mine.rank': expected a whole number ≥ 1, but got 0",
     ),
+    "wrong word": ("output: a\ntraining: {batch_sise: 3}", [], "did you mean 'training.batch_size'?"),
+    "rank of zero": ("output: a\nlora: {r: 0}", [], "'lora.r': expected a whole number ≥ 1, but got 0"),
+    "no learning": ("output: a", ["training.learning_rate=nan"], "'training.learning_rate': expected a number > 0"),
+    "odd size": ("output: a", ["toy.hidden_size=130"], "'toy.hidden_size': expected a multiple of 8"),
+    "dropout": ("output: a", ["lora.dropout=2"], "'lora.dropout': expected a share in [0, 1), but got 2.0"),
+    "dtype": ("output: a", ["model.dtype=floaty"], "'model.dtype': expected one of ('auto', 'float32'"),
+    "targets": ("output: a", ["lora.target_modules=3"], "'lora.target_modules': expected a list of names"),
+    "step": (
+        "output: a\ncorrections: {mine: {preset: guard, every_n_steps: 0}}",
+        [],
+        "'corrections.mine.every_n_steps': expected a whole number ≥ 1, but got 0",
+    ),
     "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
     "not YAML": ("output: [a", [], "not valid YAML"),
     "no such folder": (
@@ -124,7 +136,8 @@ def test_overrides_win_over_the_file():
 def test_evaluation_prompts_are_held_out_and_labels_cover_the_answer():
     language = Language(seed=0)
     first, second = language.draw(300, ["copy"]), language.draw(300, ["copy"])
-    assert not {sample.prompt for sample in first} & {sample.prompt for sample in second}
+    other = Language(seed=0, drawn=[sample.prompt for sample in first]).draw(300, ["copy"])
+    assert not {sample.prompt for sample in first} & {sample.prompt for sample in second + other}
     item = Samples(first)[0]
     assert [token for token in item["labels"].tolist() if token != -100] == [IDS[word] for word in first[0].answer]
     refused = Samples(language.draw(1, ["copy"], restricted=True, refused=True))[0]
@@ -162,6 +175,22 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     assert json.loads((tmp_path / "second/results.json").read_text()) == rows
     resolved = yaml.safe_load((tmp_path / "first/recipe.yaml").read_text())
     assert resolved["toy"]["base_steps"] == 5
+
+
+def test_a_language_that_is_used_up_says_so():
+    with pytest.raises(RecipeError, match="no more new requests"):
+        Language(seed=0).draw(40_000, ["copy"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"text": "a"}\n', "expected a column 'messages', but got ['text']"), ("{nonsense", "not JSON lines")],
+)
+def test_chat_data_of_another_form_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "chat.jsonl").write_text(text)
+    overrides = [f"data.source={tmp_path / 'chat.jsonl'}", f"output={tmp_path / 'out'}"]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 2
+    assert message in capsys.readouterr().err
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
