@@ -128,7 +128,8 @@ def _separable(relative_energy: Mapping[str, float], strength: float) -> dict[st
 
 
 def _guard(relative_energy: Mapping[str, float], strength: float) -> dict[str, float]:
-    return {"aligned": (1 + strength) ** 2 - 1, "output": strength, "input": strength, "off": 0.0}
+    # A product, not a power: Python's ** raises where it overflows, and infinity is what is meant.
+    return {"aligned": (1 + strength) * (1 + strength) - 1, "output": strength, "input": strength, "off": 0.0}
 
 
 def _projection(relative_energy: Mapping[str, float]) -> dict[str, float]:
@@ -209,7 +210,7 @@ def correct(
         The corrected factors, for the same ``scaling``, with energies and gains.
 
     Raises:
-        ValueError: if shapes do not fit together, ``rank`` is unknown, or a factor holds NaN or Inf.
+        ValueError: if shapes do not fit together, ``rank`` is unknown, or a factor or basis holds NaN or Inf.
 
     Example:
         >>> import torch
@@ -315,7 +316,9 @@ def _rank_one(gain: Mapping[str, float]) -> tuple[tuple[float, float], tuple[flo
 
 
 def _attenuate(factor: Tensor, subspace: Tensor, inside: float, outside: float) -> Tensor:
-    """``(inside·P + outside·(I − P)) F``, written so that equal gains of one leave ``F`` as it is, bit for bit."""
+    """``(inside·P + outside·(I − P)) F``; equal gains of one leave ``F`` as it is, bit for bit."""
+    if inside == outside:
+        return outside * factor
     return outside * factor + (inside - outside) * (subspace @ (subspace.T @ factor))
 
 
@@ -355,7 +358,7 @@ def _check_arguments(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, rank:
         if tensor.shape[axis] != expected:
             rows = ("rows", "columns")[axis]
             raise ValueError(f"`{name}`: expected {expected} {rows}, {source}, but got shape {tuple(tensor.shape)}.")
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("U", U), ("V", V)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}`: expected finite values, but got NaN or Inf.")
     if rank not in ("truncate", "expand"):
