@@ -14,6 +14,8 @@ import types
 from abc import abstractmethod
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -52,6 +54,7 @@ class HuggingFaceEvents(TrainerCallback):
             self._corrector.restore()
         self._handler = _calling_handler()
         _surround(self._handler, self)
+        _refuse_sharding()
         self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
         self._model, self._state = model, state
         if state.global_step > 0:
@@ -194,6 +197,16 @@ def _calling_handler() -> CallbackHandler:
             return frame.f_locals["self"]
         frame = frame.f_back
     raise RuntimeError("expected CSULoRACallback's events to be called by a transformers.Trainer, but they were not.")
+
+
+def _refuse_sharding() -> None:
+    """Engines that shard or keep copies of the parameters would save weights that the correction did not reach."""
+    engine = AcceleratorState().distributed_type
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"`args`: CSULoRACallback runs on one process or with DDP, but this Trainer uses {engine.value}, which is "
+            "not supported yet: its checkpoints would not be corrected."
+        )
 
 
 def _surround(handler: CallbackHandler, events: HuggingFaceEvents) -> None:

@@ -42,6 +42,7 @@ class LightningEvents:
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew: the adapter may only be made later, in ``configure_model``."""
         if stage == "fit":
+            _refuse_sharding(trainer)
             self._corrector = None
             self._last_step = trainer.global_step
             self._wrap_on_save_checkpoint(pl_module)
@@ -133,6 +134,15 @@ class LightningEvents:
                 state[key] = factor.clone()
         checkpoint["state_dict"] = state
         checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
+
+
+def _refuse_sharding(trainer: Trainer) -> None:
+    # Exactly the strategies that shard the model (FSDP, model-parallel, DeepSpeed) load checkpoints into it late.
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            f"`strategy`: CSULoRACallback runs on one device or with ddp, but this Trainer uses "
+            f"{type(trainer.strategy).__name__}, which is not supported yet: its checkpoints would not be corrected."
+        )
 
 
 class _AdapterExport:

@@ -326,3 +326,15 @@ def test_every_checkpoint_has_an_adapter_folder_that_peft_loads(pair, tmp_path):
 
     fit(pair, tmp_path, [callback(pair, export_adapter=False), ModelCheckpoint(tmp_path / "alone")])
     assert not list((tmp_path / "alone").glob("*.adapter"))
+
+
+def test_a_strategy_that_shards_the_model_is_refused(pair, tmp_path):
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    try:
+        with pytest.raises(ValueError, match="this Trainer uses ModelParallelStrategy, which is not supported yet"):
+            fit(pair, tmp_path, [callback(pair)], Module(pair[1], late=True), strategy=strategy)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
