@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
@@ -337,6 +337,7 @@ def test_raw_factors_that_were_changed_are_not_resumed_from(pair, subspace, tmp_
 def test_engines_that_shard_the_model_are_refused(pair, tmp_path, monkeypatch, engine):
     trainer = make_trainer(with_lora(aligned_model(pair)), tmp_path, [CSULoRACallback(base_model=pair[0])])
     # On a CPU accelerate runs FSDP as DDP and has no DeepSpeed: the state says what it would say with a GPU.
-    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", DistributedType[engine])
+    for state in (PartialState, AcceleratorState):
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType[engine])
     with pytest.raises(ValueError, match=f"this Trainer uses {engine}, which is not supported yet"):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
