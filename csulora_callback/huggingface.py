@@ -16,8 +16,9 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -40,7 +41,6 @@ class HuggingFaceEvents(TrainerCallback):
         self._state: TrainerState | None = None
         self._handler: CallbackHandler | None = None
         self._training = False
-        self._saved_into: Path | None = None  # where save_pretrained wrote since the last checkpoint was finished
 
     @abstractmethod
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
@@ -55,6 +55,11 @@ class HuggingFaceEvents(TrainerCallback):
         self._handler = _calling_handler()
         _surround(self._handler, self)
         _refuse_sharding()
+        if not isinstance(model, (PeftModel, PreTrainedModel)):
+            raise ValueError(
+                f"`model`: expected a PeftModel or a transformers model with an adapter, but got a "
+                f"{type(model).__name__}, whose state dict the Trainer saves without a call that could be corrected."
+            )
         self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
         self._model, self._state = model, state
         if state.global_step > 0:
@@ -91,11 +96,6 @@ class HuggingFaceEvents(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """The checkpoint is written: close the window."""
-        folder = _checkpoint_folder(args, state)
-        if args.should_save and self._saved_into is None and folder.is_dir():
-            # A model without save_pretrained (a plain module around a PeftModel): its state dict was saved as it was.
-            self._corrector.compute().sidecar.save(folder)
-        self._saved_into = None
         self._corrector.restore()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -142,8 +142,6 @@ class HuggingFaceEvents(TrainerCallback):
             )
 
     def _wrap_save_pretrained(self, model: nn.Module) -> None:
-        if not hasattr(model, "save_pretrained"):
-            return
         original = model.save_pretrained
         if hasattr(original, "uncorrected"):  # a callback of an earlier run wrapped it: correct once, not twice
             original = original.uncorrected
@@ -154,7 +152,6 @@ class HuggingFaceEvents(TrainerCallback):
             with self._corrector.corrected() as adapter:
                 if kwargs.get("is_main_process", True):
                     adapter.sidecar.save(save_directory)
-                self._saved_into = Path(save_directory)
                 self._record_save(adapter)
                 return original(save_directory, *args, **kwargs)
 

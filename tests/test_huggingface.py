@@ -370,22 +370,10 @@ class Wrapped(nn.Module):
         return self.inner(input_ids=input_ids, labels=labels)
 
 
-def test_a_module_around_a_peft_model_saves_corrected_weights_and_resumes(pair, subspace, tmp_path):
-    def run(output, callbacks, resume=None):
-        torch.manual_seed(0)
-        trainer = make_trainer(Wrapped(fresh_model(pair)), output, callbacks)
-        trainer.train(resume_from_checkpoint=resume)
-        return trainer
-
-    without, trainer = run(tmp_path / "without", []), run(tmp_path / "with", [callback(pair)])
-    assert losses(trainer) == losses(without)
-    state = load_file(tmp_path / "with/checkpoint-4/model.safetensors")
-    right = expected(raw(tmp_path / "with/checkpoint-4"), subspace)
-    for key, value in right.items():
-        inside = f"inner.{key.replace('.lora_A.', '.lora_A.default.').replace('.lora_B.', '.lora_B.default.')}"
-        assert torch.equal(state[inside], value)
-    resumed = run(tmp_path / "with", [callback(pair)], resume=str(tmp_path / "with/checkpoint-4"))
-    assert_same(live(resumed), live(trainer))
+def test_a_module_that_the_trainer_saves_by_itself_is_refused(pair, tmp_path):
+    trainer = make_trainer(Wrapped(fresh_model(pair)), tmp_path, [callback(pair)])
+    with pytest.raises(ValueError, match="expected a PeftModel or a transformers model with an adapter, but got a Wr"):
+        trainer.train()
 
 
 def test_a_callback_that_was_removed_does_nothing(pair, tmp_path):
