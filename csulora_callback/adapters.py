@@ -212,7 +212,7 @@ def _active_adapter(layers: dict[str, LoraLayer]) -> str:
         for adapter in active
         for module in layers.values()
         if _has_adapter(module, adapter)
-        and any(p.requires_grad for n, p in module.named_parameters() if f".{adapter}" in f".{n}")
+        and any(p.requires_grad for n, p in module.named_parameters() if adapter in n.split("."))
     }
     candidates = sorted(trainable or active)
     if len(candidates) != 1:

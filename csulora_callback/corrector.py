@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from importlib.metadata import version
 
 from torch import Tensor, nn
@@ -27,13 +28,19 @@ class CorrectedAdapter:
     """The adapter of one moment: its raw factors, the corrected ones, and the record for the sidecar.
 
     ``metrics`` holds the keys of :class:`~csulora_callback.SafetyDrift`; it is empty when the factors held NaN or Inf
-    and nothing could be corrected (then ``corrected`` is ``raw``).
+    and nothing could be corrected (then ``corrected`` is ``raw``). ``make_record`` is called when the record is asked
+    for: its digests cost more than everything else, and a log line needs none of it.
     """
 
     raw: Factors
     corrected: Factors
     metrics: dict[str, float]
-    record: dict
+    make_record: Callable[[], dict]
+
+    @cached_property
+    def record(self) -> dict:
+        """What ``correction.json`` says."""
+        return self.make_record()
 
     @property
     def sidecar(self) -> Sidecar:
@@ -95,7 +102,7 @@ class SafetyCorrector:
             return self._applied
         if not all_finite(live):
             self._warn_not_finite()
-            return CorrectedAdapter(live, live, {}, self._record(live, live, {}, {}))
+            return CorrectedAdapter(live, live, {}, partial(self._record, live, live, {}, {}))
 
         corrections = {name: self._correct(name, *live[name]) for name in live}
         drift = SafetyDrift()
@@ -103,7 +110,8 @@ class SafetyCorrector:
             drift.update(correction)
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
-        return CorrectedAdapter(live, corrected, metrics, self._record(live, corrected, corrections, metrics))
+        record = partial(self._record, live, corrected, corrections, metrics)
+        return CorrectedAdapter(live, corrected, metrics, record)
 
     def measure(self) -> dict[str, float]:
         """The metrics of the correction as it would be made now; the model is not touched."""
@@ -124,7 +132,7 @@ class SafetyCorrector:
         """
         adapter = self.apply()
         record = {**adapter.record, "raw_digest": adapter.record["corrected_digest"]}
-        self._applied = CorrectedAdapter(adapter.corrected, adapter.corrected, adapter.metrics, record)
+        self._applied = CorrectedAdapter(adapter.corrected, adapter.corrected, adapter.metrics, lambda: record)
         return self._applied
 
     def mark_applied(self, adapter: CorrectedAdapter) -> None:

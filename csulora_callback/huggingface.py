@@ -37,7 +37,6 @@ class HuggingFaceEvents(TrainerCallback):
 
     def __init__(self) -> None:
         self._corrector: SafetyCorrector | None = None
-        self._model: nn.Module | None = None
         self._state: TrainerState | None = None
         self._handler: CallbackHandler | None = None
         self._training = False
@@ -61,7 +60,7 @@ class HuggingFaceEvents(TrainerCallback):
                 f"{type(model).__name__}, whose state dict the Trainer saves without a call that could be corrected."
             )
         self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
-        self._model, self._state = model, state
+        self._state = state
         if state.global_step > 0:
             self._restore_raw(args, state)
         self._wrap_save_pretrained(model)
@@ -107,7 +106,9 @@ class HuggingFaceEvents(TrainerCallback):
             live = corrector.adapter.read()
             if _find_corrected(digest(live), [Path(state.best_model_checkpoint)]):
                 saved = sidecar.Sidecar.load(state.best_model_checkpoint)
-                corrector.mark_applied(CorrectedAdapter(saved.raw, live, saved.record["metrics"], saved.record))
+                corrector.mark_applied(
+                    CorrectedAdapter(saved.raw, live, saved.record["metrics"], lambda: saved.record)
+                )
         corrector.apply()
 
     def _after_step(self, state: TrainerState, control: TrainerControl) -> None:
@@ -142,6 +143,8 @@ class HuggingFaceEvents(TrainerCallback):
             )
 
     def _wrap_save_pretrained(self, model: nn.Module) -> None:
+        # Held by the wrapper: the callback itself may be on to another model by the time this one is saved again.
+        corrector, state = self._corrector, self._state
         original = model.save_pretrained
         if hasattr(original, "uncorrected"):  # a callback of an earlier run wrapped it: correct once, not twice
             original = original.uncorrected
@@ -149,10 +152,10 @@ class HuggingFaceEvents(TrainerCallback):
         def save_pretrained(target: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -> object:
             if target is not model or not self._listening:  # a deep copy, or a model whose callback was removed
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
-            with self._corrector.corrected() as adapter:
+            with corrector.corrected() as adapter:
                 if kwargs.get("is_main_process", True):
                     adapter.sidecar.save(save_directory)
-                self._record_save(adapter)
+                self._record_save(adapter, state)
                 return original(save_directory, *args, **kwargs)
 
         save_pretrained.uncorrected = original
@@ -163,12 +166,12 @@ class HuggingFaceEvents(TrainerCallback):
         """Whether the callback is still in the trainer's list: users may remove it between two runs."""
         return any(callback is self for callback in self._handler.callbacks)
 
-    def _record_save(self, adapter: CorrectedAdapter) -> None:
+    def _record_save(self, adapter: CorrectedAdapter, state: TrainerState) -> None:
         """A save between two log records gets one of its own, so that the checkpoint's state says it is corrected."""
-        step, history = self._state.global_step, self._state.log_history
+        step, history = state.global_step, state.log_history
         logged = any("csulora/update_norm" in record and record["step"] == step for record in history[-3:])
         if self._training and adapter.metrics and not logged:
-            history.append({**adapter.metrics, "epoch": self._state.epoch, "step": step})
+            history.append({**adapter.metrics, "epoch": state.epoch, "step": step})
 
 
 class _AfterOthers(TrainerCallback):
@@ -226,8 +229,13 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 def _find_corrected(corrected_digest: str, folders: list[Path]) -> Path | None:
     """The first folder whose sidecar belongs to the corrected factors with this digest."""
     for folder in folders:
-        written = (folder / sidecar.FOLDER / sidecar.RECORD).is_file()
-        if written and sidecar.read_record(folder)["corrected_digest"] == corrected_digest:
+        if not (folder / sidecar.FOLDER / sidecar.RECORD).is_file():
+            continue
+        try:
+            record = sidecar.read_record(folder)
+        except ValueError:  # some other run's broken file is no reason not to resume this one
+            continue
+        if record.get("corrected_digest") == corrected_digest:
             return folder
     return None
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -98,7 +99,7 @@ class SafetySubspace(Mapping[str, Basis]):
         total = sum(basis.displacement**2 for basis in self.bases.values())
         return sum(basis.energy * basis.displacement**2 for basis in self.bases.values()) / total
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the content of all bases."""
         sha = hashlib.sha256()
@@ -183,7 +184,10 @@ class SafetySubspace(Mapping[str, Basis]):
             except ValueError as error:
                 logger.warning("The cached subspace is unusable and is estimated again: %s", error)
         subspace = cls._estimate(base, aligned, names, rule, device, progress)
-        subspace.save(path)
+        try:
+            subspace.save(path)
+        except OSError as error:
+            logger.warning("The subspace could not be kept in the cache and will be estimated again: %s", error)
         return subspace
 
     @classmethod
@@ -312,7 +316,7 @@ def check_rank_rule(rank: int, energy: float | None) -> None:
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"`rank`: expected a whole number ≥ 1, but got {rank!r}.")
-    if energy is not None and not 0.0 < energy <= 1.0:
+    if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
         raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
 
 

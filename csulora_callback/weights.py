@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -246,8 +247,9 @@ def _safetensors_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple
 def _bin_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
     # mmap leaves the data on disk until a tensor is used; weights_only refuses to run pickled code.
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
         raise ValueError(
             f"{path}: expected tensors written by torch.save, but it cannot be read with weights_only=True "
             f"({str(error).splitlines()[0]}). Fetch it again, or a checkpoint in safetensors."

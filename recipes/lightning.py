@@ -74,6 +74,7 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
                 monitor="step",
                 mode="max",
                 save_top_k=settings.save_total_limit or -1,
+                enable_version_counter=False,  # a second run replaces the first one's files
             ),
         ],
     )

@@ -58,7 +58,7 @@ def print_table(rows: list[Row], title: str) -> None:
     for row in rows:
         score = row.score
         table.add_row(
-            row.method,
+            {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, f"saved, {row.method}"),
             "" if row.strength is None else f"{row.strength:g}",
             "not measured" if score.attack_success_rate is None else f"{score.attack_success_rate:.1%}",
             f"{score.task_loss:.3f}",

@@ -67,12 +67,14 @@ def run(recipe: Recipe) -> list[report.Row]:
         console.rule(f"fine-tuning with the callback: {name}")
         logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
         if not rows:
-            rows.append(report.Row("aligned model", None, task.judge(task.aligned_model().to(device), batches)))
+            rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
+        # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
+        if correction.every_n_steps is None and all(row.method != "raw" for row in rows):
             raw = load_checkpoint(task, checkpoint, raw=True).to(device)
-            rows.append(report.Row("raw LoRA", None, task.judge(raw, batches)))
+            rows.insert(1, report.Row("raw", None, task.judge(raw, batches)))
         saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
         strength = correction.penalty().parameters.get("strength")
-        rows.append(report.Row(f"saved, {name}", strength, saved))
+        rows.append(report.Row(name, strength, saved))
 
     report.write_results(rows, output)
     report.write_metrics(logs, output)

@@ -148,13 +148,16 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):
             raise RecipeError(f"{path}: expected sections and keys, but got a {type(given).__name__}")
+        given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
         for section, kind in get_type_hints(Recipe).items():
-            if is_dataclass(kind) and section in given and not isinstance(given[section], DictConfig):
+            if (
+                (is_dataclass(kind) or section == "corrections")
+                and section in given
+                and not isinstance(given[section], DictConfig)
+            ):
                 raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
-        recipe = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Recipe), given, OmegaConf.from_dotlist(overrides))
-        )
-    except YAMLError as error:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), given))
+    except (YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {_one_line(error)}") from error
@@ -212,11 +215,19 @@ def _check_values(path: str, recipe: Recipe) -> None:
         **{f"training.{key}": getattr(training, key) for key in ("batch_size", "gradient_accumulation_steps")},
         **{f"training.{key}": getattr(training, key) for key in ("logging_steps", "eval_steps", "save_steps")},
         "lora.r": lora.r,
+        "lora.alpha": lora.alpha,
         "data.max_length": recipe.data.max_length,
     }
     for key, value in positive.items():
         if value < 1:
             refuse(key, "a whole number ≥ 1", value)
+    if training.max_steps < 1 and not 0 < training.epochs < math.inf:
+        refuse("training.epochs", "a number > 0 where training.max_steps is not set", training.epochs)
+    if recipe.trainer is TrainerKind.lightning and training.max_steps < 1 and training.epochs != int(training.epochs):
+        refuse("training.epochs", "a whole number in Lightning, or training.max_steps", training.epochs)
+    for key in ("seed", "warmup_steps"):
+        if getattr(training, key) < 0:
+            refuse(f"training.{key}", "a whole number ≥ 0", getattr(training, key))
     if toy.hidden_size < 8 or toy.hidden_size % 8:
         refuse("toy.hidden_size", "a multiple of 8 (four heads of an even size)", toy.hidden_size)
     if not 0.0 <= toy.poison_share <= 1.0:
@@ -237,6 +248,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
         )
     for name, correction in recipe.corrections.items():
         key = f"corrections.{name}"
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            refuse("corrections", "names that can be folder names", name)
         if correction.preset is Preset.projection and correction.strength is not None:
             refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
         if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):

@@ -54,16 +54,17 @@ class Task:
         """The aligned model with a new LoRA adapter; the same one for the same seed."""
         torch.manual_seed(recipe.training.seed)
         lora = recipe.lora
-        return get_peft_model(
-            self.aligned_model(),
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=lora.target_modules,
-                task_type="CAUSAL_LM",
-            ),
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
         )
+        try:
+            return get_peft_model(self.aligned_model(), config)
+        except ValueError as error:
+            raise RecipeError(f"'lora.target_modules': {' '.join(str(error).split())}") from error
 
 
 def build_task(recipe: Recipe) -> Task:

@@ -399,3 +399,13 @@ def test_a_refused_callback_can_be_removed(pair, tmp_path):
         trainer.train()
     trainer.remove_callback(CSULoRACallback)
     trainer.train()
+
+
+def test_one_callback_in_two_trainers_keeps_their_models_apart(pair, subspace, tmp_path):
+    ours = callback(pair)
+    first = make_trainer(fresh_model(pair), tmp_path / "first", [ours])
+    first.train()
+    make_trainer(fresh_model(pair), tmp_path / "second", [ours], learning_rate=1e-3).train()
+    first.save_model(tmp_path / "again")
+    assert_same(saved(tmp_path / "again"), saved(tmp_path / "first/checkpoint-8"))
+    assert_same(raw(tmp_path / "again"), raw(tmp_path / "first/checkpoint-8"))

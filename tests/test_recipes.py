@@ -84,6 +84,20 @@ BAD = {
     "wrong word": ("output: a\ntraining: {batch_sise: 3}", [], "did you mean 'training.batch_size'?"),
     "rank of zero": ("output: a\nlora: {r: 0}", [], "'lora.r': expected a whole number ≥ 1, but got 0"),
     "no learning": ("output: a", ["training.learning_rate=nan"], "'training.learning_rate': expected a number > 0"),
+    "override of a section": ("output: a", ["training=3"], "'training': expected a section with keys, but got 3"),
+    "list of corrections": ("output: a\ncorrections: [a]", [], "'corrections': expected a section with keys"),
+    "no epochs": ("output: a", ["training.epochs=-1"], "'training.epochs': expected a number > 0"),
+    "half an epoch": (
+        "output: a\ntrainer: lightning",
+        ["training.epochs=0.5"],
+        "'training.epochs': expected a whole number in Lightning",
+    ),
+    "negative seed": ("output: a", ["training.seed=-1"], "'training.seed': expected a whole number ≥ 0, but got -1"),
+    "path as a name": (
+        "output: a\ncorrections: {a/b: {preset: guard}}",
+        [],
+        "'corrections': expected names that can be folder names, but got 'a/b'",
+    ),
     "odd size": ("output: a", ["toy.hidden_size=130"], "'toy.hidden_size': expected a multiple of 8"),
     "dropout": ("output: a", ["lora.dropout=2"], "'lora.dropout': expected a share in [0, 1), but got 2.0"),
     "dtype": ("output: a", ["model.dtype=floaty"], "'model.dtype': expected one of ('auto', 'float32'"),
@@ -166,6 +180,7 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     assert "attack success" in printed
     rows = check_output(tmp_path / "first", ["csulora", "guard"])
     assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
+    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard"]
 
     # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
     built = sorted((tmp_path / "cache").rglob("*.safetensors"))

@@ -270,3 +270,10 @@ def test_checkpoints_that_do_not_fit_are_refused(pair):
     deeper = align(tiny_llama(num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"expected a weight for the module 'model\.layers\.2.*nearest names"):
         SafetySubspace.estimate(pair[0], deeper, TARGETS, progress=False)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(pair, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False, cache_dir=tmp_path / "file")
+    assert len(subspace) == 6
+    assert "could not be kept in the cache" in caplog.text

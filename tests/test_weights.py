@@ -221,3 +221,9 @@ def test_targets_reach_only_what_is_asked_for(storages):
     )
     assert list(by_suffix) == list(by_regex)
     assert {name.rsplit(".", 1)[1] for name in by_suffix} == set(TARGETS)
+
+
+def test_bin_files_from_before_zip_archives_are_read(tmp_path):
+    weight = torch.randn(3, 4)
+    torch.save({"layer.weight": weight}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(open_checkpoint(tmp_path).weight("layer"), weight)
