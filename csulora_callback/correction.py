@@ -53,7 +53,7 @@ class Penalty:
     """
 
     name: str
-    parameters: dict[str, float]
+    parameters: dict[str, float] = field(hash=False)
     _table: Callable[..., dict[str, float]] = field(repr=False, compare=False)
 
     @classmethod
@@ -210,7 +210,8 @@ def correct(
         The corrected factors, for the same ``scaling``, with energies and gains.
 
     Raises:
-        ValueError: if shapes do not fit together, ``rank`` is unknown, or a factor or basis holds NaN or Inf.
+        ValueError: if shapes do not fit together, ``penalty`` or ``rank`` is of no known kind, or a factor, a basis or
+            ``scaling`` is NaN or Inf.
 
     Example:
         >>> import torch
@@ -225,7 +226,7 @@ def correct(
         >>> {block: round(share, 3) for block, share in result.relative_energy.items()}
         {'aligned': 0.167, 'output': 0.167, 'input': 0.333, 'off': 0.333}
     """
-    _check_arguments(lora_A, lora_B, U, V, rank)
+    _check_arguments(lora_A, lora_B, U, V, penalty, scaling, rank)
     wide = torch.float32 if lora_A.device.type == "mps" else torch.float64
     A, B, U, V = (tensor.detach().to(lora_A.device, wide) for tensor in (lora_A, lora_B, U, V))
 
@@ -243,7 +244,7 @@ def correct(
     result = partial(_result, lora_A, lora_B, energy, relative_energy, gain)
 
     if total == 0.0:
-        return result(A, B, relative_change=0.0, truncation_error=0.0)
+        return result(A.clone(), B.clone(), relative_change=0.0, truncation_error=0.0)
 
     sides = _rank_one(gain)
     if sides is not None:
@@ -338,7 +339,9 @@ def _closest_gauge(A: Tensor, B: Tensor, old_A: Tensor, old_B: Tensor) -> tuple[
     return rotation.T @ A, B @ rotation
 
 
-def _check_arguments(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, rank: str) -> None:
+def _check_arguments(
+    lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, penalty: Penalty, scaling: float, rank: str
+) -> None:
     for name, tensor, axes in (
         ("lora_A", lora_A, "(r, d_in)"),
         ("lora_B", lora_B, "(d_out, r)"),
@@ -361,5 +364,9 @@ def _check_arguments(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, rank:
     for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B), ("U", U), ("V", V)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"`{name}`: expected finite values, but got NaN or Inf.")
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+    if not math.isfinite(scaling):
+        raise ValueError(f"`scaling`: expected a finite number, but got {scaling!r}.")
     if rank not in ("truncate", "expand"):
         raise ValueError(f"`rank`: expected 'truncate' or 'expand', but got {rank!r}.")
