@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csulora_callback.adapters import from_peft_state_dict, save_as_peft_adapter, to_peft_state_dict
-from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from peft import PeftConfig
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,6 @@ class LightningEvents:
             _refuse_sharding(trainer)
             self._corrector = None
             self._last_step = trainer.global_step
-            self._wrap_on_save_checkpoint(pl_module)
-            if self.export_adapter and not isinstance(trainer.strategy.checkpoint_io, _AdapterExport):
-                trainer.strategy.checkpoint_io = _AdapterExport(trainer.strategy.checkpoint_io, self)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resuming loaded the corrected factors: put the raw ones back. Evaluating a checkpoint keeps what ships."""
@@ -99,41 +97,51 @@ class LightningEvents:
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
+            export = _export_adapters(trainer, self._corrector, self.export_adapter)
+            _wrap_on_save_checkpoint(pl_module, self._corrector, export)
 
-    def _wrap_on_save_checkpoint(self, pl_module: LightningModule) -> None:
-        original = pl_module.on_save_checkpoint
-        if hasattr(original, "uncorrected"):  # a callback of an earlier fit wrapped it: correct once, not twice
-            original = original.uncorrected
 
-        def on_save_checkpoint(target: LightningModule, checkpoint: dict[str, Any]) -> None:
-            if target is not pl_module:  # a deep copy took the attribute along
-                return type(target).on_save_checkpoint(target, checkpoint)
-            original(checkpoint)
-            if self._corrector is not None:
-                self._correct_checkpoint(pl_module, checkpoint)
+def _wrap_on_save_checkpoint(
+    pl_module: LightningModule, corrector: SafetyCorrector, export: _AdapterExport | None
+) -> None:
+    original = pl_module.on_save_checkpoint
+    if hasattr(original, "uncorrected"):  # a callback of an earlier fit wrapped it: correct once, not twice
+        original = original.uncorrected
 
-        on_save_checkpoint.uncorrected = original
-        pl_module.on_save_checkpoint = types.MethodType(on_save_checkpoint, pl_module)
+    def on_save_checkpoint(target: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if target is not pl_module:  # a deep copy took the attribute along
+            return type(target).on_save_checkpoint(target, checkpoint)
+        original(checkpoint)
+        adapter = corrector.compute()
+        _put_into(checkpoint, adapter, corrector, pl_module)
+        if export is not None:
+            export.adapter = adapter
 
-    def _correct_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        adapter, layers = self._corrector.compute(), self._corrector.adapter.layers
-        keys = {id(parameter): key for key, parameter in pl_module.named_parameters()}
-        # The dictionary holds the live tensors themselves: it gets other ones, they keep their values.
-        state = dict(checkpoint["state_dict"])
-        for name, factors in adapter.corrected.items():
-            for parameter, factor in zip((layers[name].lora_A, layers[name].lora_B), factors, strict=True):
-                key = keys[id(parameter)]
-                if key not in state:
-                    logger.warning(
-                        "on_save_checkpoint of %s took '%s' out of the checkpoint's state_dict: whatever it saved "
-                        "instead is not corrected.",
-                        type(pl_module).__name__,
-                        key,
-                    )
-                    continue
-                state[key] = factor.clone()
-        checkpoint["state_dict"] = state
-        checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
+    on_save_checkpoint.uncorrected = original
+    pl_module.on_save_checkpoint = types.MethodType(on_save_checkpoint, pl_module)
+
+
+def _put_into(
+    checkpoint: dict[str, Any], adapter: CorrectedAdapter, corrector: SafetyCorrector, pl_module: LightningModule
+) -> None:
+    layers = corrector.adapter.layers
+    keys = {id(parameter): key for key, parameter in pl_module.named_parameters()}
+    # The dictionary holds the live tensors themselves: it gets other ones, they keep their values.
+    state = dict(checkpoint["state_dict"])
+    for name, factors in adapter.corrected.items():
+        for parameter, factor in zip((layers[name].lora_A, layers[name].lora_B), factors, strict=True):
+            key = keys[id(parameter)]
+            if key not in state:
+                logger.warning(
+                    "on_save_checkpoint of %s took '%s' out of the checkpoint's state_dict: whatever it saved "
+                    "instead is not corrected.",
+                    type(pl_module).__name__,
+                    key,
+                )
+                continue
+            state[key] = factor.clone()
+    checkpoint["state_dict"] = state
+    checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
 
 
 def _refuse_sharding(trainer: Trainer) -> None:
@@ -145,18 +153,28 @@ def _refuse_sharding(trainer: Trainer) -> None:
         )
 
 
+def _export_adapters(trainer: Trainer, corrector: SafetyCorrector, wanted: bool) -> _AdapterExport | None:
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if isinstance(checkpoint_io, _AdapterExport):  # of an earlier fit
+        checkpoint_io = checkpoint_io.checkpoint_io
+    export = _AdapterExport(checkpoint_io, corrector.adapter.config) if wanted else None
+    trainer.strategy.checkpoint_io = export or checkpoint_io
+    return export
+
+
 class _AdapterExport:
     """Stands before Lightning's ``CheckpointIO``: each checkpoint gets a PEFT folder, and loses it when removed."""
 
-    def __init__(self, checkpoint_io: Any, events: LightningEvents) -> None:
-        self.checkpoint_io, self.events = checkpoint_io, events
+    def __init__(self, checkpoint_io: Any, config: PeftConfig) -> None:
+        self.checkpoint_io, self.config = checkpoint_io, config
+        self.adapter: CorrectedAdapter | None = None  # the one in the checkpoint that is about to be written
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
-        if CHECKPOINT_KEY in checkpoint and _is_local(path):
-            adapter, corrector = self.events._corrector.compute(), self.events._corrector
-            save_as_peft_adapter(adapter.corrected, corrector.adapter.config, _folder(path))
-            adapter.sidecar.save(_folder(path))
+        if self.adapter is not None and _is_local(path):
+            save_as_peft_adapter(self.adapter.corrected, self.config, _folder(path))
+            self.adapter.sidecar.save(_folder(path))
+        self.adapter = None
 
     def remove_checkpoint(self, path: str | Path) -> None:
         self.checkpoint_io.remove_checkpoint(path)

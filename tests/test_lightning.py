@@ -338,3 +338,14 @@ def test_a_strategy_that_shards_the_model_is_refused(pair, tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def test_one_callback_in_two_trainers_keeps_their_modules_apart(pair, subspace, tmp_path):
+    ours = callback(pair)
+    first = fit(pair, tmp_path, [ours], enable_checkpointing=False)
+    fit(pair, tmp_path, [ours], enable_checkpointing=False, max_epochs=1)
+    first.save_checkpoint(tmp_path / "again.ckpt")
+    assert_corrected(tmp_path / "again.ckpt", subspace)
+    assert_same(factors_in(tmp_path / "again.ckpt")[0], live(first.lightning_module))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), tmp_path / "again.adapter")
+    assert_same(live(loaded), live(first.lightning_module))
