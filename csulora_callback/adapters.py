@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -41,7 +42,6 @@ _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 class AdaptedLayer:
     """One LoRA layer of a live model, seen through one of its adapters."""
 
-    name: str  # of the wrapped module, as in the model without PEFT: "model.layers.0.self_attn.q_proj"
     module: LoraLayer
     adapter: str
 
@@ -68,7 +68,7 @@ class AdaptedLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA adapter of a model that is being trained: its layers by module name.
+    """The LoRA adapter of a model that is being trained: its layers by the module's name in the model without PEFT.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -132,7 +132,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         if not _has_adapter(module, adapter):
             continue
         _check_layer(name, module, adapter)
-        adapted[module_name(name)] = AdaptedLayer(module_name(name), module, adapter)
+        adapted[module_name(name)] = AdaptedLayer(module, adapter)
     _check_nothing_else_trains(model, adapted)
     return Adapter(adapter, adapted, config)
 
@@ -252,11 +252,11 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise _unsupported(name, "lora_bias=True")
     if adapter in module.lora_embedding_A:
         raise _unsupported(name, "LoRA on an embedding")
-    if type(module).__name__ == "ParamWrapper":
+    if isinstance(module, ParamWrapper):
         raise _unsupported(name, "target_parameters")
     if adapter not in module.lora_A or type(module.lora_A[adapter]) is not nn.Linear:
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}")
-    if type(module).__name__ == "MultiheadAttention":
+    if isinstance(module, MultiheadAttention):
         raise _unsupported(name, "LoRA on nn.MultiheadAttention")
 
 

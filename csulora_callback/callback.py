@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from csulora_callback.adapters import find_adapter
+from csulora_callback.adapters import Adapter, find_adapter
 from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
@@ -130,12 +130,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started = time.perf_counter()
-        aligned = _weights_below_adapter(model) if self.aligned_model is None else self.aligned_model
-        subspace = self._subspace_for(model, aligned, progress=verbose)
+        adapter = find_adapter(model)
+        aligned = _weights_below(adapter, model) if self.aligned_model is None else self.aligned_model
+        subspace = self._subspace_for(adapter, aligned, progress=verbose)
         corrector = SafetyCorrector(model, subspace, self.penalty)
         if self.subspace is not None:
             _check_origin(subspace, aligned)
-        still = [name for name in corrector.adapter.layers if subspace[name].U.shape[1] == 0]
+        still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, seconds=time.perf_counter() - started)
             if still:
@@ -143,14 +144,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                     "%d of %d adapted modules did not change between base and aligned model, so their whole update "
                     "counts as off-subspace: %s%s",
                     len(still),
-                    len(corrector.adapter.layers),
+                    len(adapter.layers),
                     ", ".join(still[:3]),
                     ", …" if len(still) > 3 else "",
                 )
         return corrector
 
     def _subspace_for(
-        self, model: nn.Module, aligned: str | os.PathLike | nn.Module, progress: bool
+        self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool
     ) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
@@ -159,7 +160,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         return SafetySubspace.estimate(
             self.base_model,
             aligned,
-            target_modules=list(find_adapter(model).layers),
+            target_modules=list(adapter.layers),
             rank=self.rank,
             energy=self.energy,
             progress=progress,
@@ -188,9 +189,8 @@ def _check_source(name: str, source: object, kind: type) -> None:
     raise ValueError(f"`{name}`: expected a path, a Hub id or a {kind.__name__}, but got {source!r}.")
 
 
-def _weights_below_adapter(model: nn.Module) -> nn.Module | str:
+def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:
     """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
-    adapter = find_adapter(model)
     weight = next(iter(adapter.layers.values())).module.get_base_layer().weight
     return model if weight.is_floating_point() else adapter.config.base_model_name_or_path
 

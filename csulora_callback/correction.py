@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -55,6 +54,10 @@ class Penalty:
     name: str
     parameters: dict[str, float] = field(hash=False)
     _table: Callable[..., dict[str, float]] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        parameters = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
+        return f"{self.name} ({parameters})" if parameters else self.name
 
     @classmethod
     def csulora(cls, strength: float = 10.0) -> Penalty:
@@ -241,7 +244,10 @@ def correct(
     total = sum(energy.values())
     relative_energy = {block: e / total if total else 0.0 for block, e in energy.items()}
     gain = penalty.gain(relative_energy)
-    result = partial(_result, lora_A, lora_B, energy, relative_energy, gain)
+
+    def result(new_A: Tensor, new_B: Tensor, relative_change: float, truncation_error: float) -> Correction:
+        new_A, new_B = new_A.to(lora_A.dtype).contiguous(), new_B.to(lora_B.dtype).contiguous()
+        return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error)
 
     if total == 0.0:
         return result(A.clone(), B.clone(), relative_change=0.0, truncation_error=0.0)
@@ -267,22 +273,6 @@ def correct(
     if rank == "truncate":
         new_A, new_B = _closest_gauge(new_A, new_B, A, B)
     return result(new_A, new_B, relative_change=relative_change, truncation_error=truncation_error)
-
-
-def _result(
-    old_A: Tensor,
-    old_B: Tensor,
-    energy: dict[str, float],
-    relative_energy: dict[str, float],
-    gain: dict[str, float],
-    A: Tensor,
-    B: Tensor,
-    *,
-    relative_change: float,
-    truncation_error: float,
-) -> Correction:
-    new_A, new_B = A.to(old_A.dtype).contiguous(), B.to(old_B.dtype).contiguous()
-    return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import inspect
 import os
 import types
 from abc import abstractmethod
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -126,18 +128,19 @@ class HuggingFaceEvents(TrainerCallback):
         """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors."""
         live = digest(self._corrector.adapter.read())
         if self.resume_from is not None:
-            folders = [Path(self.resume_from)]
+            place, folders = self.resume_from, [Path(self.resume_from)]
         else:
             # The step's own folder first; then any other, such as a last-checkpoint fetched from the Hub.
-            found = Path(args.output_dir).glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
-            folders = [_checkpoint_folder(args, state), *sorted(record.parent.parent for record in found)]
+            records = Path(args.output_dir).glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
+            place = args.output_dir
+            folders = chain([_checkpoint_folder(args, state)], (record.parent.parent for record in records))
         folder = _find_corrected(live, folders)
         if folder is not None:
             self._corrector.adapter.write(sidecar.Sidecar.load(folder).raw)
         elif self.resume_from is not None or any("csulora/update_norm" in record for record in state.log_history):
             raise ValueError(
                 f"`resume_from`: training resumes at step {state.global_step} from a corrected checkpoint, but its "
-                f"raw factors were not found: no {sidecar.FOLDER}/{sidecar.RECORD} in {_shortened(folders)} belongs "
+                f"raw factors were not found: no {sidecar.FOLDER}/{sidecar.RECORD} in {place} belongs "
                 "to the adapter in the model. Pass CSULoRACallback(resume_from=...) with the folder that "
                 "trainer.train() got."
             )
@@ -226,7 +229,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _find_corrected(corrected_digest: str, folders: list[Path]) -> Path | None:
+def _find_corrected(corrected_digest: str, folders: Iterable[Path]) -> Path | None:
     """The first folder whose sidecar belongs to the corrected factors with this digest."""
     for folder in folders:
         if not (folder / sidecar.FOLDER / sidecar.RECORD).is_file():
@@ -238,7 +241,3 @@ def _find_corrected(corrected_digest: str, folders: list[Path]) -> Path | None:
         if record.get("corrected_digest") == corrected_digest:
             return folder
     return None
-
-
-def _shortened(folders: list[Path]) -> str:
-    return ", ".join(map(str, folders[:3])) + (f" and {len(folders) - 3} more" if len(folders) > 3 else "")

@@ -16,7 +16,7 @@ def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
     table = Table(title="CSULoRA", title_justify="left", show_header=False)
     table.add_row("adapter", f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {_range(lora_ranks)}")
     table.add_row("safety subspace", f"rank {_range(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy")
-    table.add_row("penalty", _penalty(corrector))
+    table.add_row("penalty", str(corrector.penalty))
     table.add_row("ready in", f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}")
     return table
 
@@ -24,11 +24,6 @@ def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
 def print_start(corrector: SafetyCorrector, seconds: float) -> None:
     """Print :func:`start_table`."""
     Console().print(start_table(corrector, seconds))
-
-
-def _penalty(corrector: SafetyCorrector) -> str:
-    parameters = ", ".join(f"{name} {value:g}" for name, value in corrector.penalty.parameters.items())
-    return f"{corrector.penalty.name}{f' ({parameters})' if parameters else ''}"
 
 
 def _range(values: list[int]) -> str:

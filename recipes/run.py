@@ -142,10 +142,7 @@ def dry_run(recipe: Recipe) -> None:
     table.add_row("data.source", _where(recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
     for name, correction in recipe.corrections.items():
-        table.add_row(
-            f"corrections.{name}",
-            f"{correction.preset.value}, {correction.penalty().parameters}, rank {correction.rank}",
-        )
+        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
     table.add_row("output", recipe.output)
     Console().print(table)
 

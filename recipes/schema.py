@@ -7,11 +7,12 @@ import math
 import re
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from csulora_callback import Penalty
@@ -132,6 +133,26 @@ class Recipe:
     corrections: dict[str, Correction] = field(default_factory=dict)
 
 
+_AT_LEAST = {
+    1: (
+        "toy.train_samples",
+        "toy.eval_prompts",
+        "toy.layers",
+        "toy.base_steps",
+        "toy.align_steps",
+        "training.batch_size",
+        "training.gradient_accumulation_steps",
+        "training.logging_steps",
+        "training.eval_steps",
+        "training.save_steps",
+        "lora.r",
+        "lora.alpha",
+        "data.max_length",
+    ),
+    0: ("training.seed", "training.warmup_steps"),
+}
+
+
 def load_recipe(path: str, overrides: list[str]) -> Recipe:
     """Read a recipe, apply ``key=value`` overrides and check all of it.
 
@@ -173,7 +194,7 @@ def _one_line(error: OmegaConfBaseException) -> str:
     what = str(error.msg or error).splitlines()[0]
     if isinstance(error, MissingMandatoryValue):
         return f"missing value: '{key}' has to be set, in the file or as {key}=…"
-    return f"'{key}': {what}" if isinstance(error, ValidationError) and key else what
+    return f"'{key}': {what}" if key else what
 
 
 def _nearest(key: str) -> str | None:
@@ -209,25 +230,15 @@ def _check_values(path: str, recipe: Recipe) -> None:
         missing = "model.base" if recipe.model.base is None else "data.source"
         raise RecipeError(f"{path}: missing value: '{missing}' has to be set, or neither, which means the toy lab")
     toy, lora, training = recipe.toy, recipe.lora, recipe.training
-    positive = {
-        **{f"toy.{key}": getattr(toy, key) for key in ("train_samples", "eval_prompts", "layers")},
-        **{f"toy.{key}": getattr(toy, key) for key in ("base_steps", "align_steps")},
-        **{f"training.{key}": getattr(training, key) for key in ("batch_size", "gradient_accumulation_steps")},
-        **{f"training.{key}": getattr(training, key) for key in ("logging_steps", "eval_steps", "save_steps")},
-        "lora.r": lora.r,
-        "lora.alpha": lora.alpha,
-        "data.max_length": recipe.data.max_length,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            refuse(key, "a whole number ≥ 1", value)
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            value = attrgetter(key)(recipe)
+            if value < least:
+                refuse(key, f"a whole number ≥ {least}", value)
     if training.max_steps < 1 and not 0 < training.epochs < math.inf:
         refuse("training.epochs", "a number > 0 where training.max_steps is not set", training.epochs)
     if recipe.trainer is TrainerKind.lightning and training.max_steps < 1 and training.epochs != int(training.epochs):
         refuse("training.epochs", "a whole number in Lightning, or training.max_steps", training.epochs)
-    for key in ("seed", "warmup_steps"):
-        if getattr(training, key) < 0:
-            refuse(f"training.{key}", "a whole number ≥ 0", getattr(training, key))
     if toy.hidden_size < 8 or toy.hidden_size % 8:
         refuse("toy.hidden_size", "a multiple of 8 (four heads of an even size)", toy.hidden_size)
     if not 0.0 <= toy.poison_share <= 1.0:
