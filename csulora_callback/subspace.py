@@ -156,8 +156,9 @@ class SafetySubspace(Mapping[str, Basis]):
         check_rank_rule(rank, energy)
         if method not in ("auto", "krylov", "exact"):
             raise ValueError(f"`method`: expected 'auto', 'krylov' or 'exact', but got {method!r}.")
+        base, aligned = open_checkpoint(base), open_checkpoint(aligned)
         names = _targets(base, aligned, target_modules)
-        base, aligned = open_checkpoint(base, names), open_checkpoint(aligned, names)
+        base, aligned = base.require(names), aligned.require(names)
         for name in names:
             if base.shape(name) != aligned.shape(name):
                 base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
@@ -320,11 +321,11 @@ def check_rank_rule(rank: int, energy: float | None) -> None:
         raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
 
 
-def _targets(base: Source, aligned: Source, target_modules: str | Sequence[str] | None) -> list[str]:
+def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:
     """Full names of the target modules, sorted: a fingerprint must not depend on the order of files."""
-    there = open_checkpoint(aligned).names()
+    there = aligned.names()
     if target_modules is None:
-        names = set(there) & set(open_checkpoint(base).names())
+        names = set(there) & set(base.names())
         wanted = "a two-dimensional weight that both checkpoints have"
     elif isinstance(target_modules, str):
         names = {name for name in there if re.fullmatch(target_modules, name)}

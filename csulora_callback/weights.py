@@ -68,15 +68,44 @@ class Checkpoint:
     """
 
     def __init__(
-        self, source: str, readers: dict[str, Callable[[], Tensor]], shapes: dict[str, tuple[int, ...]]
+        self,
+        source: str,
+        readers: dict[str, Callable[[], Tensor]],
+        shapes: dict[str, tuple[int, ...]],
+        folder: Path | None = None,
     ) -> None:
         self.source = source
         self._readers = readers
         self._shapes = shapes
+        self._folder = folder  # where the files lie; None for a module in memory
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
         return [name for name, shape in self._shapes.items() if len(shape) == 2]
+
+    def require(self, names: Iterable[str]) -> Checkpoint:
+        """This checkpoint if it has all these modules, or the same one under the names that transformers gives.
+
+        transformers renames and fuses on load. Where the files lack a name, the whole checkpoint is loaded through it
+        on the CPU, and a warning says so.
+
+        Raises:
+            ValueError: if a module is missing even then; the nearest names are given.
+        """
+        names = list(names)
+        missing = [name for name in names if name not in self._shapes]
+        if missing and self._folder is not None:
+            logger.warning(
+                "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which "
+                "renames on load. This holds the whole model in memory.",
+                self.source,
+                missing[0],
+            )
+            model, invented = _load_through_transformers(self._folder, self, missing[0])
+            return _from_module(model, invented, self.source).require(names)
+        for name in missing:
+            self._check(name)
+        return self
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -147,8 +176,7 @@ def open_checkpoint(
     Args:
         source: a folder with safetensors (single or sharded) or ``pytorch_model.bin`` files, a Hub id, or a module in
             memory (a ``PeftModel`` counts as the model below its adapters).
-        required: module names that must be found. Where the files name them otherwise (transformers renames and fuses
-            on load), the whole checkpoint is loaded through transformers on the CPU, and a warning says so.
+        required: module names that must be found, see :meth:`Checkpoint.require`.
         revision: branch, tag or commit of a Hub id; nothing else has one.
 
     Raises:
@@ -167,27 +195,11 @@ def open_checkpoint(
             f"`revision`: expected None, since only a Hub id has revisions, but got {revision!r}. Leave it out."
         )
     if isinstance(source, Checkpoint):
-        return source
-    required = list(required)
+        return source.require(required)
     if isinstance(source, nn.Module):
-        checkpoint = _from_module(source, set(), f"{type(source).__name__} in memory")
-        for name in required:
-            checkpoint.shape(name)
-        return checkpoint
+        return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
     folder = Path(source) if Path(source).is_dir() else _from_hub(source, revision)
-    checkpoint = _from_folder(folder, str(source))
-    missing = [name for name in required if name not in checkpoint._shapes]
-    if missing:
-        logger.warning(
-            "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which renames "
-            "on load. This holds the whole model in memory.",
-            source,
-            missing[0],
-        )
-        checkpoint = _from_module(*_load_through_transformers(folder, checkpoint, missing[0]), str(source))
-        for name in required:
-            checkpoint.shape(name)
-    return checkpoint
+    return _from_folder(folder, str(source)).require(required)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
@@ -224,7 +236,7 @@ def _from_folder(folder: Path, source: str) -> Checkpoint:
             prefix, _, kind = key.rpartition(".")
             if kind == "weight":
                 readers[prefix], shapes[prefix] = reader, shape
-    return Checkpoint(source, readers, shapes)
+    return Checkpoint(source, readers, shapes, folder)
 
 
 def _safetensors_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:

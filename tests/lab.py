@@ -7,10 +7,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+from csulora_callback import Penalty, SafetySubspace, correct
+from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
+
 VOCABULARY = 32
+PENALTY = Penalty.csulora(5.0)
+RANK = 3
+SCALING = 2.0  # of with_lora
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -74,24 +81,56 @@ class Tokens(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter that a checkpoint folder gives to whoever loads it."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def raw(folder: Path) -> dict[str, torch.Tensor]:
+    """The uncorrected adapter beside it."""
+    return load_file(folder / "csulora" / "raw_adapter.safetensors")
+
+
+def live(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter of a model in memory."""
+    return to_peft_state_dict(find_adapter(model).read())
+
+
+def corrected_by_hand(state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
+    """The correction of a raw adapter; `correct` has its own tests against dense references."""
+    result = {}
+    for name, (lora_A, lora_B) in from_peft_state_dict(state, list(subspace), "raw").items():
+        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
+        result[name] = (done.lora_A, done.lora_B)
+    return to_peft_state_dict(result)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Equal bit for bit."""
+    assert left.keys() == right.keys()
+    for key in left:
+        assert torch.equal(left[key], right[key]), key
+
+
+TRAINING = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 7,
+    "dataloader_pin_memory": False,
+}
+
+
 def make_trainer(model: nn.Module, output: Path, callbacks: list | None = None, **arguments) -> Trainer:
     """A real Trainer that takes 8 steps of 4 sequences by default, quietly."""
-    settings = {
-        "output_dir": str(output),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-2,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-        "dataloader_pin_memory": False,
-    }
+    settings = {**TRAINING, "output_dir": str(output), "save_steps": 4, **arguments}
     return Trainer(
         model=model,
-        args=TrainingArguments(**{**settings, **arguments}),
+        args=TrainingArguments(**settings),
         train_dataset=Tokens(),
         eval_dataset=Tokens(count=8, seed=4),
         callbacks=callbacks,

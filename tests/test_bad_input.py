@@ -21,19 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 
 from csulora_callback import CSULoRACallback, SafetySubspace
 from csulora_callback.adapters import find_adapter, to_peft_state_dict
-from tests.lab import TARGETS, align, make_trainer, saved_pair, tiny_llama, with_lora
-
-RANK = 3
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def subspace(pair):
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+from tests.lab import RANK, TARGETS, align, make_trainer, tiny_llama, with_lora
 
 
 def aligned_model(pair):

@@ -374,6 +374,9 @@ REFUSED = [
     ({"lora_B": torch.ones(5, 3)}, "`lora_B`: expected 2 columns, the rank r of `lora_A`, but got shape (5, 3)."),
     ({"U": torch.eye(4)}, "`U`: expected 5 rows, d_out of `lora_B`, but got shape (4, 4)."),
     ({"V": torch.eye(5)}, "`V`: expected 6 rows, d_in of `lora_A`, but got shape (5, 5)."),
+    ({"scaling": math.nan}, "`scaling`: expected a finite number, but got nan."),
+    ({"scaling": math.inf}, "`scaling`: expected a finite number, but got inf."),
+    ({"penalty": None}, "`penalty`: expected a Penalty such as Penalty.guard(3.0), but got None."),
     ({"rank": "shrink"}, "`rank`: expected 'truncate' or 'expand', but got 'shrink'."),
 ]
 
@@ -381,18 +384,7 @@ REFUSED = [
 @pytest.mark.parametrize(("changed", "message"), REFUSED)
 def test_arguments_that_do_not_fit_are_refused(changed, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        correct(**{**GOOD, **changed}, penalty=Penalty.guard(1))
-
-
-@pytest.mark.parametrize("scaling", [math.nan, math.inf])
-def test_a_scaling_that_is_not_finite_is_refused(scaling):
-    with pytest.raises(ValueError, match="`scaling`: expected a finite number, but got"):
-        correct(**GOOD, penalty=Penalty.guard(1), scaling=scaling)
-
-
-def test_something_else_than_a_penalty_is_refused():
-    with pytest.raises(ValueError, match="`penalty`: expected a Penalty such as"):
-        correct(**GOOD, penalty=None)
+        correct(**{**GOOD, "penalty": Penalty.guard(1), **changed})
 
 
 def test_an_update_of_zero_comes_back_in_memory_of_its_own():

@@ -10,27 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
+from csulora_callback import CSULoRACallback, SafetySubspace
 from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
-from tests.lab import TARGETS, make_trainer, saved_pair, with_lora
-
-PENALTY = Penalty.csulora(5.0)
-RANK = 3
-SCALING = 2.0
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def subspace(pair):
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+from tests.lab import PENALTY, RANK, assert_same, corrected_by_hand, live, make_trainer, raw, saved, with_lora
 
 
 def callback(pair, **arguments) -> CSULoRACallback:
@@ -46,34 +31,6 @@ def train(pair, output: Path, callbacks: list, resume=None, **arguments):
     trainer = make_trainer(fresh_model(pair), output, callbacks, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
-
-
-def saved(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def raw(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "csulora" / "raw_adapter.safetensors")
-
-
-def live(trainer) -> dict[str, torch.Tensor]:
-    return to_peft_state_dict(find_adapter(trainer.model).read())
-
-
-def expected(raw_state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
-    """The correction of a raw adapter, made by hand; `correct` has its own tests against dense references."""
-    factors = from_peft_state_dict(raw_state, list(subspace), "raw")
-    result = {}
-    for name, (lora_A, lora_B) in factors.items():
-        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
-        result[name] = (done.lora_A, done.lora_B)
-    return to_peft_state_dict(result)
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        assert torch.equal(left[key], right[key]), key
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -112,7 +69,7 @@ def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace,
     written = checkpoints(tmp_path / "with")
     assert written
     for folder in written:
-        assert_same(saved(folder), expected(raw(folder), subspace))
+        assert_same(saved(folder), corrected_by_hand(raw(folder), subspace))
         twin = tmp_path / "without" / folder.name
         if strategy in ("best", "best at end") and not twin.exists():
             continue  # evaluations differ, and so may the steps that were best
@@ -122,13 +79,13 @@ def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace,
                 _plain(torch.load(twin / file, weights_only=False))
             )
     if strategy == "best at end":
-        assert_same(live(with_it), saved(Path(with_it.state.best_model_checkpoint)))
+        assert_same(live(with_it.model), saved(Path(with_it.state.best_model_checkpoint)))
         assert with_it.state.best_model_checkpoint != str(written[-1])
     else:
-        assert_same(live(with_it), expected(saved_at_end(without), subspace))
+        assert_same(live(with_it.model), corrected_by_hand(live(without.model), subspace))
     with_it.save_model(tmp_path / "shipped")
-    assert_same(saved(tmp_path / "shipped"), live(with_it))
-    assert_same(expected(raw(tmp_path / "shipped"), subspace), live(with_it))
+    assert_same(saved(tmp_path / "shipped"), live(with_it.model))
+    assert_same(corrected_by_hand(raw(tmp_path / "shipped"), subspace), live(with_it.model))
 
 
 def _plain(value):
@@ -138,10 +95,6 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
-
-
-def saved_at_end(trainer) -> dict[str, torch.Tensor]:
-    return live(trainer)
 
 
 def test_evaluation_sees_what_ships(pair, tmp_path):
@@ -173,7 +126,7 @@ def test_resume_is_exact_from_any_checkpoint(pair, tmp_path, step):
             folder.rmdir()
     resumed = train(pair, tmp_path / "parts", [callback(pair)], resume=True, **arguments)
     assert losses(resumed) == losses(whole)
-    assert_same(live(resumed), live(whole))
+    assert_same(live(resumed.model), live(whole.model))
     for folder in checkpoints(tmp_path / "whole"):
         assert_same(raw(tmp_path / "parts" / folder.name), raw(folder))
         assert_same(saved(tmp_path / "parts" / folder.name), saved(folder))
@@ -184,7 +137,7 @@ def test_a_run_begun_without_the_callback_resumes_with_it_and_the_reverse(pair, 
     resumed = train(pair, tmp_path / "b", [callback(pair)], resume=str(tmp_path / "a/checkpoint-4"), save_steps=4)
     assert losses(resumed) == losses(without)
     assert_same(raw(tmp_path / "b/checkpoint-8"), saved(tmp_path / "a/checkpoint-8"))
-    assert_same(live(resumed), expected(live(without), subspace))
+    assert_same(live(resumed.model), corrected_by_hand(live(without.model), subspace))
 
 
 class SaveByHand(TrainerCallback):
@@ -229,7 +182,7 @@ def test_saves_by_hand_during_and_after_training_are_corrected_once(pair, subspa
         "train_end",
     }
     for folder in folders:
-        assert_same(saved(folder), expected(raw(folder), subspace))
+        assert_same(saved(folder), corrected_by_hand(raw(folder), subspace))
     assert_same(raw(tmp_path / "hand/step_end-4"), saved(tmp_path / "without/checkpoint-4"))
     assert_same(raw(tmp_path / "hand/save-8"), saved(tmp_path / "without/checkpoint-8"))
     trainer.save_model(tmp_path / "after")
@@ -249,7 +202,7 @@ class AskLate(TrainerCallback):
 def test_what_a_later_callback_asks_for_is_corrected(pair, subspace, tmp_path):
     trainer = train(pair, tmp_path, [callback(pair), AskLate()], save_steps=1000)
     folder = tmp_path / "checkpoint-3"
-    assert_same(saved(folder), expected(raw(folder), subspace))
+    assert_same(saved(folder), corrected_by_hand(raw(folder), subspace))
     shipped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), folder)
     by_hand = make_trainer(shipped, tmp_path / "by_hand").evaluate()["eval_loss"]
     assert [r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r] == [by_hand]
@@ -274,8 +227,8 @@ def test_other_callbacks_see_raw_weights_in_training_and_corrected_ones_at_its_e
     trainer = train(pair, tmp_path, [watch, ours] if first else [ours, watch], save_steps=2)
     for folder in checkpoints(tmp_path):
         assert_same(watch.seen["step_end", int(folder.name.split("-")[1])], raw(folder))
-    assert_same(watch.seen["train_end", 8], live(trainer))
-    assert_same(live(trainer), expected(raw(tmp_path / "checkpoint-8"), subspace))
+    assert_same(watch.seen["train_end", 8], live(trainer.model))
+    assert_same(live(trainer.model), corrected_by_hand(raw(tmp_path / "checkpoint-8"), subspace))
 
 
 class CorrectByHand(TrainerCallback):
@@ -288,7 +241,7 @@ class CorrectByHand(TrainerCallback):
         if state.global_step % self.every == 0:
             adapter = find_adapter(model)
             done = from_peft_state_dict(
-                expected(to_peft_state_dict(adapter.read()), self.subspace), list(adapter.layers), ""
+                corrected_by_hand(to_peft_state_dict(adapter.read()), self.subspace), list(adapter.layers), ""
             )
             adapter.write(done)
 
@@ -299,12 +252,12 @@ def test_every_n_steps_corrects_the_live_weights_and_compounds(pair, subspace, t
     assert losses(trainer) == losses(by_hand)
     ours = tmp_path / "ours"
     assert_same(raw(ours / "checkpoint-3"), saved(tmp_path / "hand/checkpoint-3"))
-    assert_same(saved(ours / "checkpoint-3"), expected(raw(ours / "checkpoint-3"), subspace))
+    assert_same(saved(ours / "checkpoint-3"), corrected_by_hand(raw(ours / "checkpoint-3"), subspace))
     # Steps 6 and 8 were corrected in place: their checkpoints hold that, and not a correction of it.
     for step in (6, 8):
         assert_same(saved(ours / f"checkpoint-{step}"), saved(tmp_path / f"hand/checkpoint-{step}"))
         assert_same(raw(ours / f"checkpoint-{step}"), saved(ours / f"checkpoint-{step}"))
-    assert_same(live(trainer), live(by_hand))
+    assert_same(live(trainer.model), live(by_hand.model))
     for step in (3, 6):
         resumed = train(
             pair,
@@ -313,7 +266,7 @@ def test_every_n_steps_corrects_the_live_weights_and_compounds(pair, subspace, t
             resume=str(ours / f"checkpoint-{step}"),
             save_steps=3,
         )
-        assert_same(live(resumed), live(trainer))
+        assert_same(live(resumed.model), live(trainer.model))
 
 
 def test_a_crash_inside_the_window_is_undone_by_the_next_run(pair, tmp_path):
@@ -328,12 +281,12 @@ def test_a_crash_inside_the_window_is_undone_by_the_next_run(pair, tmp_path):
     class Compare(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
             if state.global_step == 0:
-                assert_same(live(trainer), before)
+                assert_same(live(trainer.model), before)
 
     trainer.add_callback(Remember())
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    assert any(not torch.equal(live(trainer)[key], before[key]) for key in before)
+    assert any(not torch.equal(live(trainer.model)[key], before[key]) for key in before)
     trainer.compute_metrics = None
     trainer.remove_callback(Remember)
     trainer.add_callback(Compare())
@@ -356,7 +309,7 @@ def test_a_second_run_on_the_same_model_corrects_once(pair, subspace, tmp_path):
     second = make_trainer(model, tmp_path / "second", [callback(pair)], save_steps=4)
     second.train()
     for folder in checkpoints(tmp_path / "second"):
-        assert_same(saved(folder), expected(raw(folder), subspace))
+        assert_same(saved(folder), corrected_by_hand(raw(folder), subspace))
 
 
 class Wrapped(nn.Module):

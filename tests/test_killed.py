@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from csulora_callback import CSULoRACallback
 from csulora_callback.adapters import digest, find_adapter, from_peft_state_dict, to_peft_state_dict
-from tests.lab import make_trainer, saved_pair, with_lora
+from tests.lab import assert_same, make_trainer, saved_pair, with_lora
 
 ROOT = Path(__file__).parents[1]
 KILLED_AT = 4
@@ -133,12 +133,6 @@ def history(trainer) -> list[dict]:
         for record in trainer.state.log_history
         if "train_runtime" not in record
     ]
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        assert torch.equal(left[key], right[key]), key
 
 
 def assert_same_end(trainer, whole) -> None:

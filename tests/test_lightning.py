@@ -16,24 +16,10 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
+from csulora_callback import CSULoRACallback, SafetySubspace
 from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
 from csulora_callback.sidecar import Sidecar
-from tests.lab import TARGETS, Tokens, saved_pair, with_lora
-
-PENALTY = Penalty.csulora(5.0)
-RANK = 3
-SCALING = 2.0
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def subspace(pair):
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+from tests.lab import PENALTY, RANK, Tokens, assert_same, corrected_by_hand, live, with_lora
 
 
 class Module(L.LightningModule):
@@ -106,19 +92,6 @@ def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_pa
     return trainer
 
 
-def live(module) -> dict[str, torch.Tensor]:
-    return to_peft_state_dict(find_adapter(module).read())
-
-
-def expected(raw_state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
-    factors = from_peft_state_dict(raw_state, list(subspace), "raw")
-    result = {}
-    for name, (lora_A, lora_B) in factors.items():
-        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
-        result[name] = (done.lora_A, done.lora_B)
-    return to_peft_state_dict(result)
-
-
 def factors_in(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
     """Factors in a checkpoint's state_dict under PEFT's keys, and the raw ones beside them."""
     checkpoint = torch.load(path, weights_only=True)
@@ -130,15 +103,9 @@ def factors_in(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     return saved, checkpoint.get("csulora", {}).get("raw")
 
 
-def assert_same(left, right) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        assert torch.equal(left[key], right[key]), key
-
-
 def assert_corrected(path: Path, subspace: SafetySubspace) -> dict[str, torch.Tensor]:
     saved, raw = factors_in(path)
-    assert_same(saved, expected(raw, subspace))
+    assert_same(saved, corrected_by_hand(raw, subspace))
     return raw
 
 
@@ -167,7 +134,7 @@ def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace,
         twin = tmp_path / "without" / path.name
         if twin.exists():  # validation losses differ, and so may the best
             assert_same(raw, factors_in(twin)[0])
-    assert_same(live(trainer.lightning_module), expected(live(without.lightning_module), subspace))
+    assert_same(live(trainer.lightning_module), corrected_by_hand(live(without.lightning_module), subspace))
 
 
 @pytest.mark.parametrize("variant", ["late", "manual", "compiled"])
@@ -178,7 +145,7 @@ def test_modules_of_every_make(pair, subspace, tmp_path, variant):
     assert trainer.losses == without.losses
     for path in tmp_path.glob("*.ckpt"):
         assert_corrected(path, subspace)
-    assert_same(live(trainer.lightning_module), expected(live(without.lightning_module), subspace))
+    assert_same(live(trainer.lightning_module), corrected_by_hand(live(without.lightning_module), subspace))
 
 
 def test_validation_sees_what_ships(pair, tmp_path):
@@ -258,13 +225,13 @@ def test_every_n_steps_and_a_second_fit(pair, subspace, tmp_path):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step % 3 == 0:
                 adapter = find_adapter(pl_module)
-                done = expected(to_peft_state_dict(adapter.read()), subspace)
+                done = corrected_by_hand(to_peft_state_dict(adapter.read()), subspace)
                 adapter.write(from_peft_state_dict(done, list(adapter.layers), ""))
 
     by_hand = fit(pair, tmp_path, [CorrectByHand()], enable_checkpointing=False)
     ours = fit(pair, tmp_path, [callback(pair, every_n_steps=3)], enable_checkpointing=False)
     assert ours.losses == by_hand.losses
-    assert_same(live(ours.lightning_module), expected(live(by_hand.lightning_module), subspace))
+    assert_same(live(ours.lightning_module), corrected_by_hand(live(by_hand.lightning_module), subspace))
 
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
     fit(pair, tmp_path, [callback(pair), saving], ours.lightning_module)

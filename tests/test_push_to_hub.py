@@ -18,13 +18,9 @@ from safetensors.torch import load
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import hub as transformers_hub
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
-from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
-from tests.lab import TARGETS, make_trainer, saved_pair, with_lora
+from csulora_callback import CSULoRACallback, SafetySubspace
+from tests.lab import PENALTY, RANK, assert_same, corrected_by_hand, live, make_trainer, with_lora
 
-PENALTY = Penalty.csulora(5.0)
-RANK = 3
-SCALING = 2.0
 ADAPTER = "adapter_model.safetensors"
 RAW = "csulora/raw_adapter.safetensors"
 RECORD = "csulora/correction.json"
@@ -127,16 +123,6 @@ def hub(monkeypatch):
     assert server.unanswered == []
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
-
-
-@pytest.fixture(scope="module")
-def subspace(pair):
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
-
-
 class WaitForUploads(TrainerCallback):
     """The Trainer drops a push while another runs; here each step's is to be seen."""
 
@@ -163,24 +149,10 @@ def pushing(pair, output: Path, hub_strategy: str, **arguments):
     return train(pair, output, push_to_hub=True, hub_token="hf_fake", hub_strategy=hub_strategy, **arguments)
 
 
-def live(trainer) -> dict[str, torch.Tensor]:
-    return to_peft_state_dict(find_adapter(trainer.model).read())
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for key in left:
-        assert torch.equal(left[key], right[key]), key
-
-
 def assert_corrected_once(files: dict[str, bytes], raw: dict, subspace: SafetySubspace, prefix: str = "") -> None:
     """The uploaded sidecar holds ``raw``, and the uploaded adapter its correction, made here by hand."""
     assert_same(load(files[prefix + RAW]), raw)
-    by_hand = {}
-    for name, (lora_A, lora_B) in from_peft_state_dict(raw, list(subspace), "raw").items():
-        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
-        by_hand[name] = (done.lora_A, done.lora_B)
-    assert_same(load(files[prefix + ADAPTER]), to_peft_state_dict(by_hand))
+    assert_same(load(files[prefix + ADAPTER]), corrected_by_hand(raw, subspace))
     assert any(not torch.equal(load(files[prefix + ADAPTER])[key], raw[key]) for key in raw)
     record = json.loads(files[prefix + RECORD])
     assert record["status"] == "corrected"
@@ -215,7 +187,7 @@ def test_each_upload_holds_the_corrected_adapter_of_its_step(hub, pair, subspace
     trainer.push_to_hub()
     final = hub.commit("End of training")
     assert_corrected_once(final, raw_at[5], subspace)
-    assert_same(load(final[ADAPTER]), live(trainer))
+    assert_same(load(final[ADAPTER]), live(trainer.model))
     assert not any(path.startswith("checkpoint-") or path.endswith(".part") for path in final)
 
 
@@ -227,7 +199,7 @@ def test_nothing_is_uploaded_before_the_end_when_so_asked(hub, pair, subspace, r
     assert hub.messages() == ["End of training", "Model save"]
     for message in hub.messages():
         assert_corrected_once(hub.commit(message), raw_at[5], subspace)
-        assert_same(load(hub.commit(message)[ADAPTER]), live(trainer))
+        assert_same(load(hub.commit(message)[ADAPTER]), live(trainer.model))
 
 
 def test_the_best_model_is_uploaded_as_its_checkpoint_was_saved(hub, pair, subspace, raw_at, tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from csulora_callback import CSULoRACallback, Penalty
-from tests.lab import make_trainer, saved_pair, with_lora
+from tests.lab import make_trainer, with_lora
 
 STRENGTH = 5.0
 RANK = 3
@@ -26,11 +26,6 @@ KEYS = {
     "csulora/truncation_error",
     "csulora/update_norm",
 }
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
 
 
 def train(pair, tmp_path: Path, before=(), after=(), **arguments):

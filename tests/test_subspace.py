@@ -13,7 +13,7 @@ from torch import nn
 
 from csulora_callback import SafetySubspace
 from csulora_callback.subspace import Basis, default_cache_dir
-from tests.lab import TARGETS, align, saved_pair, tiny_llama
+from tests.lab import TARGETS, align, tiny_llama
 
 
 def pair_with_displacement(D: torch.Tensor, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -163,11 +163,6 @@ def test_result_depends_on_neither_order_nor_number_of_modules():
         for targets in (["v_proj"], TARGETS[::-1])
     )
     assert all(torch.equal(few[name].U, more[name].U) for name in few)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return saved_pair(tmp_path_factory.mktemp("pair"))
 
 
 def test_save_and_load(pair, tmp_path):

@@ -7,18 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct
-from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
-from tests.lab import TARGETS, VOCABULARY, saved_pair
+from csulora_callback import CSULoRACallback
+from tests.lab import PENALTY, RANK, TARGETS, TRAINING, VOCABULARY, corrected_by_hand, live, raw, saved, saved_pair
 
-PENALTY = Penalty.csulora(5.0)
-RANK = 3
-SCALING = 2.0
 SPECIAL = ["<bos>", "<eos>", "<pad>"]  # as in the tiny Llama: 0, 1, 2
 WORDS = [f"word{index}" for index in range(VOCABULARY - len(SPECIAL))]
 DRIFT = {
@@ -47,11 +42,6 @@ def pair(tmp_path_factory):
     return base, aligned
 
 
-@pytest.fixture(scope="module")
-def subspace(pair):
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
-
-
 def texts(count: int, seed: int) -> Dataset:
     """Lines of 4 to 11 words, so that batches are padded."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,21 +55,13 @@ def texts(count: int, seed: int) -> Dataset:
 def make_trainer(pair, output: Path, callbacks=None, model=None, **arguments) -> SFTTrainer:
     """SFTTrainer as its documentation starts it: from a checkpoint's name and a `peft_config`."""
     settings = {
+        **TRAINING,
         "output_dir": str(output),
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-2,
-        "logging_steps": 1,
         "save_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 2,
         "max_length": 16,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,  # TRL's default, which needs a GPU
-        "seed": 7,
-        "dataloader_pin_memory": False,
     }
     # Dropout draws from the global generator at every step: one stray draw by the callback would show.
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=TARGETS, task_type="CAUSAL_LM")
@@ -108,27 +90,6 @@ def runs(pair, tmp_path_factory):
     return train(pair, folder / "without", False), train(pair, folder / "with", True)
 
 
-def saved(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def raw(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "csulora" / "raw_adapter.safetensors")
-
-
-def live(trainer) -> dict[str, torch.Tensor]:
-    return to_peft_state_dict(find_adapter(trainer.model).read())
-
-
-def corrected_by_hand(state: dict[str, torch.Tensor], subspace: SafetySubspace) -> dict[str, torch.Tensor]:
-    factors = from_peft_state_dict(state, list(subspace), "raw")
-    result = {}
-    for name, (lora_A, lora_B) in factors.items():
-        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
-        result[name] = (done.lora_A, done.lora_B)
-    return to_peft_state_dict(result)
-
-
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     assert left.keys() == right.keys()
     return all(torch.equal(left[key], right[key]) for key in left)
@@ -153,7 +114,7 @@ def test_training_is_bit_identical_and_checkpoints_are_corrected(runs, subspace)
         assert same(raw(folder), saved(twin))
         assert not same(saved(folder), saved(twin))
         assert same(saved(folder), corrected_by_hand(raw(folder), subspace))
-    assert same(live(with_it), corrected_by_hand(live(without), subspace))
+    assert same(live(with_it.model), corrected_by_hand(live(without.model), subspace))
 
 
 def test_drift_stands_beside_the_loss(runs):
@@ -184,7 +145,7 @@ def test_save_model_after_training_ships_the_corrected_adapter_once(runs, subspa
     last = checkpoints(with_it)[-1]
     assert same(saved(tmp_path), saved(last))
     assert same(raw(tmp_path), raw(last))
-    assert same(live(with_it), saved(last))
+    assert same(live(with_it.model), saved(last))
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
@@ -195,7 +156,7 @@ def test_resume_is_exact(pair, runs, tmp_path, step):
     resumed = train(pair, tmp_path, True, resume=str(start))
     for key in ("loss", "grad_norm", "eval_loss", *DRIFT):
         assert logged(resumed, key) == logged(whole, key)
-    assert same(live(resumed), live(whole))
+    assert same(live(resumed.model), live(whole.model))
     for folder in tmp_path.glob("checkpoint-*"):
         twin = Path(whole.args.output_dir) / folder.name
         assert same(raw(folder), raw(twin))

@@ -227,3 +227,10 @@ def test_bin_files_from_before_zip_archives_are_read(tmp_path):
     weight = torch.randn(3, 4)
     torch.save({"layer.weight": weight}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert torch.equal(open_checkpoint(tmp_path).weight("layer"), weight)
+
+
+def test_an_open_checkpoint_is_held_to_what_is_required_of_it(storages):
+    opened = open_checkpoint(storages["single"])
+    assert open_checkpoint(opened, ["lm_head"]) is opened
+    with pytest.raises(ValueError, match="expected a weight for the module 'nothing'"):
+        open_checkpoint(open_checkpoint(storages["memory"]), ["nothing"])
