@@ -10,7 +10,7 @@ import copy
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from csulora_callback import sharding
 from csulora_callback.weights import module_name
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -54,6 +55,11 @@ class AdaptedLayer:
     def lora_B(self) -> nn.Parameter:
         """``(d_out, r)``."""
         return self.module.lora_B[self.adapter].weight
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(d_out, r, d_in)``, also where this process holds only a part of the factors."""
+        return sharding.full_shape(self.lora_B)[0], *sharding.full_shape(self.lora_A)
 
     @property
     def scaling(self) -> float:
@@ -88,19 +94,54 @@ class Adapter:
     name: str
     layers: dict[str, AdaptedLayer]
     config: PeftConfig
+    model: nn.Module
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the factors."""
+        return any(sharding.is_sharded(layer.lora_A) for layer in self.layers.values())
 
     def read(self) -> Factors:
-        """Copies of the factors, in the parameters' dtype and on their device."""
-        return {
-            name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone()) for name, layer in self.layers.items()
-        }
+        """Copies of the factors, in the parameters' dtype and on their device.
 
-    @torch.no_grad()
+        This and the methods below are collective where the parameters are sharded.
+        """
+        return _in_pairs(self.layers, sharding.gather(self._parameters()))
+
+    def read_trained(self) -> Factors:
+        """Like :meth:`read`, of what the optimizer steps: under DeepSpeed that is a float32 copy."""
+        return _in_pairs(self.layers, sharding.gather_trained(self._parameters()))
+
     def write(self, factors: Factors) -> None:
         """Copy ``factors`` into the live parameters in place: optimizers keep their references and moments."""
-        for name, (lora_A, lora_B) in factors.items():
-            self.layers[name].lora_A.copy_(lora_A)
-            self.layers[name].lora_B.copy_(lora_B)
+        sharding.write(self._parameters(), _flat(self.layers, factors))
+
+    def write_trained(self, factors: Factors) -> None:
+        """Like :meth:`write`, so that training goes on from there: into the optimizer's copies as well."""
+        sharding.write_trained(self._parameters(), _flat(self.layers, factors))
+
+    def factors_in(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> Factors | None:
+        """The factors out of a state dict of ``module``, which holds the model, if they are all there.
+
+        Not collective.
+        """
+        keys = self._keys(module)
+        if any(key not in state_dict for pair in keys.values() for key in pair):
+            return None
+        return {name: (state_dict[keys[name][0]], state_dict[keys[name][1]]) for name in self.layers}
+
+    def to_state_dict(self, factors: Factors, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of ``factors`` under the names that they have in a state dict of ``module``."""
+        keys = self._keys(module)
+        return {key: factor.clone() for name in factors for key, factor in zip(keys[name], factors[name], strict=True)}
+
+    def _keys(self, module: nn.Module) -> dict[str, tuple[str, str]]:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return {name: (names[id(layer.lora_A)], names[id(layer.lora_B)]) for name, layer in self.layers.items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        sharding.reshard(sharding.fsdp_modules(self.model))
+        return [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -134,7 +175,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         _check_layer(name, module, adapter)
         adapted[module_name(name)] = AdaptedLayer(module, adapter)
     _check_nothing_else_trains(model, adapted)
-    return Adapter(adapter, adapted, config)
+    return Adapter(adapter, adapted, config, model)
 
 
 def digest(factors: Factors) -> str:
@@ -199,6 +240,14 @@ def from_peft_state_dict(state: Mapping[str, Tensor], names: list[str], source: 
     return factors
 
 
+def _in_pairs(names: Iterable[str], tensors: list[Tensor]) -> Factors:
+    return dict(zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+
+
+def _flat(names: Iterable[str], factors: Factors) -> list[Tensor]:
+    return [factor for name in names for factor in factors[name]]
+
+
 def _has_adapter(module: LoraLayer, adapter: str) -> bool:
     return adapter in module.scaling
 
@@ -254,7 +303,7 @@ def _check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise _unsupported(name, "LoRA on an embedding")
     if isinstance(module, ParamWrapper):
         raise _unsupported(name, "target_parameters")
-    if adapter not in module.lora_A or type(module.lora_A[adapter]) is not nn.Linear:
+    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}")
     if isinstance(module, MultiheadAttention):
         raise _unsupported(name, "LoRA on nn.MultiheadAttention")

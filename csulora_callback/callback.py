@@ -16,6 +16,7 @@ from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
 from csulora_callback.lightning import LightningEvents
+from csulora_callback.processes import Processes
 from csulora_callback.report import print_start
 from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
 from csulora_callback.weights import open_checkpoint
@@ -129,13 +130,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
 
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
-        started = time.perf_counter()
+        started, processes = time.perf_counter(), Processes.all()
         adapter = find_adapter(model)
         aligned = _weights_below(adapter, model) if self.aligned_model is None else self.aligned_model
-        subspace = self._subspace_for(adapter, aligned, progress=verbose)
+        subspace = self._subspace_for(adapter, aligned, verbose, processes)
         corrector = SafetyCorrector(model, subspace, self.penalty)
         if self.subspace is not None:
-            _check_origin(subspace, aligned)
+            _check_origin(subspace, aligned, processes)
         still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, seconds=time.perf_counter() - started)
@@ -151,12 +152,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         return corrector
 
     def _subspace_for(
-        self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool
+        self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool, processes: Processes
     ) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if self.subspace is not None:
-            return SafetySubspace.load(self.subspace)
+            return processes.together(lambda: SafetySubspace.load(self.subspace))
         return SafetySubspace.estimate(
             self.base_model,
             aligned,
@@ -165,6 +166,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             energy=self.energy,
             progress=progress,
             cache_dir=self.cache_dir,
+            processes=processes,
         )
 
 
@@ -195,10 +197,10 @@ def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:
     return model if weight.is_floating_point() else adapter.config.base_model_name_or_path
 
 
-def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Module) -> None:
+def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Module, processes: Processes) -> None:
     """Refuse a subspace that was estimated from other aligned weights than the adapter sits on."""
     origin, names = subspace.metadata["aligned"], list(subspace)
-    checkpoint = open_checkpoint(aligned, names)
+    checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
     dtype = str(checkpoint.weight(names[0]).dtype).removeprefix("torch.")
     if origin["dtypes"] != [dtype]:
         logger.warning(
@@ -207,7 +209,7 @@ def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Modu
             "/".join(origin["dtypes"]),
             dtype,
         )
-    elif checkpoint.fingerprint(names) != origin["fingerprint"]:
+    elif checkpoint.fingerprint(names, processes) != origin["fingerprint"]:
         raise ValueError(
             f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
             f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."

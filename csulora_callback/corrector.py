@@ -84,22 +84,23 @@ class SafetyCorrector:
         self.subspace = subspace
         self.penalty = penalty
         self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
-        self._swapped_in: CorrectedAdapter | None = None
+        self.swapped_in: CorrectedAdapter | None = None  # what swap_in put into the model, until restore
         self._before_swap: Factors | None = None
         self._applied: CorrectedAdapter | None = None  # the last correction made for good
         self._warned = False
 
-    def compute(self) -> CorrectedAdapter:
-        """The correction of the adapter as it stands, without touching the model.
+    def compute(self, factors: Factors | None = None) -> CorrectedAdapter:
+        """The correction of the adapter as it stands, or of ``factors`` taken from it, without touching the model.
 
         Where the live factors are the result of a correction already, that correction is returned: none is ever
         applied twice to the same weights.
         """
-        if self._swapped_in is not None:
-            return self._swapped_in
-        live = self.adapter.read()
-        if self._applied is not None and digest(live) == self._applied.record["corrected_digest"]:
-            return self._applied
+        if factors is None and self.swapped_in is not None:
+            return self.swapped_in
+        live = self.adapter.read() if factors is None else factors
+        for known in (self.swapped_in, self._applied):
+            if known is not None and digest(live) == known.record["corrected_digest"]:
+                return known
         if not all_finite(live):
             self._warn_not_finite()
             return CorrectedAdapter(live, live, {}, partial(self._record, live, live, {}, {}))
@@ -121,7 +122,7 @@ class SafetyCorrector:
         """Correct the live factors in place, for good. Doing so again without training in between changes nothing."""
         self.restore()
         adapter = self.compute()
-        self.adapter.write(adapter.corrected)
+        self.adapter.write_trained(adapter.corrected)
         self._applied = adapter
         return adapter
 
@@ -130,9 +131,12 @@ class SafetyCorrector:
 
         A checkpoint saved right after it therefore records the corrected factors as the raw ones.
         """
-        adapter = self.apply()
-        record = {**adapter.record, "raw_digest": adapter.record["corrected_digest"]}
-        self._applied = CorrectedAdapter(adapter.corrected, adapter.corrected, adapter.metrics, lambda: record)
+        self.restore()
+        adapter = self.compute(self.adapter.read_trained())
+        self.adapter.write_trained(adapter.corrected)
+        live = self.adapter.read()  # may be of a narrower dtype than what is trained
+        record = {**adapter.record, "raw_digest": digest(live), "corrected_digest": digest(live)}
+        self._applied = CorrectedAdapter(live, live, adapter.metrics, lambda: record)
         return self._applied
 
     def mark_applied(self, adapter: CorrectedAdapter) -> None:
@@ -141,22 +145,22 @@ class SafetyCorrector:
 
     def swap_in(self) -> CorrectedAdapter:
         """Put the corrected factors into the model and keep the live ones until :meth:`restore`; twice is once."""
-        if self._swapped_in is None:
+        if self.swapped_in is None:
             before, adapter = self.adapter.read(), self.compute()
             self.adapter.write(adapter.corrected)
-            self._before_swap, self._swapped_in = before, adapter
-        return self._swapped_in
+            self._before_swap, self.swapped_in = before, adapter
+        return self.swapped_in
 
     def restore(self) -> None:
         """Put back, bit for bit, what :meth:`swap_in` replaced; nothing happens where nothing is swapped in."""
-        if self._swapped_in is not None:
+        if self.swapped_in is not None:
             self.adapter.write(self._before_swap)
-            self._before_swap = self._swapped_in = None
+            self._before_swap = self.swapped_in = None
 
     @contextmanager
     def corrected(self) -> Iterator[CorrectedAdapter]:
         """Corrected factors inside, the live ones after, whatever happens. Inside a swap it changes nothing."""
-        nested = self._swapped_in is not None
+        nested = self.swapped_in is not None
         adapter = self.swap_in()
         try:
             yield adapter
@@ -220,7 +224,8 @@ def _oriented_basis(adapter: Adapter, subspace: SafetySubspace, name: str) -> tu
         )
     layer, basis = adapter.layers[name], subspace[name]
     U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
-    expected, got = (layer.lora_B.shape[0], layer.lora_A.shape[1]), (U.shape[0], V.shape[0])
+    (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
+    expected = d_out, d_in
     if expected != got:
         raise ValueError(
             f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "

@@ -9,6 +9,7 @@ correct around the call and to write the sidecar into the same folder.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import types
 from abc import abstractmethod
@@ -27,6 +28,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from csulora_callback import sidecar
 from csulora_callback.adapters import digest
 from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
+
+logger = logging.getLogger(__name__)
 
 
 class HuggingFaceEvents(TrainerCallback):
@@ -55,7 +58,7 @@ class HuggingFaceEvents(TrainerCallback):
             self._corrector.restore()
         self._handler = _calling_handler()
         _surround(self._handler, self)
-        _refuse_sharding()
+        _refuse_engine(self.evaluate_corrected)
         if not isinstance(model, (PeftModel, PreTrainedModel)):
             raise ValueError(
                 f"`model`: expected a PeftModel or a transformers model with an adapter, but got a "
@@ -97,6 +100,9 @@ class HuggingFaceEvents(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """The checkpoint is written: close the window."""
+        folder = _checkpoint_folder(args, state)
+        if _saves_shards_only() and state.is_world_process_zero and folder.is_dir():
+            self._corrector.compute().sidecar.save(folder)  # no save_pretrained was there to do it
         self._corrector.restore()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -106,7 +112,7 @@ class HuggingFaceEvents(TrainerCallback):
         self._training = False
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             live = corrector.adapter.read()
-            if _find_corrected(digest(live), [Path(state.best_model_checkpoint)]):
+            if _find_sidecar(digest(live), [Path(state.best_model_checkpoint)]):
                 saved = sidecar.Sidecar.load(state.best_model_checkpoint)
                 corrector.mark_applied(
                     CorrectedAdapter(saved.raw, live, saved.record["metrics"], lambda: saved.record)
@@ -125,7 +131,10 @@ class HuggingFaceEvents(TrainerCallback):
             self._corrector.swap_in()
 
     def _restore_raw(self, args: TrainingArguments, state: TrainerState) -> None:
-        """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors."""
+        """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors.
+
+        DeepSpeed loads the raw factors itself, from the optimizer's copy.
+        """
         live = digest(self._corrector.adapter.read())
         if self.resume_from is not None:
             place, folders = self.resume_from, [Path(self.resume_from)]
@@ -134,7 +143,7 @@ class HuggingFaceEvents(TrainerCallback):
             records = Path(args.output_dir).glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
             place = args.output_dir
             folders = chain([_checkpoint_folder(args, state)], (record.parent.parent for record in records))
-        folder = _find_corrected(live, folders)
+        folder = _find_sidecar(live, folders)
         if folder is not None:
             self._corrector.adapter.write(sidecar.Sidecar.load(folder).raw)
         elif self.resume_from is not None or any("csulora/update_norm" in record for record in state.log_history):
@@ -155,11 +164,27 @@ class HuggingFaceEvents(TrainerCallback):
         def save_pretrained(target: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -> object:
             if target is not model or not self._listening:  # a deep copy, or a model whose callback was removed
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
+            if kwargs.get("state_dict") is not None:
+                return save_state_dict(save_directory, *args, **kwargs)
             with corrector.corrected() as adapter:
-                if kwargs.get("is_main_process", True):
-                    adapter.sidecar.save(save_directory)
-                self._record_save(adapter, state)
+                write_sidecar(adapter, save_directory, kwargs)
                 return original(save_directory, *args, **kwargs)
+
+        def save_state_dict(save_directory: str | os.PathLike, *args, state_dict: dict, **kwargs) -> object:
+            # Gathered from all processes, while only the one that writes is here: nothing collective may follow.
+            factors = corrector.adapter.factors_in(state_dict, model)
+            adapter = corrector.swapped_in if factors is None else corrector.compute(factors)
+            if adapter is None:
+                logger.warning("A state_dict without LoRA factors is saved outside a checkpoint: it is not corrected.")
+                return original(save_directory, *args, state_dict=state_dict, **kwargs)
+            write_sidecar(adapter, save_directory, kwargs)
+            state_dict = {**state_dict, **corrector.adapter.to_state_dict(adapter.corrected, model)}
+            return original(save_directory, *args, state_dict=state_dict, **kwargs)
+
+        def write_sidecar(adapter: CorrectedAdapter, save_directory: str | os.PathLike, kwargs: dict) -> None:
+            if kwargs.get("is_main_process", True):
+                adapter.sidecar.save(save_directory)
+            self._record_save(adapter, state)
 
         save_pretrained.uncorrected = original
         model.save_pretrained = types.MethodType(save_pretrained, model)
@@ -202,14 +227,30 @@ def _calling_handler() -> CallbackHandler:
     raise RuntimeError("expected CSULoRACallback's events to be called by a transformers.Trainer, but they were not.")
 
 
-def _refuse_sharding() -> None:
-    """Engines that shard or keep copies of the parameters would save weights that the correction did not reach."""
-    engine = AcceleratorState().distributed_type
-    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+def _refuse_engine(evaluate_corrected: bool) -> None:
+    """Refuse engines whose parameters the correction cannot reach, and what would leave a checkpoint uncorrected."""
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.MEGATRON_LM or (
+        state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1
+    ):
         raise ValueError(
-            f"`args`: CSULoRACallback runs on one process or with DDP, but this Trainer uses {engine.value}, which is "
-            "not supported yet: its checkpoints would not be corrected."
+            "`args`: CSULoRACallback runs on one process, with DDP, FSDP2 or DeepSpeed, but this Trainer uses "
+            f"{state.distributed_type.value}{' version 1: set fsdp_config version to 2' if _is_fsdp() else ''}."
         )
+    if _saves_shards_only() and not evaluate_corrected:
+        raise ValueError(
+            "`evaluate_corrected`: expected True with FSDP's SHARDED_STATE_DICT, but got False: a save after an "
+            "evaluation would not be corrected. Set state_dict_type to FULL_STATE_DICT, or leave this out."
+        )
+
+
+def _is_fsdp() -> bool:
+    return AcceleratorState().distributed_type == DistributedType.FSDP
+
+
+def _saves_shards_only() -> bool:
+    """Whether checkpoints hold the model's shards and no adapter: the Trainer does not call save_pretrained then."""
+    return _is_fsdp() and "FULL_STATE_DICT" not in str(AcceleratorState().fsdp_plugin.state_dict_type)
 
 
 def _surround(handler: CallbackHandler, events: HuggingFaceEvents) -> None:
@@ -229,8 +270,8 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _find_corrected(corrected_digest: str, folders: Iterable[Path]) -> Path | None:
-    """The first folder whose sidecar belongs to the corrected factors with this digest."""
+def _find_sidecar(live: str, folders: Iterable[Path]) -> Path | None:
+    """The first folder whose sidecar belongs to the factors, corrected or raw, with this digest."""
     for folder in folders:
         if not (folder / sidecar.FOLDER / sidecar.RECORD).is_file():
             continue
@@ -238,6 +279,6 @@ def _find_corrected(corrected_digest: str, folders: Iterable[Path]) -> Path | No
             record = sidecar.read_record(folder)
         except ValueError:  # some other run's broken file is no reason not to resume this one
             continue
-        if record.get("corrected_digest") == corrected_digest:
+        if live in (record.get("corrected_digest"), record.get("raw_digest")):
             return folder
     return None

@@ -11,15 +11,18 @@ import logging
 import shutil
 import types
 from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from csulora_callback import sharding
 from csulora_callback.adapters import from_peft_state_dict, save_as_peft_adapter, to_peft_state_dict
 from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-    from peft import PeftConfig
+    from lightning.pytorch.strategies import Strategy
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,7 @@ class LightningEvents:
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew: the adapter may only be made later, in ``configure_model``."""
         if stage == "fit":
-            _refuse_sharding(trainer)
+            _refuse_strategy(trainer)
             self._corrector = None
             self._last_step = trainer.global_step
 
@@ -86,8 +89,12 @@ class LightningEvents:
             self._corrector.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """An interrupted run is left with the weights it was training."""
-        if self._corrector is not None:
+        """An interrupted run is left with the weights it was training.
+
+        Where they are sharded they stay as they are: this may be the only process that raised, and putting them back
+        would wait for the others.
+        """
+        if self._corrector is not None and not self._corrector.adapter.is_sharded:
             self._corrector.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,92 +104,80 @@ class LightningEvents:
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
-            export = _export_adapters(trainer, self._corrector, self.export_adapter)
-            _wrap_on_save_checkpoint(pl_module, self._corrector, export)
+            _wrap_saves(trainer, pl_module, self._corrector, self.export_adapter)
 
 
-def _wrap_on_save_checkpoint(
-    pl_module: LightningModule, corrector: SafetyCorrector, export: _AdapterExport | None
-) -> None:
-    original = pl_module.on_save_checkpoint
-    if hasattr(original, "uncorrected"):  # a callback of an earlier fit wrapped it: correct once, not twice
-        original = original.uncorrected
+def _wrap_saves(trainer: Trainer, pl_module: LightningModule, corrector: SafetyCorrector, export: bool) -> None:
+    """Correct the dictionary that Lightning is about to write, and give each checkpoint a PEFT folder beside it."""
+    strategy, saving = trainer.strategy, None
+    on_save = _unwrapped(pl_module.on_save_checkpoint)
+    save, remove = _unwrapped(strategy.save_checkpoint), _unwrapped(strategy.remove_checkpoint)
 
     def on_save_checkpoint(target: LightningModule, checkpoint: dict[str, Any]) -> None:
+        nonlocal saving
         if target is not pl_module:  # a deep copy took the attribute along
             return type(target).on_save_checkpoint(target, checkpoint)
-        original(checkpoint)
-        adapter = corrector.compute()
-        _put_into(checkpoint, adapter, corrector, pl_module)
-        if export is not None:
-            export.adapter = adapter
+        on_save(checkpoint)
+        saving = corrector.compute()
+        _put_into(checkpoint, saving, corrector, pl_module)
 
-    on_save_checkpoint.uncorrected = original
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        nonlocal saving
+        # DeepSpeed writes the live model, whatever the dictionary holds.
+        live = saving is not None and _is(strategy, "DeepSpeedStrategy")
+        with corrector.corrected() if live else nullcontext():
+            save(checkpoint, filepath, storage_options)
+        if export and saving is not None and trainer.is_global_zero and _is_local(filepath):
+            save_as_peft_adapter(saving.corrected, corrector.adapter.config, _folder(filepath))
+            saving.sidecar.save(_folder(filepath))
+        saving = None
+
+    def remove_checkpoint(filepath: str | Path) -> None:
+        remove(filepath)
+        if trainer.is_global_zero and _is_local(filepath):
+            shutil.rmtree(_folder(filepath), ignore_errors=True)
+
+    on_save_checkpoint.uncorrected, save_checkpoint.uncorrected, remove_checkpoint.uncorrected = on_save, save, remove
     pl_module.on_save_checkpoint = types.MethodType(on_save_checkpoint, pl_module)
+    strategy.save_checkpoint, strategy.remove_checkpoint = save_checkpoint, remove_checkpoint
 
 
 def _put_into(
     checkpoint: dict[str, Any], adapter: CorrectedAdapter, corrector: SafetyCorrector, pl_module: LightningModule
 ) -> None:
-    layers = corrector.adapter.layers
-    keys = {id(parameter): key for key, parameter in pl_module.named_parameters()}
     # The dictionary holds the live tensors themselves: it gets other ones, they keep their values.
     state = dict(checkpoint["state_dict"])
-    for name, factors in adapter.corrected.items():
-        for parameter, factor in zip((layers[name].lora_A, layers[name].lora_B), factors, strict=True):
-            key = keys[id(parameter)]
-            if key not in state:
-                logger.warning(
-                    "on_save_checkpoint of %s took '%s' out of the checkpoint's state_dict: whatever it saved "
-                    "instead is not corrected.",
-                    type(pl_module).__name__,
-                    key,
-                )
-                continue
-            state[key] = factor.clone()
+    for key, factor in corrector.adapter.to_state_dict(adapter.corrected, pl_module).items():
+        if key in state:
+            state[key] = sharding.like(state[key], factor)
+        elif state:  # with a full state dict of a sharded model, only one process holds it
+            logger.warning(
+                "on_save_checkpoint of %s took '%s' out of the checkpoint's state_dict: whatever it saved "
+                "instead is not corrected.",
+                type(pl_module).__name__,
+                key,
+            )
     checkpoint["state_dict"] = state
     checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
 
 
-def _refuse_sharding(trainer: Trainer) -> None:
-    # Exactly the strategies that shard the model (FSDP, model-parallel, DeepSpeed) load checkpoints into it late.
-    if trainer.strategy.restore_checkpoint_after_setup:
+def _unwrapped(method: Callable) -> Callable:
+    """The method as it was before a callback of an earlier fit wrapped it: correct once, not twice."""
+    return method.uncorrected if hasattr(method, "uncorrected") else method
+
+
+def _refuse_strategy(trainer: Trainer) -> None:
+    if _is(trainer.strategy, "FSDPStrategy", "XLAFSDPStrategy"):
         raise ValueError(
-            f"`strategy`: CSULoRACallback runs on one device or with ddp, but this Trainer uses "
-            f"{type(trainer.strategy).__name__}, which is not supported yet: its checkpoints would not be corrected."
+            f"`strategy`: CSULoRACallback runs on one device, with ddp, ModelParallelStrategy (FSDP2) or DeepSpeed, "
+            f"but this Trainer uses {type(trainer.strategy).__name__}, whose flat parameters hold no whole factors. "
+            "Use ModelParallelStrategy and fully_shard in configure_model."
         )
 
 
-def _export_adapters(trainer: Trainer, corrector: SafetyCorrector, wanted: bool) -> _AdapterExport | None:
-    checkpoint_io = trainer.strategy.checkpoint_io
-    if isinstance(checkpoint_io, _AdapterExport):  # of an earlier fit
-        checkpoint_io = checkpoint_io.checkpoint_io
-    export = _AdapterExport(checkpoint_io, corrector.adapter.config) if wanted else None
-    trainer.strategy.checkpoint_io = export or checkpoint_io
-    return export
-
-
-class _AdapterExport:
-    """Stands before Lightning's ``CheckpointIO``: each checkpoint gets a PEFT folder, and loses it when removed."""
-
-    def __init__(self, checkpoint_io: Any, config: PeftConfig) -> None:
-        self.checkpoint_io, self.config = checkpoint_io, config
-        self.adapter: CorrectedAdapter | None = None  # the one in the checkpoint that is about to be written
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
-        if self.adapter is not None and _is_local(path):
-            save_as_peft_adapter(self.adapter.corrected, self.config, _folder(path))
-            self.adapter.sidecar.save(_folder(path))
-        self.adapter = None
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        self.checkpoint_io.remove_checkpoint(path)
-        if _is_local(path):
-            shutil.rmtree(_folder(path), ignore_errors=True)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.checkpoint_io, name)
+def _is(strategy: Strategy, *names: str) -> bool:
+    # By name: Lightning has two import names, and nothing here imports either.
+    return any(kind.__name__ in names for kind in type(strategy).__mro__)
 
 
 def _is_local(path: str | Path) -> bool:

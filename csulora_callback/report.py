@@ -11,7 +11,7 @@ from csulora_callback.corrector import SafetyCorrector
 def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
     """One compact table of what will be corrected, and how."""
     subspace, layers = corrector.subspace, corrector.adapter.layers
-    lora_ranks = [layer.lora_A.shape[0] for layer in layers.values()]
+    lora_ranks = [layer.shape[1] for layer in layers.values()]
     ranks = [subspace[name].U.shape[1] for name in layers]
     table = Table(title="CSULoRA", title_justify="left", show_header=False)
     table.add_row("adapter", f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {_range(lora_ranks)}")

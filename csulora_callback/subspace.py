@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from csulora_callback.processes import Processes
 from csulora_callback.singular import leading_singular_triplets
-from csulora_callback.weights import Checkpoint, open_checkpoint, update_fingerprint
+from csulora_callback.weights import Checkpoint, open_checkpoint
 
 logger = logging.getLogger(__name__)
 
 Source = str | os.PathLike | nn.Module | Checkpoint
 Method = Literal["auto", "krylov", "exact"]
 
-_FORMAT = "2"  # also part of the cache key: raise it whenever the same weights would give another file
+_FORMAT = "3"  # also part of the cache key: raise it whenever the same weights would give another file
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by; see SafetySubspace.fingerprint
@@ -105,8 +106,9 @@ class SafetySubspace(Mapping[str, Basis]):
         sha = hashlib.sha256()
         for name in sorted(self.bases):
             basis = self.bases[name]
-            for part in (basis.U, basis.V, basis.singular_values, torch.tensor([basis.displacement]).double()):
-                update_fingerprint(sha, name, part)
+            sha.update(f"{name}:{tuple(basis.U.shape)}:{tuple(basis.V.shape)}:{basis.displacement!r}".encode())
+            for part in (basis.U, basis.V, basis.singular_values):
+                sha.update(part.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     @classmethod
@@ -122,6 +124,7 @@ class SafetySubspace(Mapping[str, Basis]):
         method: Method = "auto",
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
+        processes: Processes | None = None,
     ) -> SafetySubspace:
         """Estimate the subspace of every target module from a base and an aligned checkpoint.
 
@@ -140,6 +143,8 @@ class SafetySubspace(Mapping[str, Basis]):
             method: ``"krylov"`` or ``"exact"`` for all modules, or ``"auto"`` to choose by size.
             seed: of the random start of the Krylov iteration; with the module's name it fixes the result.
             cache_dir: look up and keep the result in this folder, by the content of both checkpoints.
+            processes: divide the modules over these (``Processes.all()``); all of them have to call and get the
+                whole result, or all fail where one does. The first one's cache counts.
 
         Raises:
             ValueError: for arguments out of range; if a target is missing in a checkpoint (nearest names are given),
@@ -156,52 +161,61 @@ class SafetySubspace(Mapping[str, Basis]):
         check_rank_rule(rank, energy)
         if method not in ("auto", "krylov", "exact"):
             raise ValueError(f"`method`: expected 'auto', 'krylov' or 'exact', but got {method!r}.")
-        base, aligned = open_checkpoint(base), open_checkpoint(aligned)
-        names = _targets(base, aligned, target_modules)
-        base, aligned = base.require(names), aligned.require(names)
-        for name in names:
-            if base.shape(name) != aligned.shape(name):
-                base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
-                raise ValueError(
-                    f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
-                    f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."
-                )
-            if len(base.shape(name)) != 2:
-                raise ValueError(
-                    f"`target_modules`: expected two-dimensional weights, but that of '{name}' has the shape "
-                    f"{base.shape(name)}. Leave it out."
-                )
+        processes = processes or Processes()
+        base, aligned, names = processes.together(lambda: _open_pair(base, aligned, target_modules))
+        origin = {
+            "base": {"source": base.source, "fingerprint": base.fingerprint(names, processes)},
+            "aligned": {"source": aligned.source, "fingerprint": aligned.fingerprint(names, processes)},
+        }
         rule = {"rank": rank if energy is None else None, "energy": energy, "method": method, "seed": seed}
-        if cache_dir is None:
-            return cls._estimate(base, aligned, names, rule, device, progress)
+        path = None if cache_dir is None or processes.rank > 0 else _cache_file(cache_dir, origin, rule)
+        cached = processes.together(lambda: None if path is None else cls._from_cache(path))
+        if processes.from_first(cached is not None):
+            bases = {name: processes.from_first(cached and cached[name]) for name in names}
+            return cls(bases, processes.from_first(cached and cached.metadata), from_cache=True)
 
-        key = {"format": _FORMAT, "base": base.fingerprint(names), "aligned": aligned.fingerprint(names), **rule}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        path = Path(cache_dir) / f"subspace-{digest[:32]}.safetensors"
-        if path.is_file():
+        subspace = cls._estimate(base, aligned, names, origin, rule, device, progress, processes)
+        if path is not None:
             try:
-                cached = cls.load(path)
-                return cls(cached.bases, cached.metadata, from_cache=True)
-            except ValueError as error:
-                logger.warning("The cached subspace is unusable and is estimated again: %s", error)
-        subspace = cls._estimate(base, aligned, names, rule, device, progress)
-        try:
-            subspace.save(path)
-        except OSError as error:
-            logger.warning("The subspace could not be kept in the cache and will be estimated again: %s", error)
+                subspace.save(path)
+            except OSError as error:
+                logger.warning("The subspace could not be kept in the cache and will be estimated again: %s", error)
         return subspace
 
     @classmethod
+    def _from_cache(cls, path: Path) -> SafetySubspace | None:
+        try:
+            return cls.load(path) if path.is_file() else None
+        except ValueError as error:
+            logger.warning("The cached subspace is unusable and is estimated again: %s", error)
+            return None
+
+    @classmethod
     def _estimate(
-        cls, base: Checkpoint, aligned: Checkpoint, names: list[str], rule: dict, device: object, progress: bool
+        cls,
+        base: Checkpoint,
+        aligned: Checkpoint,
+        names: list[str],
+        origin: dict,
+        rule: dict,
+        device: object,
+        progress: bool,
+        processes: Processes,
     ) -> SafetySubspace:
-        bases, prints, dtypes = {}, (hashlib.sha256(), hashlib.sha256()), (set(), set())
-        for name in tqdm(names, desc="safety subspace", unit="module", disable=not progress):
-            pair = base.weight(name), aligned.weight(name)
-            for sha, seen, weight in zip(prints, dtypes, pair, strict=True):
-                update_fingerprint(sha, name, weight)
-                seen.add(str(weight.dtype).removeprefix("torch."))
-            bases[name] = _basis(name, *pair, rule, device)
+        def estimate(own: str | None, turn: list[str]) -> tuple[Basis, str, str] | None:
+            pair = base.weight_for(own, turn), aligned.weight_for(own, turn)
+            if own is None:
+                return None
+            dtypes = (str(weight.dtype).removeprefix("torch.") for weight in pair)
+            return (_basis(own, *pair, rule, device), *dtypes)
+
+        results = {}
+        with tqdm(total=len(names), desc="safety subspace", unit="module", disable=not progress) as bar:
+            for part in processes.divide(names, estimate):
+                results |= part
+                bar.update(len(part))
+        bases = {name: results[name][0] for name in names}
+        dtypes = [sorted({result[side] for result in results.values()}) for side in (1, 2)]
         if all(basis.displacement == 0.0 for basis in bases.values()):
             raise ValueError(
                 f"`base`: base equal to aligned, no displacement: none of the {len(bases)} target modules differs "
@@ -211,12 +225,10 @@ class SafetySubspace(Mapping[str, Basis]):
             logger.warning(
                 "The base weights are %s and the aligned ones %s: what the narrower dtype rounded away counts as "
                 "displacement. Pass both checkpoints in one dtype.",
-                "/".join(sorted(dtypes[0])),
-                "/".join(sorted(dtypes[1])),
+                *map("/".join, dtypes),
             )
         metadata = {
-            "base": {"source": base.source, "fingerprint": prints[0].hexdigest(), "dtypes": sorted(dtypes[0])},
-            "aligned": {"source": aligned.source, "fingerprint": prints[1].hexdigest(), "dtypes": sorted(dtypes[1])},
+            **{side: {**origin[side], "dtypes": seen} for side, seen in zip(origin, dtypes, strict=True)},
             **rule,
             "versions": {package: version(package) for package in ("csulora-callback", "torch")},
         }
@@ -307,6 +319,12 @@ def _content_hash(fingerprint: str, header: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join((fingerprint, header["metadata"], header["displacement"])).encode()).hexdigest()
 
 
+def _cache_file(cache_dir: str | os.PathLike, origin: dict, rule: dict) -> Path:
+    key = {"format": _FORMAT, **{side: origin[side]["fingerprint"] for side in origin}, **rule}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return Path(cache_dir) / f"subspace-{digest[:32]}.safetensors"
+
+
 def check_rank_rule(rank: int, energy: float | None) -> None:
     """Refuse a rank that is no whole number ≥ 1 and an energy outside ``(0, 1]``, with a ValueError.
 
@@ -319,6 +337,28 @@ def check_rank_rule(rank: int, energy: float | None) -> None:
         raise ValueError(f"`rank`: expected a whole number ≥ 1, but got {rank!r}.")
     if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
         raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
+
+
+def _open_pair(
+    base: Source, aligned: Source, target_modules: str | Sequence[str] | None
+) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Both checkpoints and the names of the target modules, whose shapes are checked."""
+    base, aligned = open_checkpoint(base), open_checkpoint(aligned)
+    names = _targets(base, aligned, target_modules)
+    base, aligned = base.require(names), aligned.require(names)
+    for name in names:
+        if base.shape(name) != aligned.shape(name):
+            base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
+            raise ValueError(
+                f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
+                f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."
+            )
+        if len(base.shape(name)) != 2:
+            raise ValueError(
+                f"`target_modules`: expected two-dimensional weights, but that of '{name}' has the shape "
+                f"{base.shape(name)}. Leave it out."
+            )
+    return base, aligned, names
 
 
 def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:

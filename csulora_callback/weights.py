@@ -24,6 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from csulora_callback.processes import Processes
+from csulora_callback.sharding import full_shape, gather, is_sharded
+
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = (
@@ -57,6 +60,7 @@ class Checkpoint:
 
     Attributes:
         source: where the weights come from, for messages.
+        collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
 
     Example:
         >>> from torch import nn
@@ -73,8 +77,10 @@ class Checkpoint:
         readers: dict[str, Callable[[], Tensor]],
         shapes: dict[str, tuple[int, ...]],
         folder: Path | None = None,
+        collective: bool = False,
     ) -> None:
         self.source = source
+        self.collective = collective
         self._readers = readers
         self._shapes = shapes
         self._folder = folder  # where the files lie; None for a module in memory
@@ -133,15 +139,32 @@ class Checkpoint:
             raise ValueError(f"{self.source}: the weight of '{name}' holds NaN or Inf, expected finite values.")
         return weight
 
-    def fingerprint(self, names: Iterable[str]) -> str:
+    def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """SHA-256 over name, dtype, shape and bytes of these modules' weights.
 
-        Equal weights give equal fingerprints wherever they are stored.
+        Equal weights give equal fingerprints wherever they are stored. ``processes`` divide the work; all of them
+        have to call, and get the same answer.
         """
-        sha = hashlib.sha256()
-        for name in sorted(names):
-            update_fingerprint(sha, name, self.weight(name))
-        return sha.hexdigest()
+        names, digests = sorted(names), {}
+
+        def digest(own: str | None, turn: list[str]) -> str | None:
+            weight = self.weight_for(own, turn)
+            return None if weight is None else _digest(own, weight)
+
+        for part in (processes or Processes()).divide(names, digest):
+            digests |= part
+        return hashlib.sha256("".join(digests[name] for name in names).encode()).hexdigest()
+
+    def weight_for(self, own: str | None, turn: list[str]) -> Tensor | None:
+        """The :meth:`weight` that this process takes (if any) while others take other ones of ``turn``."""
+        if not self.collective:
+            return None if own is None else self.weight(own)
+        taken = None
+        for name in turn:
+            weight = self.weight(name)
+            if name == own:
+                taken = weight
+        return taken
 
     def _check(self, name: str) -> None:
         if name not in self._shapes:
@@ -152,17 +175,10 @@ class Checkpoint:
             )
 
 
-def update_fingerprint(sha: hashlib._Hash, name: str, weight: Tensor) -> None:
-    """Add one weight to a running fingerprint: its name, dtype, shape and bytes.
-
-    Example:
-        >>> sha = hashlib.sha256()
-        >>> update_fingerprint(sha, "layer", torch.eye(2))
-        >>> sha.hexdigest()[:8]
-        '9aeaff20'
-    """
-    sha.update(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
+def _digest(name: str, weight: Tensor) -> str:
+    sha = hashlib.sha256(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
     sha.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return sha.hexdigest()
 
 
 def open_checkpoint(
@@ -203,14 +219,17 @@ def open_checkpoint(
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes = {}, {}
+    readers, shapes, collective = {}, {}, False
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
         prefix, _, kind = raw.rpartition(".")
         if kind == "weight" and ".lora_" not in raw and raw not in invented:
             name = module_name(prefix)
-            readers[name] = lambda parameter=parameter: parameter.detach()
-            shapes[name] = tuple(parameter.shape)
-    return Checkpoint(source, readers, shapes)
+            readers[name] = lambda parameter=parameter: (
+                gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
+            )
+            shapes[name] = full_shape(parameter)
+            collective |= is_sharded(parameter)
+    return Checkpoint(source, readers, shapes, collective=collective)
 
 
 def _from_folder(folder: Path, source: str) -> Checkpoint:

@@ -181,7 +181,7 @@ def test_files_that_are_not_a_whole_subspace_are_refused(pair, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"SafetySubspace\.save wrote, but .* is not there"):
         SafetySubspace.load(path)
     save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"expected a safety subspace of format 2, but .* another safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a safety subspace of format 3, but .* another safetensors file"):
         SafetySubspace.load(path)
     original = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
     original.save(path)
