@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -37,6 +38,7 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
         "seed": settings.seed,
         "report_to": [],
         "dataloader_pin_memory": False,
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise processes on CPUs would not train together
     }
     common = {"train_dataset": task.train, "eval_dataset": task.held_out, "callbacks": [callback]}
     if task.tokenizer is None:
@@ -54,4 +56,6 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
         )
     trainer.train()
     last = folder / f"checkpoint-{trainer.state.global_step}"
-    return trainer.state.log_history, last, trainer.get_eval_dataloader()
+    part = trainer.get_eval_dataloader()  # of this process; the judge wants all of it
+    held_out = DataLoader(part.dataset, settings.batch_size, collate_fn=part.collate_fn)
+    return trainer.state.log_history, last, held_out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import lightning as L
 import torch
+from accelerate import PartialState
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
@@ -52,7 +54,11 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
     L.seed_everything(settings.seed, verbose=False)
     train, held_out = _batches(task, recipe, task.train, shuffle=True), _batches(task, recipe, task.held_out)
     logger = CSVLogger(folder, name="", version="logs")
+    processes = PartialState()
     trainer = L.Trainer(
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]) if processes.use_distributed else 1,
+        num_nodes=processes.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        strategy="ddp" if processes.use_distributed else "auto",
         default_root_dir=folder,
         max_steps=settings.max_steps,
         max_epochs=None if settings.max_steps > 0 else int(settings.epochs),
@@ -82,7 +88,8 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
     last = folder / f"step={trainer.global_step}.ckpt"
     if not last.exists():  # the number of steps is no multiple of save_steps
         trainer.save_checkpoint(last)
-    return _records(Path(logger.log_dir) / "metrics.csv"), last.with_suffix(".adapter"), held_out
+    records = _records(Path(logger.log_dir) / "metrics.csv") if trainer.is_global_zero else []
+    return records, last.with_suffix(".adapter"), held_out
 
 
 def _batches(task: Task, recipe: Recipe, rows: object, shuffle: bool = False) -> DataLoader:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -51,37 +52,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(recipe: Recipe) -> list[report.Row]:
-    """Fine-tune once for each correction, judge what came out, and write it all into the output folder."""
+    """Fine-tune once for each correction, judge what came out, and write it all into the output folder.
+
+    Started by ``torchrun`` or ``accelerate launch``, all processes train; the first one judges, writes and prints.
+    """
     check_sources(recipe)
-    output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    fit = load_fit(recipe)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
-    console = Console()
-    fit = load_fit(recipe)
+    output, console = Path(recipe.output), Console(quiet=not processes.is_main_process)
+    if processes.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    else:
+        transformers.utils.logging.disable_progress_bar()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    task, rows, logs = build_task(recipe), [], {}
+    with processes.main_process_first():  # what it builds or downloads, the others find
+        task = build_task(recipe)
+    rows, logs = [], {}
     for name, correction in recipe.corrections.items():
         console.rule(f"fine-tuning with the callback: {name}")
         logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
-        if not rows:
-            rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
-        # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
-        if correction.every_n_steps is None and all(row.method != "raw" for row in rows):
-            raw = load_checkpoint(task, checkpoint, raw=True).to(device)
-            rows.insert(1, report.Row("raw", None, task.judge(raw, batches)))
-        saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
-        strength = correction.penalty().parameters.get("strength")
-        rows.append(report.Row(name, strength, saved))
+        if processes.is_main_process:
+            judge(task, name, correction, checkpoint, batches, rows)
+        processes.wait_for_everyone()
 
-    report.write_results(rows, output)
-    report.write_metrics(logs, output)
-    report.plot(logs, output / "drift.png")
-    report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
+    if processes.is_main_process:
+        report.write_results(rows, output)
+        report.write_metrics(logs, output)
+        report.plot(logs, output / "drift.png")
+        report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
+    processes.destroy_process_group()
     return rows
+
+
+def judge(
+    task: Task, name: str, correction: Correction, checkpoint: Path, batches: DataLoader, rows: list[report.Row]
+) -> None:
+    """Add the row of a correction, and before the first one those of what it is compared with."""
+    device = torch.accelerator.current_accelerator() or "cpu"
+    if not rows:
+        rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
+    # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
+    if correction.every_n_steps is None and all(row.method != "raw" for row in rows):
+        raw = load_checkpoint(task, checkpoint, raw=True).to(device)
+        rows.insert(1, report.Row("raw", None, task.judge(raw, batches)))
+    saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
+    rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
 
 
 def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
