@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader
 from csulora_callback import CSULoRACallback
 from csulora_callback.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
-from recipes import report
+from recipes import frontier, frontier_report, report
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
 from recipes.task import Task, build_task
+from recipes.toy_frontier import ToySubject
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
             dry_run(recipe)
+        elif recipe.frontier.methods:
+            run_frontier(recipe)
         else:
             run(recipe)
     except RecipeError as error:
@@ -56,8 +59,7 @@ def run(recipe: Recipe) -> list[report.Row]:
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
+    _quiet()
     console = Console()
     fit = load_fit(recipe)
 
@@ -82,6 +84,24 @@ def run(recipe: Recipe) -> list[report.Row]:
     report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
     return rows
+
+
+def run_frontier(recipe: Recipe) -> None:
+    """Draw the frontier of the toy lab, or go on with it, and print its table."""
+    _quiet()
+    transformers.utils.logging.disable_progress_bar()  # it would break into the frontier's own
+    output = Path(recipe.output)
+    results = frontier.run(ToySubject(recipe), recipe.frontier, output)
+    OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    frontier_report.print_table(results["table"])
+    Console().print(
+        f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
+    )
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
 
 
 def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
@@ -141,6 +161,8 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(key, _where(source, "model"))
     table.add_row("data.source", _where(recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
+    if recipe.frontier.methods:
+        table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():
         table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
     table.add_row("output", recipe.output)
