@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from csulora_callback.adapters import Factors
 from recipes import frontier_report
 from recipes.baselines import METHODS, Update
-from recipes.points import Points, claim, key_of, write_whole
+from recipes.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier
 
 SPLITS = ("tuning", "held_out")  # strengths are chosen on the first and reported on the second
@@ -63,8 +63,7 @@ class Setting:
 
     def to_json(self) -> dict:
         """As the head of a point."""
-        strength = str(self.strength) if self.strength == float("inf") else self.strength
-        return {**asdict(self), "strength": strength}
+        return plain(asdict(self))
 
 
 def grid(frontier: Frontier) -> list[Setting]:
@@ -127,7 +126,7 @@ def run(subject: Subject, frontier: Frontier, output: Path) -> dict:
     """Measure, and write results.json, table.md and frontier.png into the output folder; returns the results."""
     points = measure(subject, frontier, output)
     table = frontier_report.make_table(points, frontier.targets)
-    results = {"measured_on": subject.describe(), "grid": asdict(frontier), "table": table, "points": points}
+    results = {"measured_on": subject.describe(), "grid": plain(asdict(frontier)), "table": table, "points": points}
     write_whole(output / "results.json", _to_json(results))
     write_whole(output / "table.md", frontier_report.to_markdown(table))
     frontier_report.plot(points, output / "frontier.png")
@@ -158,7 +157,7 @@ def _with_updates(
 
 def _save(trained: Mapping[str, Factors], path: Path) -> None:
     tensors = {
-        f"{variant}|{name}|{side}": factor.contiguous()
+        f"{variant}|{name}|{side}": factor.clone()  # safetensors refuses shared memory
         for variant, factors in trained.items()
         for name, pair in factors.items()
         for side, factor in zip("AB", pair, strict=True)

@@ -34,6 +34,7 @@ PANELS = {
     ),
     "published, and other training": ("safe_lora_threshold", "safe_lora_number", "lower_rate", "averaging"),
 }
+_STYLES = {"o-": "solid", "s--": "dashed", "D:": "dotted", "^-.": "dash-dotted"}  # of ranks
 _RESAMPLES = 10_000
 
 
@@ -169,7 +170,7 @@ def print_table(table: Sequence[Mapping]) -> None:
 
 def plot(points: Sequence[Mapping], path: object) -> None:
     """Attack success against task retained, held-out half, first template; one row of axes a poison share."""
-    poisons = list(dict.fromkeys(point["poison"] for point in points))
+    poisons, styles = list(dict.fromkeys(point["poison"] for point in points)), {None: "o-"}
     figure, axes = plt.subplots(
         len(poisons),
         len(PANELS),
@@ -191,17 +192,20 @@ def plot(points: Sequence[Mapping], path: object) -> None:
                     axis.plot(*curves[name, None], marker, color="black", markersize=9, label=label, zorder=4)
             for i, method in enumerate(methods):
                 for j, rank in enumerate(rank for name, rank in curves if name == method):
-                    label = METHODS[method].label + ("" if rank is None else f", rank {rank}")
-                    style = ("o-", "s--", "D:", "^-.")[j % 4]
+                    label = METHODS[method].label if j == 0 else None
+                    style = styles.setdefault(rank, list(_STYLES)[(len(styles) - 1) % len(_STYLES)])
                     axis.plot(*curves[method, rank], style, markersize=4, color=f"C{i}", alpha=0.85, label=label)
             axis.set_xlim(-0.12, 1.08)
             axis.set_ylim(-0.04, 1.04)
+    named = [f"{_STYLES[style]} rank {rank}" for rank, style in styles.items() if rank is not None]
+    seeds = len({point["seed"] for point in points})
+    figure.suptitle(f"Held-out prompts, means over {seeds} seeds; a marker is a strength; lines: {', '.join(named)}")
     for axis in axes[:, 0]:
         axis.set_ylabel("attack success")
     for axis in axes[-1]:
         axis.set_xlabel("task retained")
     for axis in axes[0]:
-        axis.legend(fontsize=6.5, loc="lower left", bbox_to_anchor=(0.0, 1.08), ncols=2)
+        axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.1), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,21 @@ KEY = ("seed", "poison", "method", "strength", "rank", "draw")
 
 
 def key_of(point: Mapping) -> tuple:
-    """What tells one point from another; a strength of infinity is written ``"inf"``, as JSON has no number for it."""
+    """What tells one point from another; see :func:`plain` for a strength of infinity."""
     values = [point[name] for name in KEY]
     return tuple(
         float(value) if isinstance(value, str) and name != "method" else value
         for name, value in zip(KEY, values, strict=True)
     )
+
+
+def plain(value: object) -> object:
+    """The value with every infinity in it written as ``"inf"``, which JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if value == math.inf else value
 
 
 class Points:

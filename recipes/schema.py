@@ -313,8 +313,10 @@ def _check_frontier(recipe: Recipe, refuse: Callable[[str, str, object], None]) 
         refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
     if recipe.model.base is not None or recipe.toy.templates != 2:
         refuse("toy.templates", "2, as a frontier is drawn of the toy lab in two templates", recipe.toy.templates)
-    if recipe.toy.eval_prompts < 2 or recipe.training.max_steps < 1:
-        refuse("toy.eval_prompts, training.max_steps", "at least 2 prompts and 1 step", recipe.toy.eval_prompts)
+    if recipe.toy.eval_prompts < 2:
+        refuse("toy.eval_prompts", "a whole number ≥ 2, one half for tuning", recipe.toy.eval_prompts)
+    if recipe.training.max_steps < 1:
+        refuse("training.max_steps", "a whole number ≥ 1, as a frontier counts no epochs", recipe.training.max_steps)
     for key, values, fits, expected in (
         ("seeds", frontier.seeds, lambda value: value >= 0, "whole numbers ≥ 0"),
         ("poison_shares", frontier.poison_shares, lambda value: 0.0 <= value <= 1.0, "shares in [0, 1]"),
