@@ -6,6 +6,7 @@ measured is kept in the output folder, and a run that is started again goes on f
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import zlib
@@ -22,7 +23,7 @@ from csulora_callback.adapters import Factors
 from recipes import frontier_report
 from recipes.baselines import METHODS, Update
 from recipes.points import Points, claim, key_of, plain, write_whole
-from recipes.schema import Frontier
+from recipes.schema import Frontier, RecipeError
 
 SPLITS = ("tuning", "held_out")  # strengths are chosen on the first and reported on the second
 
@@ -80,6 +81,33 @@ def grid(frontier: Frontier) -> list[Setting]:
     ]
 
 
+def check(frontier: Frontier) -> None:
+    """Refuse what no frontier can be drawn of, before anything is trained."""
+
+    def refuse(key: str, expected: str, got: object) -> None:
+        raise RecipeError(f"'frontier.{key}': expected {expected}, but got {got!r}")
+
+    for key, fits, expected in (
+        ("seeds", lambda value: value >= 0, "whole numbers ≥ 0"),
+        ("poison_shares", lambda value: 0.0 <= value <= 1.0, "shares in [0, 1]"),
+        ("ranks", lambda value: value >= 1, "whole numbers ≥ 1"),
+        ("targets", lambda value: 0.0 <= value <= 1.0, "shares in [0, 1]"),
+    ):
+        values = getattr(frontier, key)
+        if not values or not all(map(fits, values)) or len(set(values)) < len(values):
+            refuse(key, f"different {expected}, at least one", values)
+    if "scaling" not in frontier.methods:
+        refuse("methods", "'scaling' among them, as all are compared with it", list(frontier.methods))
+    for name, strengths in frontier.methods.items():
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            refuse("methods", f"methods of recipes.baselines{f' such as {near[0]!r}' if near else ''}", name)
+        if not METHODS[name].strengths and strengths:
+            refuse(f"methods.{name}", "no strengths, as this method has none", strengths)
+        if METHODS[name].strengths and not (strengths and all(strength > 0 for strength in strengths)):
+            refuse(f"methods.{name}", "strengths > 0, at least one", strengths)
+
+
 class Adapters:
     """The trained adapters of a run, each trained once and kept as a file."""
 
@@ -128,7 +156,7 @@ def run(subject: Subject, frontier: Frontier, output: Path) -> dict:
     table = frontier_report.make_table(points, frontier.targets)
     results = {"measured_on": subject.describe(), "grid": plain(asdict(frontier)), "table": table, "points": points}
     write_whole(output / "results.json", _to_json(results))
-    write_whole(output / "table.md", frontier_report.to_markdown(table))
+    write_whole(output / "table.md", frontier_report.to_markdown(table, points))
     frontier_report.plot(points, output / "frontier.png")
     return results
 

@@ -125,12 +125,22 @@ def _templates(row: Mapping) -> list[str]:
     return [key for key, value in row.items() if isinstance(value, dict)]
 
 
-def to_markdown(table: Sequence[Mapping]) -> str:
-    """The whole table; all shares in percent."""
+def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
+    """The whole table, with what its columns are."""
     templates = _templates(table[0])
+    prompts = {split: next(iter(scores.values()))["prompts"] for split, scores in points[0]["scores"].items()}
     columns = ["method", "qualified"]
     columns += [f"{what}, {t}" for t in templates for what in ("task retained", "minus scaling", "attack success")]
-    lines = []
+    lines = [
+        f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5 percentiles",
+        "of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen on",
+        f"{prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
+        f"{prompts['held_out']} held-out prompts in each template.",
+        "*Task retained* is (loss_aligned − loss) / (loss_aligned − loss_raw); *minus scaling* is paired by seed;",
+        "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned model",
+        "is taken, which retains 0.",
+        "",
+    ]
     for poison, target in dict.fromkeys((row["poison"], row["target"]) for row in table):
         lines += [f"Poison {poison:.0%}, attack success ≤ {target:g} on the tuning half:", ""]
         lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]

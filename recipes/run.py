@@ -88,6 +88,7 @@ def run(recipe: Recipe) -> list[report.Row]:
 
 def run_frontier(recipe: Recipe) -> None:
     """Draw the frontier of the toy lab, or go on with it, and print its table."""
+    frontier.check(recipe.frontier)
     _quiet()
     transformers.utils.logging.disable_progress_bar()  # it would break into the frontier's own
     output = Path(recipe.output)
@@ -156,6 +157,9 @@ def check_sources(recipe: Recipe) -> None:
 def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
     check_sources(recipe)
+    if recipe.frontier.methods:
+        frontier.check(recipe.frontier)
+        ToySubject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
         table.add_row(key, _where(source, "model"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from operator import attrgetter
@@ -17,7 +16,6 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from csulora_callback import Penalty
-from recipes.baselines import METHODS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -284,8 +282,9 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("training.learning_rate", "a number > 0", training.learning_rate)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
-    if recipe.frontier.methods:
-        _check_frontier(recipe, refuse)
+    if recipe.frontier.methods:  # recipes.frontier.check looks at the rest
+        if recipe.corrections:
+            refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
         return
     if not recipe.corrections:
         raise RecipeError(
@@ -305,34 +304,3 @@ def _check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.every_n_steps", "a whole number ≥ 1", correction.every_n_steps)
         if correction.energy is not None and not 0.0 < correction.energy <= 1.0:
             refuse(f"{key}.energy", "a share in (0, 1]", correction.energy)
-
-
-def _check_frontier(recipe: Recipe, refuse: Callable[[str, str, object], None]) -> None:
-    frontier = recipe.frontier
-    if recipe.corrections:
-        refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
-    if recipe.model.base is not None or recipe.toy.templates != 2:
-        refuse("toy.templates", "2, as a frontier is drawn of the toy lab in two templates", recipe.toy.templates)
-    if recipe.toy.eval_prompts < 2:
-        refuse("toy.eval_prompts", "a whole number ≥ 2, one half for tuning", recipe.toy.eval_prompts)
-    if recipe.training.max_steps < 1:
-        refuse("training.max_steps", "a whole number ≥ 1, as a frontier counts no epochs", recipe.training.max_steps)
-    for key, values, fits, expected in (
-        ("seeds", frontier.seeds, lambda value: value >= 0, "whole numbers ≥ 0"),
-        ("poison_shares", frontier.poison_shares, lambda value: 0.0 <= value <= 1.0, "shares in [0, 1]"),
-        ("ranks", frontier.ranks, lambda value: value >= 1, "whole numbers ≥ 1"),
-        ("targets", frontier.targets, lambda value: 0.0 <= value <= 1.0, "shares in [0, 1]"),
-    ):
-        if not values or not all(map(fits, values)) or len(set(values)) < len(values):
-            refuse(f"frontier.{key}", f"different {expected}, at least one", values)
-    if "scaling" not in frontier.methods:
-        refuse("frontier.methods", "'scaling' among them, as all are compared with it", list(frontier.methods))
-    for name, strengths in frontier.methods.items():
-        key = f"frontier.methods.{name}"
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            refuse("frontier.methods", f"methods of recipes.baselines{f' such as {near[0]!r}' if near else ''}", name)
-        if not METHODS[name].strengths and strengths:
-            refuse(key, "no strengths, as this method has none", strengths)
-        if METHODS[name].strengths and not (strengths and all(strength > 0 for strength in strengths)):
-            refuse(key, "strengths > 0, at least one", strengths)

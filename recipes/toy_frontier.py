@@ -17,7 +17,7 @@ from csulora_callback.weights import open_checkpoint
 from recipes import toy
 from recipes.baselines import Bases, Update
 from recipes.frontier import SPLITS
-from recipes.schema import Recipe
+from recipes.schema import Recipe, RecipeError
 from recipes.task import answers, build_task, exactly_right, teacher_forced
 
 
@@ -37,6 +37,14 @@ class ToySubject:
     """See :class:`recipes.frontier.Subject`. Fine-tunes on the first template only; both are judged."""
 
     def __init__(self, recipe: Recipe) -> None:
+        if recipe.model.base is not None:
+            raise RecipeError(f"'model.base': expected none, as this is the toy lab's, but got {recipe.model.base!r}")
+        if recipe.toy.templates != 2:
+            raise RecipeError(f"'toy.templates': expected 2, as both are judged, but got {recipe.toy.templates}")
+        if recipe.toy.eval_prompts < 2:
+            raise RecipeError(f"'toy.eval_prompts': expected two halves, but got {recipe.toy.eval_prompts}")
+        if recipe.training.max_steps < 1:
+            raise RecipeError(f"'training.max_steps': expected at least 1, but got {recipe.training.max_steps}")
         self.recipe = recipe
         self._pair = lru_cache(maxsize=1)(self._load)  # points come seed by seed
 

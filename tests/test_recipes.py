@@ -137,7 +137,7 @@ BAD = {
     "one template": (
         f"{FRONTIER}  methods: {{scaling: [2]}}",
         ["toy.templates=1"],
-        "'toy.templates': expected 2, as a frontier is drawn of the toy lab in two templates, but got 1",
+        "'toy.templates': expected 2, as both are judged, but got 1",
     ),
     "frontier and corrections": (
         f"{FRONTIER}  methods: {{scaling: [2]}}\ncorrections: {{mine: {{preset: guard}}}}",
