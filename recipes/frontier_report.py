@@ -132,13 +132,13 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     columns = ["method", "qualified"]
     columns += [f"{what}, {t}" for t in templates for what in ("task retained", "minus scaling", "attack success")]
     lines = [
-        f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5 percentiles",
-        "of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen on",
-        f"{prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
+        f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5",
+        "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
+        f"on {prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
         f"{prompts['held_out']} held-out prompts in each template.",
         "*Task retained* is (loss_aligned − loss) / (loss_aligned − loss_raw); *minus scaling* is paired by seed;",
-        "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned model",
-        "is taken, which retains 0.",
+        "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
+        "model is taken, which retains 0.",
         "",
     ]
     for poison, target in dict.fromkeys((row["poison"], row["target"]) for row in table):
@@ -195,11 +195,10 @@ def plot(points: Sequence[Mapping], path: object) -> None:
         for axis, (title, methods) in zip(row, PANELS.items(), strict=True):
             axis.set_title(f"{title} (poison {poison:.0%})", fontsize="medium")
             axis.grid(alpha=0.3)
-            axis.plot(*curves["scaling", None], color="black", marker=".", label=METHODS["scaling"].label)
-            for name, marker in (("aligned", "s"), ("none", "X"), ("benign_only", "*")):
+            for name, marker in (("scaling", ".-"), ("aligned", "s"), ("none", "X"), ("benign_only", "*")):
                 if (name, None) in curves:
-                    label = METHODS[name].label
-                    axis.plot(*curves[name, None], marker, color="black", markersize=9, label=label, zorder=4)
+                    label = METHODS[name].label if axis is row[0] else None  # they are in every panel
+                    axis.plot(*curves[name, None], marker, color="black", markersize=8, label=label, zorder=4)
             for i, method in enumerate(methods):
                 for j, rank in enumerate(rank for name, rank in curves if name == method):
                     label = METHODS[method].label if j == 0 else None
@@ -214,8 +213,9 @@ def plot(points: Sequence[Mapping], path: object) -> None:
         axis.set_ylabel("attack success")
     for axis in axes[-1]:
         axis.set_xlabel("task retained")
-    for axis in axes[0]:
-        axis.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.1), ncols=2)
+    for top, bottom in zip(axes[0], axes[-1], strict=True):  # a poison share of 0 has no benign-only fine-tune
+        handles = bottom.get_legend_handles_labels()
+        top.legend(*handles, fontsize="small", loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
