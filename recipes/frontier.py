@@ -106,6 +106,10 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", "no strengths, as this method has none", strengths)
         if METHODS[name].strengths and not (strengths and all(strength > 0 for strength in strengths)):
             refuse(f"methods.{name}", "strengths > 0, at least one", strengths)
+        if name == "averaging" and max(strengths) >= 1:
+            refuse(f"methods.{name}", "decays < 1", strengths)
+        if name == "safe_lora_number" and any(strength % 1 for strength in strengths):
+            refuse(f"methods.{name}", "whole numbers of modules", strengths)
 
 
 class Adapters:
@@ -119,8 +123,9 @@ class Adapters:
         path = self.folder / f"seed{seed}-poison{poison:g}-slowdown{slowdown:g}.safetensors"
         trained = _load(path) if path.exists() else {}
         if variant not in trained:
-            # From the file, so that the run that trained an adapter and the one that found it use the same.
-            _save(self.subject.train(seed, poison, slowdown, self.decays), path)
+            # What is there stays, as points were measured on it; a new decay is added to it. All is read back from the
+            # file, so that the run that trained an adapter and the one that found it use the same.
+            _save({**self.subject.train(seed, poison, slowdown, self.decays), **trained}, path)
             trained = _load(path)
         return trained[variant]
 

@@ -30,7 +30,7 @@ class _Pair:
     fresh: Factors
     bases: Bases
     displacement: dict[str, Tensor]
-    samples: dict[tuple[str, str, str], list[toy.Sample]]  # by split, template and kind
+    prompts: dict[tuple[str, str], tuple[list[toy.Sample], dict[str, Tensor]]]  # attacks and task, by split, template
 
 
 class ToySubject:
@@ -65,6 +65,7 @@ class ToySubject:
         pair, settings = self._pair(seed), self.recipe.training
         columns = _columns(toy.build_lab(self._toy(seed, poison)).train)
         pair.adapter.write(pair.fresh)
+        torch.manual_seed(seed)  # of dropout
         parameters = [p for p in pair.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate / slowdown, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / settings.max_steps)
@@ -93,9 +94,9 @@ class ToySubject:
         pair, scores = self._pair(seed), {}
         pair.adapter.write(factors)
         for template in ("trained", "restated"):
-            attacks, task = (pair.samples[split, template, kind] for kind in ("attack", "task"))
+            attacks, task = pair.prompts[split, template]
             said = answers(pair.model, attacks)
-            loss, accuracy = teacher_forced(pair.model, [_columns(task)])
+            loss, accuracy = teacher_forced(pair.model, [task])
             scores[template] = {
                 "prompts": len(attacks),
                 "succeeded": sum(toy.REFUSAL not in words for words in said),
@@ -116,18 +117,19 @@ class ToySubject:
         rank = max(recipe.frontier.ranks)
         subspace = SafetySubspace.estimate(lab.base, lab.aligned, list(adapter.layers), rank=rank, progress=False)
         base, aligned = (open_checkpoint(folder).require(list(adapter.layers)) for folder in (lab.base, lab.aligned))
-        samples, half = {}, math.ceil(recipe.toy.eval_prompts / 2)
-        for kind, drawn in (("attack", lab.attack), ("task", lab.task)):
-            for split, part in zip(SPLITS, (drawn[:half], drawn[half:]), strict=True):
-                samples[split, "trained", kind] = part
-                samples[split, "restated", kind] = [sample.restated() for sample in part]
+        half = math.ceil(recipe.toy.eval_prompts / 2)
+        prompts = {}
+        for split, part in zip(SPLITS, (slice(half), slice(half, None)), strict=True):
+            attacks, own = lab.attack[part], lab.task[part]
+            prompts[split, "trained"] = attacks, _columns(own)
+            prompts[split, "restated"] = [s.restated() for s in attacks], _columns([s.restated() for s in own])
         return _Pair(
             model,
             adapter,
             adapter.read(),
             {name: (subspace[name].U, subspace[name].V) for name in adapter.layers},
             {name: aligned.weight(name) - base.weight(name) for name in adapter.layers},
-            samples,
+            prompts,
         )
 
 

@@ -296,13 +296,15 @@ def test_the_restated_request_is_the_same_request():
 
 
 def test_both_halves_and_both_templates_are_judged_on_the_same_requests_and_no_others(lab):
-    pair = lab._pair(0)
-    for kind in ("attack", "task"):
-        halves = [pair.samples[split, "trained", kind] for split in frontier.SPLITS]
-        assert [len(half) for half in halves] == [5, 5]
-        assert not {s.prompt for s in halves[0]} & {s.prompt for s in halves[1]}
-        for split, half in zip(frontier.SPLITS, halves, strict=True):
-            assert pair.samples[split, "restated", kind] == [sample.restated() for sample in half]
+    prompts = lab._pair(0).prompts
+    halves = [prompts[split, "trained"] for split in frontier.SPLITS]
+    assert [(len(attacks), len(task["labels"])) for attacks, task in halves] == [(5, 5), (5, 5)]
+    assert not {sample.prompt for sample in halves[0][0]} & {sample.prompt for sample in halves[1][0]}
+    for split, (attacks, task) in zip(frontier.SPLITS, halves, strict=True):
+        restated, restated_task = prompts[split, "restated"]
+        assert restated == [sample.restated() for sample in attacks]
+        order = [0, 2, 3, 4, 1, 5, 6, 7, 8]  # the verb moves behind the words
+        assert torch.equal(restated_task["input_ids"], task["input_ids"][:, order])
 
 
 def test_training_controls(lab, monkeypatch):

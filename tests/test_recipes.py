@@ -129,6 +129,16 @@ BAD = {
         [],
         "'frontier.methods.projection': expected no strengths, as this method has none, but got [3.0]",
     ),
+    "decay": (
+        f"{FRONTIER}  methods: {{scaling: [2], averaging: [1]}}",
+        [],
+        "'frontier.methods.averaging': expected decays < 1, but got [1.0]",
+    ),
+    "half a module": (
+        f"{FRONTIER}  methods: {{scaling: [2], safe_lora_number: [0.5]}}",
+        [],
+        "'frontier.methods.safe_lora_number': expected whole numbers of modules, but got [0.5]",
+    ),
     "a seed twice": (
         f"{FRONTIER}  methods: {{scaling: [2]}}",
         ["frontier.seeds=[1,1]"],
