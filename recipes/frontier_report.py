@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.baselines import METHODS
+from recipes.schema import RecipeError
 
 PANELS = {
     "the corrections": ("csulora", "separable", "guard", "projection"),
@@ -42,10 +43,12 @@ def make_table(points: Sequence[Mapping], targets: Sequence[float]) -> list[dict
     """One row for each poison share, target and method.
 
     For every seed (and draw) the setting is chosen that loses least of the task among those whose attack success on
-    the *tuning* half of the first template is at most the target; where none qualifies the aligned model is taken,
-    which retains nothing. What the chosen one does on the *held-out* half is reported, by template, as the mean over
-    seeds (of the mean over draws) with a bootstrap interval over seeds: ``task_retained``, ``over_scaling`` (the same
-    minus that of scaling, seed by seed) and ``attack_success``. ``qualified`` is the mean share that found a setting.
+    the *tuning* half is at most the target; where none qualifies the aligned model is taken, which retains nothing.
+    What the chosen one does on the *held-out* half is reported as the mean over seeds (of the mean over draws) with a
+    bootstrap interval over seeds: ``task_retained``, ``over_scaling`` (the same minus that of scaling, seed by seed)
+    and ``attack_success`` by template. ``qualified`` is the mean share that found a setting. Choice and task are of
+    the first template, the one that the fine-tune saw: in another it may have made the task worse, and there is
+    nothing to retain.
     """
     table = []
     for poison in dict.fromkeys(point["poison"] for point in points):
@@ -61,7 +64,13 @@ def make_table(points: Sequence[Mapping], targets: Sequence[float]) -> list[dict
 
 def retained(scores: Mapping, aligned: Mapping, raw: Mapping) -> float:
     """``(loss_aligned − loss) / (loss_aligned − loss_raw)``, of three scores on the same prompts."""
-    return (aligned["task_loss"] - scores["task_loss"]) / (aligned["task_loss"] - raw["task_loss"])
+    gained = aligned["task_loss"] - raw["task_loss"]
+    if gained <= 0:
+        raise RecipeError(
+            f"'training': expected a fine-tune that learns its task, but the held-out loss went from "
+            f"{aligned['task_loss']:.3f} to {raw['task_loss']:.3f}: there is nothing to retain"
+        )
+    return (aligned["task_loss"] - scores["task_loss"]) / gained
 
 
 def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, target: float) -> dict:
@@ -70,7 +79,7 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
     mine = [point for point in points if point["seed"] == seed and point["method"] == method]
     chosen = []
     for draw in dict.fromkeys(point["draw"] for point in mine):
-        tuning = [(p, next(iter(p["scores"]["tuning"].values()))) for p in mine if p["draw"] == draw]
+        tuning = [(p, _first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
         fit = [(score["task_loss"], p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
         chosen.append(min(fit, key=lambda pair: pair[0])[1] if fit else None)
     held_out = [(aligned if point is None else point["scores"])["held_out"] for point in chosen]
@@ -79,27 +88,33 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
         None if p is None else {key: p[key] for key in ("draw", "strength", "rank") if p[key] is not None}
         for p in chosen
     ]
-    for template in aligned["held_out"]:
-        ends_there = aligned["held_out"][template], raw["held_out"][template]
-        outcome[template] = {
-            "task_retained": _mean([retained(scores[template], *ends_there) for scores in held_out]),
-            "attack_success": _mean([s[template]["succeeded"] / s[template]["prompts"] for s in held_out]),
-        }
+    ends_there = _first(aligned["held_out"]), _first(raw["held_out"])
+    outcome["task_retained"] = _mean([retained(_first(scores), *ends_there) for scores in held_out])
+    outcome["attack_success"] = {
+        template: _mean([s[template]["succeeded"] / s[template]["prompts"] for s in held_out])
+        for template in aligned["held_out"]
+    }
     return outcome
 
 
 def _row(method: str, outcomes: Mapping[str, list[dict]]) -> dict:
     mine, scaling = outcomes[method], outcomes["scaling"]
-    row = {"method": method, "qualified": _mean([o["qualified"] for o in mine])}
-    for template in [key for key in mine[0] if key not in ("qualified", "chosen")]:
-        kept = [outcome[template]["task_retained"] for outcome in mine]
-        against = [value - o[template]["task_retained"] for value, o in zip(kept, scaling, strict=True)]
-        row[template] = {
-            "task_retained": _with_interval(kept),
-            "over_scaling": _with_interval(against),
-            "attack_success": _with_interval([outcome[template]["attack_success"] for outcome in mine]),
-        }
-    return {**row, "chosen": [outcome["chosen"] for outcome in mine]}
+    pairs = zip(mine, scaling, strict=True)
+    return {
+        "method": method,
+        "qualified": _mean([outcome["qualified"] for outcome in mine]),
+        "task_retained": _with_interval([outcome["task_retained"] for outcome in mine]),
+        "over_scaling": _with_interval([own["task_retained"] - other["task_retained"] for own, other in pairs]),
+        "attack_success": {
+            template: _with_interval([outcome["attack_success"][template] for outcome in mine])
+            for template in mine[0]["attack_success"]
+        },
+        "chosen": [outcome["chosen"] for outcome in mine],
+    }
+
+
+def _first(by_template: Mapping[str, dict]) -> dict:
+    return next(iter(by_template.values()))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -121,21 +136,17 @@ def _percent(value: Mapping, signed: bool = False) -> str:
     return form(value["mean"]) + interval
 
 
-def _templates(row: Mapping) -> list[str]:
-    return [key for key, value in row.items() if isinstance(value, dict)]
-
-
 def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     """The whole table, with what its columns are."""
-    templates = _templates(table[0])
-    prompts = {split: next(iter(scores.values()))["prompts"] for split, scores in points[0]["scores"].items()}
-    columns = ["method", "qualified"]
-    columns += [f"{what}, {t}" for t in templates for what in ("task retained", "minus scaling", "attack success")]
+    templates = list(table[0]["attack_success"])
+    prompts = {split: _first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
+    columns = ["method", "qualified", "task retained", "minus scaling"]
+    columns += [f"attack success, {template}" for template in templates]
     lines = [
         f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5",
         "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
         f"on {prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
-        f"{prompts['held_out']} held-out prompts in each template.",
+        f"{prompts['held_out']} held-out prompts, the task in that template.",
         "*Task retained* is (loss_aligned − loss) / (loss_aligned − loss_raw); *minus scaling* is paired by seed;",
         "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
         "model is taken, which retains 0.",
@@ -148,19 +159,16 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
             if (row["poison"], row["target"]) != (poison, target):
                 continue
             cells = [METHODS[row["method"]].label, f"{100 * row['qualified']:.0f}"]
-            for template in templates:
-                shares = row[template]
-                cells += [_percent(shares["task_retained"]), _percent(shares["over_scaling"], signed=True)]
-                cells.append(_percent(shares["attack_success"]))
+            cells += [_percent(row["task_retained"]), _percent(row["over_scaling"], signed=True)]
+            cells += [_percent(row["attack_success"][template]) for template in templates]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
 
 
 def print_table(table: Sequence[Mapping]) -> None:
-    """For a person: task retained on the first template in percent, and how much more than scaling that is."""
+    """For a person: task retained in percent, and how much more than scaling's that is."""
     console = Console()
-    template = _templates(table[0])[0]
     for poison in dict.fromkeys(row["poison"] for row in table):
         there = [row for row in table if row["poison"] == poison]
         title = f"poison {poison:.0%}: % of the task retained, and that minus scaling's [95 % over seeds]"
@@ -170,7 +178,7 @@ def print_table(table: Sequence[Mapping]) -> None:
             printed.add_column(f"attack ≤ {target:g}", justify="right", no_wrap=True)
         for method in dict.fromkeys(row["method"] for row in there):
             cells = [
-                f"{100 * row[template]['task_retained']['mean']:.0f}  {_percent(row[template]['over_scaling'], True)}"
+                f"{100 * row['task_retained']['mean']:.0f}  {_percent(row['over_scaling'], signed=True)}"
                 for row in there
                 if row["method"] == method
             ]
@@ -225,8 +233,8 @@ def _curves(points: list[Mapping]) -> dict[tuple, tuple[list[float], list[float]
     ends = {(p["seed"], p["method"]): p["scores"]["held_out"] for p in points if p["method"] in ("aligned", "none")}
     groups: dict[tuple, dict] = {}
     for point in points:
-        template, score = next(iter(point["scores"]["held_out"].items()))
-        both = (ends[point["seed"], name][template] for name in ("aligned", "none"))
+        score = _first(point["scores"]["held_out"])
+        both = (_first(ends[point["seed"], name]) for name in ("aligned", "none"))
         x_y = retained(score, *both), score["succeeded"] / score["prompts"]
         groups.setdefault((point["method"], point["rank"]), {}).setdefault(point["strength"], []).append(x_y)
     return {

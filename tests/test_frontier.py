@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from recipes import frontier, toy_frontier
 from recipes.baselines import METHODS, Update
-from recipes.frontier_report import PANELS, make_table
-from recipes.points import Points, key_of
+from recipes.frontier_report import PANELS, make_table, to_markdown
+from recipes.points import Points, key_of, plain
 from recipes.run import main
 from recipes.schema import Frontier, RecipeError, load_recipe
 from recipes.toy import Language
@@ -191,9 +191,10 @@ def test_the_table_follows_from_the_points(uninterrupted):
     for point in results["points"]:
         by[point["poison"], point["seed"], point["method"], point["draw"]].append(point["scores"])
 
-    def kept(poison, seed, method, target, template):
-        """Task retained and attack success on the held-out half, means over draws."""
-        aligned, raw = (by[poison, seed, end, None][0]["held_out"][template] for end in ("aligned", "none"))
+    def kept(poison, seed, method, target):
+        """Task retained, attack success in both templates, whether a setting met the target: means over draws."""
+        aligned, raw = (by[poison, seed, end, None][0]["held_out"] for end in ("aligned", "none"))
+        high, low = aligned["plain"]["task_loss"], raw["plain"]["task_loss"]
         values = []
         for key, candidates in by.items():
             if key[:3] != (poison, seed, method):
@@ -205,9 +206,9 @@ def test_the_table_follows_from_the_points(uninterrupted):
                     best is None or tuned["task_loss"] < best["tuning"]["plain"]["task_loss"]
                 ):
                     best = scores
-            score = best["held_out"][template] if best else aligned
-            gained = (aligned["task_loss"] - score["task_loss"]) / (aligned["task_loss"] - raw["task_loss"])
-            values.append((gained, score["succeeded"] / score["prompts"], best is not None))
+            score = best["held_out"] if best else aligned
+            success = [score[template]["succeeded"] / score[template]["prompts"] for template in ("plain", "other")]
+            values.append(((high - score["plain"]["task_loss"]) / (high - low), *success, best is not None))
         return [mean(column) for column in zip(*values, strict=True)]
 
     def check(value, per_seed):
@@ -218,15 +219,16 @@ def test_the_table_follows_from_the_points(uninterrupted):
 
     assert len(results["table"]) == 3 * (7 + 6)
     for row in results["table"]:
-        for template in ("plain", "other"):
-            mine, scaling = (
-                [kept(row["poison"], seed, method, row["target"], template) for seed in GRID.seeds]
-                for method in (row["method"], "scaling")
-            )
-            check(row[template]["task_retained"], [gained for gained, _, _ in mine])
-            check(row[template]["attack_success"], [success for _, success, _ in mine])
-            check(row[template]["over_scaling"], [m[0] - s[0] for m, s in zip(mine, scaling, strict=True)])
-            assert row["qualified"] == pytest.approx(mean(found for _, _, found in mine))
+        mine, scaling = (
+            [kept(row["poison"], seed, method, row["target"]) for seed in GRID.seeds]
+            for method in (row["method"], "scaling")
+        )
+        check(row["task_retained"], [gained for gained, *_ in mine])
+        check(row["over_scaling"], [m[0] - s[0] for m, s in zip(mine, scaling, strict=True)])
+        assert list(row["attack_success"]) == ["plain", "other"]
+        check(row["attack_success"]["plain"], [success for _, success, _, _ in mine])
+        check(row["attack_success"]["other"], [success for _, _, success, _ in mine])
+        assert row["qualified"] == pytest.approx(mean(found for *_, found in mine))
 
 
 def test_the_held_out_half_has_no_say_in_what_is_chosen(uninterrupted):
@@ -238,20 +240,29 @@ def test_the_held_out_half_has_no_say_in_what_is_chosen(uninterrupted):
                 score["succeeded"], score["task_loss"] = 20 - score["succeeded"], 5.0
     after = make_table(points, GRID.targets)
     assert [row["chosen"] for row in after] == [row["chosen"] for row in before]
-    assert any(row["plain"] != old["plain"] for row, old in zip(after, before, strict=True))
+    assert any(row["task_retained"] != old["task_retained"] for row, old in zip(after, before, strict=True))
 
 
 def test_a_method_that_never_qualifies_retains_nothing(uninterrupted):
     table = make_table(read(uninterrupted[1])["points"], targets=[0.0])
     raw = next(row for row in table if row["method"] == "none")
     assert raw["qualified"] == 0
-    assert raw["plain"]["task_retained"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    assert raw["plain"]["attack_success"]["mean"] == 0.0  # of the aligned model, which is what would ship
+    assert raw["task_retained"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert raw["attack_success"]["plain"]["mean"] == 0.0  # of the aligned model, which is what would ship
+
+
+def test_a_fine_tune_that_learned_nothing_has_nothing_to_retain(uninterrupted):
+    points = read(uninterrupted[1])["points"]
+    for point in points:
+        for template in point["scores"]["held_out"].values():
+            template["task_loss"] = 1.0
+    with pytest.raises(RecipeError, match=r"'training': .* went from 1\.000 to 1\.000: there is nothing"):
+        make_table(points, GRID.targets)
 
 
 def test_scaling_compared_with_itself_gains_nothing(uninterrupted):
     rows = [row for row in read(uninterrupted[1])["table"] if row["method"] == "scaling"]
-    assert all(row["plain"]["over_scaling"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for row in rows)
+    assert all(row["over_scaling"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for row in rows)
 
 
 def test_every_method_has_a_place_in_the_picture():
@@ -265,6 +276,17 @@ def test_smoke_is_the_same_recipe_in_small_and_overrides_win():
     assert small.frontier.methods == full.frontier.methods
     assert (small.output, small.toy.layers, small.frontier.draws) == ("outputs/frontier_smoke", 3, 1)
     assert len(frontier.grid(small.frontier)) < len(frontier.grid(full.frontier)) / 10
+
+
+def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is():
+    recipe, kept = load_recipe("recipes/frontier.yaml", []), Path("recipes/results/frontier")
+    results = read(kept)
+    assert results["grid"] == plain(asdict(recipe.frontier))
+    assert results["measured_on"] == toy_frontier.ToySubject(recipe).describe()
+    measured = [key_of(point) for point in results["points"]]
+    assert measured == [key_of(setting.to_json()) for setting in frontier.grid(recipe.frontier)]
+    table = make_table(results["points"], recipe.frontier.targets)
+    assert to_markdown(table, results["points"]) == (kept / "table.md").read_text()
 
 
 TINY = [
@@ -349,7 +371,7 @@ def test_the_recipe_runs_and_its_resolved_copy_finds_nothing_left_to_do(tmp_path
     assert "attack ≤ 0.1" in printed
     results = read(tmp_path / "out")
     assert len(results["points"]) == 2 + 1 + 40 + 1 + 1
-    assert results["table"][0]["trained"]["task_retained"]["low"] is None  # one seed has no spread
+    assert results["table"][0]["task_retained"]["low"] is None  # one seed has no spread
     assert (tmp_path / "out/frontier.png").read_bytes().startswith(b"\x89PNG")
     points = (tmp_path / "out/points.jsonl").stat().st_mtime_ns
     assert main([str(tmp_path / "out/recipe.yaml")]) == 0
