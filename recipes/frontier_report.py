@@ -223,7 +223,7 @@ def plot(points: Sequence[Mapping], path: object) -> None:
         axis.set_xlabel("task retained")
     for top, bottom in zip(axes[0], axes[-1], strict=True):  # a poison share of 0 has no benign-only fine-tune
         handles = bottom.get_legend_handles_labels()
-        top.legend(*handles, fontsize="small", loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=2)
+        top.legend(*handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -91,6 +91,7 @@ def run_frontier(recipe: Recipe) -> None:
     frontier.check(recipe.frontier)
     _quiet()
     transformers.utils.logging.disable_progress_bar()  # it would break into the frontier's own
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
     output = Path(recipe.output)
     results = frontier.run(ToySubject(recipe), recipe.frontier, output)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
