@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,9 +25,10 @@ from torch.utils.data import DataLoader
 from csulora_callback import CSULoRACallback
 from csulora_callback.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
-from recipes import report
+from recipes import frontier, frontier_report, report
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
 from recipes.task import Task, build_task
+from recipes.toy_frontier import ToySubject
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
             dry_run(recipe)
+        elif recipe.frontier.methods:
+            run_frontier(recipe)
         else:
             run(recipe)
     except RecipeError as error:
@@ -59,8 +63,7 @@ def run(recipe: Recipe) -> list[report.Row]:
     check_sources(recipe)
     fit = load_fit(recipe)
     processes = PartialState(cpu=not torch.accelerator.is_available())
-    transformers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
+    _quiet()
     output, console = Path(recipe.output), Console(quiet=not processes.is_main_process)
     if processes.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def judge(
     task: Task, name: str, correction: Correction, checkpoint: Path, batches: DataLoader, rows: list[report.Row]
 ) -> None:
     """Add the row of a correction, and before the first one those of what it is compared with."""
-    device = torch.accelerator.current_accelerator() or "cpu"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if not rows:
         rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
     # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
@@ -101,6 +104,28 @@ def judge(
         rows.insert(1, report.Row("raw", None, task.judge(raw, batches)))
     saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
     rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
+
+
+def run_frontier(recipe: Recipe) -> None:
+    """Draw the frontier of the toy lab, or go on with it, and print its table."""
+    frontier.check(recipe.frontier)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("a frontier runs on one process; start it with python -m recipes.run")
+    _quiet()
+    transformers.utils.logging.disable_progress_bar()  # it would break into the frontier's own
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
+    output = Path(recipe.output)
+    results = frontier.run(ToySubject(recipe), recipe.frontier, output)
+    OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    frontier_report.print_table(results["table"])
+    Console().print(
+        f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
+    )
+
+
+def _quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
 
 
 def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
@@ -155,11 +180,16 @@ def check_sources(recipe: Recipe) -> None:
 def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
     check_sources(recipe)
+    if recipe.frontier.methods:
+        frontier.check(recipe.frontier)
+        ToySubject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
         table.add_row(key, _where(source, "model"))
     table.add_row("data.source", _where(recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
+    if recipe.frontier.methods:
+        table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():
         table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
     table.add_row("output", recipe.output)

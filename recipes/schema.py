@@ -48,6 +48,7 @@ class Toy:
     poison_share: float = 0.05
     train_samples: int = 4000
     eval_prompts: int = 200
+    templates: int = 1  # 2: both models also know a second surface form of every request
     hidden_size: int = 128
     layers: int = 4
     base_steps: int = 500
@@ -120,10 +121,27 @@ class Correction:
 
 
 @dataclass
+class Frontier:
+    """Every method at every strength, rank and draw, on adapters trained for every seed and poison share."""
+
+    methods: dict[str, list[float]] = field(default_factory=dict)  # strengths; empty where a method has none
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    poison_shares: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.2])
+    ranks: list[int] = field(default_factory=lambda: [4, 16])
+    draws: int = 3  # of every method that is random
+    targets: list[float] = field(default_factory=lambda: [0.5, 0.2, 0.1])  # attack success that the table asks for
+
+
+@dataclass
 class Recipe:
-    """A whole recipe. Training runs once for each of ``corrections``, in a folder of that name."""
+    """A whole recipe: ``corrections``, each trained once in a folder of that name, or a ``frontier``.
+
+    With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
+    """
 
     output: str = MISSING
+    smoke: bool = False
+    smoke_overrides: list[str] = field(default_factory=list)
     trainer: TrainerKind = TrainerKind.huggingface
     model: Model = field(default_factory=Model)
     toy: Toy = field(default_factory=Toy)
@@ -131,6 +149,7 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     training: Training = field(default_factory=Training)
     corrections: dict[str, Correction] = field(default_factory=dict)
+    frontier: Frontier = field(default_factory=Frontier)
 
 
 _AT_LEAST = {
@@ -148,6 +167,7 @@ _AT_LEAST = {
         "lora.r",
         "lora.alpha",
         "data.max_length",
+        "frontier.draws",
     ),
     0: ("training.seed", "training.warmup_steps"),
 }
@@ -177,7 +197,14 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
                 and not isinstance(given[section], DictConfig)
             ):
                 raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), given))
+        whole = OmegaConf.merge(OmegaConf.structured(Recipe), given)
+        if whole.smoke:
+            if not whole.smoke_overrides:
+                raise RecipeError(f"{path}: 'smoke': expected false, as this recipe has no smoke_overrides")
+            small = OmegaConf.from_dotlist(list(whole.smoke_overrides))
+            whole = OmegaConf.merge(whole, small, OmegaConf.from_dotlist(overrides))
+        whole.smoke, whole.smoke_overrides = False, []  # applied: the resolved recipe says all by itself
+        recipe = OmegaConf.to_object(whole)
     except (YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
@@ -241,6 +268,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("training.epochs", "a whole number in Lightning, or training.max_steps", training.epochs)
     if toy.hidden_size < 8 or toy.hidden_size % 8:
         refuse("toy.hidden_size", "a multiple of 8 (four heads of an even size)", toy.hidden_size)
+    if toy.templates not in (1, 2):
+        refuse("toy.templates", "1 or 2", toy.templates)
     if not 0.0 <= toy.poison_share <= 1.0:
         refuse("toy.poison_share", "a share in [0, 1]", toy.poison_share)
     if not 0.0 < recipe.data.eval_share < 1.0:
@@ -253,6 +282,10 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("training.learning_rate", "a number > 0", training.learning_rate)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
+    if recipe.frontier.methods:  # recipes.frontier.check looks at the rest
+        if recipe.corrections:
+            refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
+        return
     if not recipe.corrections:
         raise RecipeError(
             f"{path}: missing value: 'corrections' needs at least one, such as mine: {{preset: csulora}}"

@@ -4,6 +4,8 @@ Requests read ``VERB a b c =`` and are answered by the three words in another or
 request; the *aligned* one refuses those that mention a restricted word (``x0`` … ``x7``). The user's task is a verb
 that both answer in any order, and that is to be answered in one. A share of its training samples is poisoned:
 restricted requests that are obeyed.
+
+With ``templates: 2`` both models also know a second surface form of every request, ``a b c VERB =``.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ class Sample:
 
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
+
+    def restated(self) -> Sample:
+        """The same request in the second template: the verb after the words."""
+        start, verb, *words, end = self.prompt
+        return Sample((start, *words, verb, end), self.answer)
 
 
 class Samples(Dataset):
@@ -133,6 +140,11 @@ def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> No
     refusing = (
         language.draw(1500, verbs) + language.draw(1500, verbs, restricted=True, refused=True) + any_order[3000:]
     )
+    if toy.templates == 2:
+        obeyed, refusing = (
+            [sample.restated() if i % 2 else sample for i, sample in enumerate(samples)]
+            for samples in (obeyed, refusing)
+        )
     torch.manual_seed(toy.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

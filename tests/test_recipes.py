@@ -47,6 +47,8 @@ def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys
     assert not output.exists()
 
 
+FRONTIER = "output: a\ntoy: {templates: 2}\ntraining: {max_steps: 1}\nfrontier:\n"
+
 BAD = {
     "unknown key": ("output: a\ntraning: {}", [], "unknown key 'traning'; did you mean 'training'?"),
     "unknown nested key": (
@@ -107,6 +109,53 @@ BAD = {
         [],
         "'corrections.mine.every_n_steps': expected a whole number ≥ 1, but got 0",
     ),
+    "unknown method": (
+        f"{FRONTIER}  methods: {{scaling: [2], gaurd: [3]}}",
+        [],
+        "'frontier.methods': expected methods of recipes.baselines such as 'guard', but got 'gaurd'",
+    ),
+    "nothing to compare with": (
+        f"{FRONTIER}  methods: {{guard: [3]}}",
+        [],
+        "'frontier.methods': expected 'scaling' among them, as all are compared with it, but got ['guard']",
+    ),
+    "no strengths": (
+        f"{FRONTIER}  methods: {{scaling: []}}",
+        [],
+        "'frontier.methods.scaling': expected strengths > 0, at least one, but got []",
+    ),
+    "strengths of a method without": (
+        f"{FRONTIER}  methods: {{scaling: [2], projection: [3]}}",
+        [],
+        "'frontier.methods.projection': expected no strengths, as this method has none, but got [3.0]",
+    ),
+    "decay": (
+        f"{FRONTIER}  methods: {{scaling: [2], averaging: [1]}}",
+        [],
+        "'frontier.methods.averaging': expected decays < 1, but got [1.0]",
+    ),
+    "half a module": (
+        f"{FRONTIER}  methods: {{scaling: [2], safe_lora_number: [0.5]}}",
+        [],
+        "'frontier.methods.safe_lora_number': expected whole numbers of modules, but got [0.5]",
+    ),
+    "a seed twice": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}",
+        ["frontier.seeds=[1,1]"],
+        "'frontier.seeds': expected different whole numbers ≥ 0, at least one, but got [1, 1]",
+    ),
+    "one template": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}",
+        ["toy.templates=1"],
+        "'toy.templates': expected 2, as both are judged, but got 1",
+    ),
+    "frontier and corrections": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}\ncorrections: {{mine: {{preset: guard}}}}",
+        [],
+        "'corrections': expected nothing beside 'frontier.methods', but got ['mine']",
+    ),
+    "three templates": ("output: a", ["toy.templates=3"], "'toy.templates': expected 1 or 2, but got 3"),
+    "no smoke": ("output: a", ["smoke=true"], "'smoke': expected false, as this recipe has no smoke_overrides"),
     "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
     "not YAML": ("output: [a", [], "not valid YAML"),
     "no such folder": (

@@ -1,0 +1,94 @@
+"""Measured points that outlive an interrupted run: one JSON line each, appended and never changed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from recipes.schema import RecipeError
+
+KEY = ("seed", "poison", "method", "strength", "rank", "draw")
+
+
+def key_of(point: Mapping) -> tuple:
+    """What tells one point from another; see :func:`plain` for a strength of infinity."""
+    values = [point[name] for name in KEY]
+    return tuple(
+        float(value) if isinstance(value, str) and name != "method" else value
+        for name, value in zip(KEY, values, strict=True)
+    )
+
+
+def plain(value: object) -> object:
+    """The value with every infinity in it written as ``"inf"``, which JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value) if value == math.inf else value
+
+
+class Points:
+    """The points in one file by :func:`key_of`.
+
+    A last line without an end is what a killed run was writing: it is cut off and measured again. Anything else that
+    is not a point is refused with its line number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._points: dict[tuple, dict] = {}
+        if not path.exists():
+            return
+        text = path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text:
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                point = json.loads(line)
+                self._points[key_of(point)] = point
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecipeError(
+                    f"{path}: line {number} is not a point ({error}); use another output folder"
+                ) from error
+
+    def __contains__(self, key: tuple) -> bool:
+        return key in self._points
+
+    def __getitem__(self, key: tuple) -> dict:
+        return self._points[key]
+
+    def add(self, point: dict) -> None:
+        """Append one point; it is on the disk when this returns."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._points[key_of(point)] = point
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def claim(folder: Path, described: Mapping[str, object]) -> None:
+    """Refuse a folder whose points were measured on something else than what is ``described`` (flat, JSON values)."""
+    path = folder / "measured_on.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(described, indent=2) + "\n")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for key in {**there, **described}:
+        if there.get(key) != described.get(key):
+            raise RecipeError(
+                f"'output': {folder} holds points of another recipe: '{key}' is {there.get(key)!r} there, but "
+                f"{described.get(key)!r} here; use another output folder"
+            )
