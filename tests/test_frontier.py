@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -271,6 +272,13 @@ def test_every_method_has_a_place_in_the_picture():
     assert set(load_recipe("recipes/frontier.yaml", []).frontier.methods) == set(METHODS) - {"aligned"}
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["recipes/frontier.yaml", "smoke=true", f"output={tmp_path / 'out'}"]) == 2
+    assert "a frontier runs on one process; start it with python -m recipes.run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_smoke_is_the_same_recipe_in_small_and_overrides_win():
     full, small = (load_recipe("recipes/frontier.yaml", more) for more in ([], ["smoke=true", "toy.layers=3"]))
     assert small.frontier.methods == full.frontier.methods
@@ -287,6 +295,30 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is():
     assert measured == [key_of(setting.to_json()) for setting in frontier.grid(recipe.frontier)]
     table = make_table(results["points"], recipe.frontier.targets)
     assert to_markdown(table, results["points"]) == (kept / "table.md").read_text()
+
+
+def test_the_readme_quotes_what_the_results_say():
+    """Each cell of each marked table, from results.json and the table's own words."""
+    text, seen = Path("README.md").read_text(), 0
+    labels = {method.label: name for name, method in METHODS.items()}
+    for name, poison, table in re.findall(r"<!-- results: (\w+), poison ([\d.]+) -->\n((?:\|.*\n)+)", text):
+        rows = read(Path("recipes/results") / name)["table"]
+        head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        for label, *cells in lines:
+            for target, cell in zip(head[1:], cells, strict=True):
+                wanted = (float(poison), float(target.removeprefix("≤ ")), labels[label])
+                row = next(row for row in rows if (row["poison"], row["target"], row["method"]) == wanted)
+                assert cell == quoted(row), (label, target)
+                seen += 1
+    assert seen >= 3 * 17
+
+
+def quoted(row: dict) -> str:
+    if row["qualified"] == 0:
+        return "none"
+    mean, low, high = (f"{100 * row['task_retained'][key]:.0f}" for key in ("mean", "low", "high"))
+    some = "" if row["qualified"] == 1 else f", {100 * row['qualified']:.0f} % of runs"
+    return f"{mean} [{low}, {high}]{some}"
 
 
 TINY = [
