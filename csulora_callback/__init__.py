@@ -5,6 +5,7 @@ from importlib.metadata import version
 from csulora_callback.callback import CSULoRACallback
 from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.intervals import wilson_interval
 from csulora_callback.metrics import SafetyDrift
 from csulora_callback.subspace import SafetySubspace
 
@@ -17,4 +18,5 @@ __all__ = [
     "SafetyDrift",
     "SafetySubspace",
     "correct",
+    "wilson_interval",
 ]
