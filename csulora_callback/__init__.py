@@ -7,6 +7,8 @@ from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.intervals import wilson_interval
 from csulora_callback.metrics import SafetyDrift
+from csulora_callback.refusal import RefusalPhrases
+from csulora_callback.refusal_models import RefusalClassifier, RefusalJudge
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
@@ -14,6 +16,9 @@ __all__ = [
     "CSULoRACallback",
     "Correction",
     "Penalty",
+    "RefusalClassifier",
+    "RefusalJudge",
+    "RefusalPhrases",
     "SafetyCorrector",
     "SafetyDrift",
     "SafetySubspace",
