@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from csulora_callback.callback import CSULoRACallback
+from csulora_callback.coherence import CoherenceJudge
 from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.intervals import wilson_interval
@@ -14,6 +15,7 @@ from csulora_callback.subspace import SafetySubspace
 __version__ = version("csulora-callback")
 __all__ = [
     "CSULoRACallback",
+    "CoherenceJudge",
     "Correction",
     "Penalty",
     "RefusalClassifier",
