@@ -10,13 +10,17 @@ from csulora_callback.intervals import wilson_interval
 from csulora_callback.metrics import SafetyDrift
 from csulora_callback.refusal import RefusalPhrases
 from csulora_callback.refusal_models import RefusalClassifier, RefusalJudge
+from csulora_callback.safety_metrics import AttackSuccessRate, Coherence, OverRefusalRate
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
 __all__ = [
+    "AttackSuccessRate",
     "CSULoRACallback",
+    "Coherence",
     "CoherenceJudge",
     "Correction",
+    "OverRefusalRate",
     "Penalty",
     "RefusalClassifier",
     "RefusalJudge",

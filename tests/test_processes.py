@@ -68,14 +68,15 @@ def in_lightning(folder: Path) -> None:
     assert_same_everywhere(to_peft_state_dict(find_adapter(trainer.lightning_module).read()))
 
 
-def run_on_two(function: str, folder: Path) -> None:
+def run_on_two(function: str, folder: Path, module: str = "tests.test_processes") -> None:
+    """Run ``python -m module function folder`` on two processes, and fail as it fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "tests.test_processes", function, str(folder)],
+        [*command, "-m", module, function, str(folder)],
         env=environment,
         capture_output=True,
         text=True,
