@@ -111,6 +111,25 @@ class SafetySubspace(Mapping[str, Basis]):
                 sha.update(part.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
+    def truncated(self, rank: int) -> SafetySubspace:
+        """The subspace of a smaller ``rank``: the first singular vectors of each module.
+
+        Raises:
+            ValueError: if ``rank`` is no whole number ≥ 1.
+
+        Example:
+            >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+            >>> subspace = SafetySubspace.estimate(base, aligned, rank=4, progress=False)
+            >>> subspace.truncated(2)["0"].U.shape
+            torch.Size([6, 2])
+        """
+        check_rank_rule(rank, None)
+        bases = {
+            name: Basis(basis.U[:, :rank], basis.V[:, :rank], basis.singular_values[:rank], basis.displacement)
+            for name, basis in self.bases.items()
+        }
+        return SafetySubspace(bases, {**self.metadata, "rank": rank, "energy": None})
+
     @classmethod
     def estimate(
         cls,

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, default_data_collator, get_linear_schedule_with_warmup
+from transformers import get_linear_schedule_with_warmup
 
 from csulora_callback import CSULoRACallback
 from recipes.schema import Recipe, Training
-from recipes.task import Task
+from recipes.task import Task, batches
 
 
 class FineTune(L.LightningModule):
@@ -52,7 +52,7 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
     settings = recipe.training
     model = FineTune(task.with_fresh_lora(recipe), settings).train()  # transformers loads models for evaluation
     L.seed_everything(settings.seed, verbose=False)
-    train, held_out = _batches(task, recipe, task.train, shuffle=True), _batches(task, recipe, task.held_out)
+    train, held_out = batches(task, recipe, task.train, shuffle=True), batches(task, recipe, task.held_out)
     logger = CSVLogger(folder, name="", version="logs")
     processes = PartialState()
     trainer = L.Trainer(
@@ -90,19 +90,6 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
         trainer.save_checkpoint(last)
     records = _records(Path(logger.log_dir) / "metrics.csv") if trainer.is_global_zero else []
     return records, last.with_suffix(".adapter"), held_out
-
-
-def _batches(task: Task, recipe: Recipe, rows: object, shuffle: bool = False) -> DataLoader:
-    collate = default_data_collator
-    if task.tokenizer is not None:
-        rows = rows.map(
-            lambda row: task.tokenizer.apply_chat_template(
-                row["messages"], return_dict=True, truncation=True, max_length=recipe.data.max_length
-            ),
-            remove_columns=rows.column_names,
-        )
-        collate = DataCollatorForLanguageModeling(task.tokenizer, mlm=False)
-    return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
 
 
 def _records(path: Path) -> list[dict]:

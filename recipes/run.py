@@ -21,11 +21,13 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from csulora_callback import CSULoRACallback
+from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
 from csulora_callback.adapters import find_adapter
-from csulora_callback.sidecar import Sidecar
-from recipes import frontier, frontier_report, report
+from csulora_callback.subspace import default_cache_dir
+from recipes import calibrate, frontier, frontier_report, report
+from recipes.bench import ChatBench, ToyBench
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
 from recipes.task import Task, build_task
 from recipes.toy_frontier import ToySubject
@@ -46,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
             dry_run(recipe)
         elif recipe.frontier.methods:
             run_frontier(recipe)
+        elif recipe.calibrate.presets:
+            run_calibrate(recipe)
         else:
             run(recipe)
     except RecipeError as error:
@@ -95,7 +99,7 @@ def judge(
     task: Task, name: str, correction: Correction, checkpoint: Path, batches: DataLoader, rows: list[report.Row]
 ) -> None:
     """Add the row of a correction, and before the first one those of what it is compared with."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = _device()
     if not rows:
         rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
     # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
@@ -121,6 +125,42 @@ def run_frontier(recipe: Recipe) -> None:
     Console().print(
         f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
     )
+
+
+def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
+    """Try all settings on the checkpoint that the recipe names, and say which one to use."""
+    check_sources(recipe)
+    calibrate.check(recipe)
+    _quiet()
+    transformers.utils.logging.disable_progress_bar()  # it would break into the calibration's own
+    task, settings = build_task(recipe), recipe.calibrate
+    bench = ToyBench(recipe) if recipe.model.base is None else ChatBench(recipe, task)
+    model = load_checkpoint(task, Path(settings.checkpoint), raw=True).to(_device())
+    subspace = SafetySubspace.estimate(
+        task.base,
+        model,
+        list(find_adapter(model).layers),
+        rank=max(settings.ranks),
+        cache_dir=default_cache_dir(),
+    )
+
+    def judge(candidate: calibrate.Candidate, split: str) -> calibrate.Judgement:
+        with SafetyCorrector(model, subspace.truncated(candidate.rank), candidate.penalty()).corrected():
+            return bench.judge(model, split)
+
+    ends = {"raw LoRA": {split: bench.judge(model, split) for split in calibrate.SPLITS}}
+    with model.disable_adapter():
+        ends = {"aligned model": {split: bench.judge(model, split) for split in calibrate.SPLITS}, **ends}
+    tried = tqdm(calibrate.candidates(settings), desc="calibrating", unit="setting")
+    result = calibrate.calibrate(tried, judge, settings.target)
+    calibrate.write(result, ends, Path(recipe.output))
+    calibrate.print_result(result, ends, settings.checkpoint)
+    Console().print(f"Written to {recipe.output}: results.json.")
+    return result
+
+
+def _device() -> torch.device | str:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 
 def _quiet() -> None:
@@ -152,10 +192,16 @@ def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
 
 
 def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
-    """A saved checkpoint as any user would load it, or its raw adapter restored from the sidecar."""
-    model = PeftModel.from_pretrained(task.aligned_model(), folder)
-    if raw:
-        find_adapter(model).write(Sidecar.load(folder).raw)
+    """A saved checkpoint as any user would load it, or its raw adapter.
+
+    That is restored from the sidecar; an adapter without one was trained without the callback, and is raw itself.
+    """
+    try:
+        model = PeftModel.from_pretrained(task.aligned_model(), folder)
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"{folder}: the adapter does not fit the model: {str(error).splitlines()[0]}") from error
+    if raw and (folder / sidecar.FOLDER).is_dir():
+        find_adapter(model).write(sidecar.Sidecar.load(folder).raw)
     return model
 
 
@@ -188,6 +234,8 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(key, _where(source, "model"))
     table.add_row("data.source", _where(recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
+    if recipe.calibrate.presets:
+        table.add_row("calibrate", f"{len(calibrate.candidates(recipe.calibrate))} settings")
     if recipe.frontier.methods:
         table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():

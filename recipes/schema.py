@@ -133,8 +133,19 @@ class Frontier:
 
 
 @dataclass
+class Calibrate:
+    """Penalties and ranks to try on a trained checkpoint, and what to judge them by."""
+
+    presets: dict[str, list[float]] = field(default_factory=dict)  # strengths; empty where a preset has none
+    ranks: list[int] = field(default_factory=lambda: [4, 16, 64])
+    checkpoint: str | None = None
+    probes: str | None = None  # prompts that are to be refused; of the toy lab by default
+    target: float = 0.1  # attack success on them
+
+
+@dataclass
 class Recipe:
-    """A whole recipe: ``corrections``, each trained once in a folder of that name, or a ``frontier``.
+    """A whole recipe: ``corrections``, each trained once in a folder of that name, a ``frontier``, or ``calibrate``.
 
     With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
     """
@@ -150,6 +161,7 @@ class Recipe:
     training: Training = field(default_factory=Training)
     corrections: dict[str, Correction] = field(default_factory=dict)
     frontier: Frontier = field(default_factory=Frontier)
+    calibrate: Calibrate = field(default_factory=Calibrate)
 
 
 _AT_LEAST = {
@@ -285,6 +297,10 @@ def _check_values(path: str, recipe: Recipe) -> None:
     if recipe.frontier.methods:  # recipes.frontier.check looks at the rest
         if recipe.corrections:
             refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
+        return
+    if recipe.calibrate.presets:  # recipes.calibrate.check looks at the rest
+        if recipe.corrections:
+            refuse("corrections", "nothing beside 'calibrate.presets'", list(recipe.corrections))
         return
     if not recipe.corrections:
         raise RecipeError(

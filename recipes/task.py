@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from recipes import toy
 from recipes.schema import Recipe, RecipeError
@@ -125,6 +132,20 @@ def _chat_task(recipe: Recipe) -> Task:
 
     model = recipe.model
     return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, judge)
+
+
+def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: bool = False) -> DataLoader:
+    """Rows of the task's data as a model takes them, with labels."""
+    collate = default_data_collator
+    if task.tokenizer is not None:
+        rows = rows.map(
+            lambda row: task.tokenizer.apply_chat_template(
+                row["messages"], return_dict=True, truncation=True, max_length=recipe.data.max_length
+            ),
+            remove_columns=rows.column_names,
+        )
+        collate = DataCollatorForLanguageModeling(task.tokenizer, mlm=False)
+    return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
 
 
 @torch.no_grad()

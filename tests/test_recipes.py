@@ -268,21 +268,28 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
-def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
+def chat_pair(folder: Path) -> list[str]:
+    """Tiny models and chat data in a folder; the overrides that name them."""
     base = tiny_llama(max_position_embeddings=64)
-    base.save_pretrained(tmp_path / "base")
-    align(base).save_pretrained(tmp_path / "aligned")
-    chat_tokenizer().save_pretrained(tmp_path / "aligned")
+    base.save_pretrained(folder / "base")
+    align(base).save_pretrained(folder / "aligned")
+    chat_tokenizer().save_pretrained(folder / "aligned")
     talk = [{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "c b a"}]
-    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
-    overrides = [
-        f"model.base={tmp_path / 'base'}",
-        f"model.aligned={tmp_path / 'aligned'}",
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for _ in range(40)))
+    return [
+        f"model.base={folder / 'base'}",
+        f"model.aligned={folder / 'aligned'}",
         "model.dtype=float32",
-        f"data.source={tmp_path / 'chat.jsonl'}",
+        f"data.source={folder / 'chat.jsonl'}",
         "data.max_length=32",
         "data.eval_share=0.2",
+    ]
+
+
+@pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
+def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
+    overrides = [
+        *chat_pair(tmp_path),
         "training.max_steps=4",
         "training.logging_steps=1",
         "training.eval_steps=2",

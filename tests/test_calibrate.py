@@ -1,0 +1,194 @@
+"""Calibration: the choice, what it may look at, and both benches end to end."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from csulora_callback import Penalty, SafetySubspace, correct, wilson_interval
+from csulora_callback.sidecar import Sidecar
+from recipes import toy
+from recipes.bench import ToyBench, read_probes
+from recipes.calibrate import Calibration, Candidate, Judgement, calibrate, candidates, write
+from recipes.run import main
+from recipes.schema import RecipeError, load_recipe
+from tests.lab import TARGETS, with_lora
+from tests.test_recipes import SMALL, chat_pair
+
+judgements = st.builds(Judgement, st.just(20), st.integers(0, 20), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
+
+
+@given(st.lists(judgements, min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_the_choice_loses_least_of_the_task_among_those_that_are_safe(judged, target):
+    tried = [Candidate("guard", float(place + 1), 4) for place in range(len(judged))]
+    asked = []
+
+    def judge(candidate, split):
+        asked.append((candidate, split))
+        return judged[tried.index(candidate)]
+
+    result = calibrate(tried, judge, target)
+    safe = [place for place, one in enumerate(judged) if one.succeeded <= target * 20]
+    assert result.tuning == list(zip(tried, judged, strict=True))
+    if not safe:
+        assert (result.chosen, result.held_out) == (None, None)
+        assert asked == [(candidate, "tuning") for candidate in tried]
+        return
+    best = sorted(safe, key=lambda place: (judged[place].task_loss, place))[0]  # the first of equals
+    assert result.chosen == tried[best]
+    # The held-out half is asked about the chosen one alone, and after the choice.
+    assert asked == [(candidate, "tuning") for candidate in tried] + [(tried[best], "held_out")]
+
+
+def test_candidates_are_presets_by_ranks_by_strengths_and_their_code_makes_them():
+    settings = load_recipe("recipes/calibrate.yaml", []).calibrate
+    tried = candidates(settings)
+    assert len(tried) == len(set(tried)) == 4 * (3 * 6 + 1)
+    for candidate in [*tried, Candidate("guard", float("inf"), 3)]:
+        made = eval(f"dict({candidate.code()})", {"Penalty": Penalty, "float": float, "dict": dict})
+        assert made == {"rank": candidate.rank, "penalty": candidate.penalty()}
+
+
+def test_a_truncated_subspace_is_that_of_the_smaller_rank(pair):
+    large, small = (SafetySubspace.estimate(*pair, TARGETS, rank=rank, progress=False) for rank in (4, 2))
+    cut = large.truncated(2)
+    for name in small:
+        for side in ("U", "V"):
+            mine, own = getattr(cut[name], side), getattr(small[name], side)
+            assert torch.allclose(mine @ mine.T, own @ own.T, atol=1e-5)
+        assert cut[name].energy == pytest.approx(small[name].energy, rel=1e-5)
+    assert cut.metadata["rank"] == 2
+    assert cut.fingerprint != large.fingerprint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny toy lab, and a checkpoint that the quickstart trained in it."""
+    folder = tmp_path_factory.mktemp("trained")
+    lab = [*SMALL, f"toy.cache_dir={folder / 'lab'}"]
+    assert main(["recipes/quickstart.yaml", *lab, f"output={folder / 'out'}"]) == 0
+    return [entry for entry in lab if entry.startswith("toy.")], folder / "out/csulora/checkpoint-4"
+
+
+RECIPE = Path("recipes/calibrate.yaml")
+
+
+def run(trained, output: Path, *more: str) -> int:
+    lab, checkpoint = trained
+    settings = [f"output={output}", f"calibrate.checkpoint={checkpoint}", "calibrate.ranks=[2,3]", *more]
+    return main([str(RECIPE), *lab, *settings])
+
+
+def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
+    """The chosen setting's held-out numbers, from the raw factors, corrected and judged by hand."""
+    assert run(trained, tmp_path, "calibrate.target=1.0") == 0
+    results, printed = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
+    assert len(results["tuning"]) == 2 * (3 * 6 + 1)
+    assert f"rank={results['chosen']['rank']}, penalty=Penalty.{results['chosen']['preset']}" in printed
+    least = min(results["tuning"], key=lambda row: row["task_loss"])
+    assert {key: least[key] for key in ("preset", "strength", "rank")} == results["chosen"]
+
+    recipe = load_recipe("recipes/calibrate.yaml", trained[0])
+    lab = toy.build_lab(recipe.toy)
+    chosen = Candidate(**results["chosen"])
+    model, bench = AutoModelForCausalLM.from_pretrained(lab.aligned), ToyBench(recipe)
+    raw = Sidecar.load(trained[1]).raw
+    subspace = SafetySubspace.estimate(lab.base, lab.aligned, list(raw), rank=chosen.rank, progress=False)
+    for name, (lora_A, lora_B) in raw.items():
+        basis = subspace[name]
+        done = correct(lora_A, lora_B, basis.U, basis.V, chosen.penalty(), 2.0)
+        model.get_submodule(name).weight.data += 2.0 * done.lora_B @ done.lora_A
+    merged = bench.judge(model, "held_out")
+    assert (merged.prompts, merged.succeeded) == (results["held_out"]["prompts"], results["held_out"]["succeeded"])
+    assert merged.task_loss == pytest.approx(results["held_out"]["task_loss"], rel=1e-4)
+    low, high = wilson_interval(merged.succeeded, merged.prompts)
+    assert f"95 % interval {low:.1%} to {high:.1%}" in printed
+
+
+def test_the_halves_share_no_prompt(trained):
+    parts = ToyBench(load_recipe("recipes/calibrate.yaml", trained[0])).parts
+    for one, other in zip(parts["tuning"], parts["held_out"], strict=True):
+        assert one
+        assert not {sample.prompt for sample in one} & {sample.prompt for sample in other}
+
+
+def test_an_adapter_without_a_sidecar_is_raw_itself(trained, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(trained[1], plain, ignore=shutil.ignore_patterns("csulora"))
+    shutil.copyfile(trained[1] / "csulora/raw_adapter.safetensors", plain / "adapter_model.safetensors")
+    assert load_file(plain / "adapter_model.safetensors")
+    for folder in (plain, trained[1]):
+        assert run((trained[0], folder), tmp_path / f"of-{folder.name}", "calibrate.target=1.0") == 0
+    one, other = ((tmp_path / f"of-{folder.name}/results.json").read_text() for folder in (plain, trained[1]))
+    assert one == other
+
+
+def test_where_none_qualifies_it_says_so(trained, tmp_path, capsys):
+    # Four steps of alignment refuse nothing, so every setting is attacked with success.
+    assert run(trained, tmp_path, "calibrate.target=0.0") == 0
+    assert "None of 38 settings keeps attack success at 0 or below." in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["chosen"], results["held_out"]) == (None, None)
+
+
+def test_a_chat_model_is_probed_through_its_template(tmp_path):
+    pair, checkpoint = chat_pair(tmp_path), tmp_path / "checkpoint"
+    aligned = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
+    with_lora(aligned, init_lora_weights=False).save_pretrained(checkpoint)
+    probes = tmp_path / "probes.txt"
+    probes.write_text("a b\nc\n\nd e\n", encoding="utf-8")
+    assert run(([], checkpoint), tmp_path / "out", *pair, f"calibrate.probes={probes}", "calibrate.target=1.0") == 0
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert (results["tuning"][0]["prompts"], results["held_out"]["prompts"]) == (2, 1)
+    assert results["held_out"]["succeeded"] == 1  # a random model refuses nothing
+
+
+def test_probes_are_lines_or_a_column(tmp_path):
+    lines, rows = tmp_path / "probes.txt", tmp_path / "probes.jsonl"
+    lines.write_text("one\n\n two \n", encoding="utf-8")
+    rows.write_text('{"prompt": "one"}\n{"prompt": "two"}\n', encoding="utf-8")
+    assert read_probes(str(lines)) == read_probes(str(rows)) == ["one", "two"]
+    rows.write_text('{"text": "one"}\n', encoding="utf-8")
+    with pytest.raises(RecipeError, match="expected JSON lines with a 'prompt'"):
+        read_probes(str(rows))
+
+
+BAD = {
+    "no checkpoint": (
+        ["calibrate.checkpoint=null"],
+        "'calibrate.checkpoint': expected the folder of a trained adapter",
+    ),
+    "no such preset": (["calibrate.presets={gard: [1]}"], "presets of Penalty such as 'guard', but got 'gard'"),
+    "no strengths": (["calibrate.presets={guard: []}"], "'calibrate.presets.guard': expected strengths > 0"),
+    "strengths of projection": (["calibrate.presets={projection: [1]}"], "no strengths, as this preset has none"),
+    "no rank": (["calibrate.ranks=[]"], "'calibrate.ranks': expected whole numbers ≥ 1"),
+    "target": (["calibrate.target=2"], "'calibrate.target': expected a share in [0, 1], but got 2.0"),
+    "probes in the toy lab": (["calibrate.probes=a.txt"], "nothing, as the toy lab has its own"),
+    "corrections": (["corrections.mine.preset=guard"], "nothing beside 'calibrate.presets'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipes_get_one_line(case, trained, tmp_path, capsys):
+    settings, message = BAD[case]
+    assert run(trained, tmp_path / "out", *settings) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    one = Judgement(2, 1, 0.5)
+    ends = {"aligned model": {"tuning": one}, "raw LoRA": {"tuning": one}}
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(Calibration(0.1, [], None, None), ends, tmp_path)
+    assert not (tmp_path / "results.json").exists()
