@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from datasets import load_dataset
 from peft import PeftModel
 from torch.utils.data import DataLoader, default_collate
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +11,7 @@ from csulora_callback import RefusalPhrases
 from recipes import toy
 from recipes.calibrate import SPLITS, Judgement
 from recipes.schema import Recipe, RecipeError
+from recipes.sources import read
 from recipes.task import Task, answers, batches, teacher_forced
 
 _NEW_TOKENS = 32  # a refusal shows in its first words
@@ -43,7 +40,7 @@ class ChatBench:
     """A user's probe prompts, answered through the chat template, and the held-out part of the user's data."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        prompts, rows = read_probes(recipe.calibrate.probes), task.held_out
+        prompts, rows = read_probes(recipe), task.held_out
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
                 f"'calibrate.probes': expected two prompts and two held-out rows at least, one for each half, but got "
@@ -63,21 +60,16 @@ class ChatBench:
         return Judgement(len(prompts), succeeded, teacher_forced(model, task)[0])
 
 
-def read_probes(source: str) -> list[str]:
-    """Prompts: the lines of a .txt file, or ``prompt`` of a .jsonl file or of a Hub dataset's ``train`` split."""
-    path = Path(source)
-    if path.is_file():
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if path.suffix == ".txt":
-            return lines
-        try:
-            return [json.loads(line)["prompt"] for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"'calibrate.probes': {source}: expected JSON lines with a 'prompt'") from error
-    rows = load_dataset(source, split="train")
-    if "prompt" not in rows.column_names:
-        raise RecipeError(f"'calibrate.probes': {source}: expected a column 'prompt', but got {rows.column_names}")
-    return list(rows["prompt"])
+def read_probes(recipe: Recipe) -> list[str]:
+    """The prompts that are to be refused: lines of a text file, or a column of anything that is a table."""
+    source, column = recipe.calibrate.probes, recipe.calibrate.probes_column
+    rows = read("calibrate.probes", source)
+    column = "text" if source.endswith(".txt") else column
+    if column not in rows.column_names:
+        raise RecipeError(
+            f"'calibrate.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
+        )
+    return [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]
 
 
 @torch.no_grad()

@@ -96,12 +96,16 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(
             f"'toy.eval_prompts': expected 2 at least, one for each half, but got {recipe.toy.eval_prompts}"
         )
+
+
+def checkpoint_folder(settings: Calibrate) -> Path:
+    """The checkpoint's folder, if there is an adapter in it."""
     if settings.checkpoint is None or not (Path(settings.checkpoint) / "adapter_config.json").is_file():
-        refuse(
-            "checkpoint",
-            "the folder of a trained adapter (adapter_config.json), such as the quickstart leaves",
-            settings.checkpoint,
+        raise RecipeError(
+            "'calibrate.checkpoint': expected the folder of a trained adapter (adapter_config.json), such as the "
+            f"quickstart leaves, but got {settings.checkpoint!r}"
         )
+    return Path(settings.checkpoint)
 
 
 def candidates(settings: Calibrate) -> list[Candidate]:

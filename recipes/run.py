@@ -13,9 +13,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from omegaconf import OmegaConf
 from peft import PeftModel
 from rich.console import Console
@@ -26,7 +23,7 @@ from tqdm.auto import tqdm
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
 from csulora_callback.adapters import find_adapter
 from csulora_callback.subspace import default_cache_dir
-from recipes import calibrate, frontier, frontier_report, report
+from recipes import calibrate, frontier, frontier_report, report, sources
 from recipes.bench import ChatBench, ToyBench
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
 from recipes.task import Task, build_task
@@ -64,7 +61,7 @@ def run(recipe: Recipe) -> list[report.Row]:
 
     Started by ``torchrun`` or ``accelerate launch``, all processes train; the first one judges, writes and prints.
     """
-    check_sources(recipe)
+    sources.check(recipe)
     fit = load_fit(recipe)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     _quiet()
@@ -129,13 +126,14 @@ def run_frontier(recipe: Recipe) -> None:
 
 def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
     """Try all settings on the checkpoint that the recipe names, and say which one to use."""
-    check_sources(recipe)
     calibrate.check(recipe)
+    sources.check(recipe)
+    checkpoint = calibrate.checkpoint_folder(recipe.calibrate)
     _quiet()
     transformers.utils.logging.disable_progress_bar()  # it would break into the calibration's own
     task, settings = build_task(recipe), recipe.calibrate
     bench = ToyBench(recipe) if recipe.model.base is None else ChatBench(recipe, task)
-    model = load_checkpoint(task, Path(settings.checkpoint), raw=True).to(_device())
+    model = load_checkpoint(task, checkpoint, raw=True).to(_device())
     subspace = SafetySubspace.estimate(
         task.base,
         model,
@@ -205,34 +203,18 @@ def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
     return model
 
 
-def check_sources(recipe: Recipe) -> None:
-    """Refuse model and data sources that are neither there nor a possible Hub id."""
-    sources = {
-        "model.base": recipe.model.base,
-        "model.aligned": recipe.model.aligned,
-        "data.source": recipe.data.source,
-    }
-    for key, source in sources.items():
-        if source is None or Path(source).exists():
-            continue
-        try:
-            validate_repo_id(source)
-        except HFValidationError as error:
-            raise RecipeError(f"'{key}': no such file or folder, and not a Hub id: {source!r}") from error
-        if source.endswith((".json", ".jsonl")):
-            raise RecipeError(f"'{key}': no such file: {source!r}")
-
-
 def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
-    check_sources(recipe)
+    sources.check(recipe)
+    if recipe.calibrate.presets:
+        calibrate.check(recipe)
     if recipe.frontier.methods:
         frontier.check(recipe.frontier)
         ToySubject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
-        table.add_row(key, _where(source, "model"))
-    table.add_row("data.source", _where(recipe.data.source, "dataset"))
+        table.add_row(key, sources.describe(key, source, "model"))
+    table.add_row("data.source", sources.describe("data.source", recipe.data.source, "dataset"))
     table.add_row("trainer", recipe.trainer.value)
     if recipe.calibrate.presets:
         table.add_row("calibrate", f"{len(calibrate.candidates(recipe.calibrate))} settings")
@@ -242,16 +224,6 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
     table.add_row("output", recipe.output)
     Console().print(table)
-
-
-def _where(source: str | None, kind: str) -> str:
-    if source is None:
-        return "the toy lab, built offline"
-    if Path(source).exists():
-        return f"{source} (local)"
-    probe = "config.json" if kind == "model" else "README.md"
-    cached = isinstance(try_to_load_from_cache(source, probe, repo_type=kind), str)
-    return f"{source} (Hub, {'in the local cache' if cached else 'to be downloaded'})"
 
 
 if __name__ == "__main__":

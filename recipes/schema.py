@@ -67,7 +67,7 @@ class Model:
 
 @dataclass
 class Data:
-    """The fine-tuning data: a Hub dataset or a local .json/.jsonl file with a ``messages`` column."""
+    """The fine-tuning data, with a ``messages`` column: a Hub dataset, a local file, or ``package:path``."""
 
     source: str | None = None  # default: the toy lab's task
     split: str = "train"
@@ -139,7 +139,8 @@ class Calibrate:
     presets: dict[str, list[float]] = field(default_factory=dict)  # strengths; empty where a preset has none
     ranks: list[int] = field(default_factory=lambda: [4, 16, 64])
     checkpoint: str | None = None
-    probes: str | None = None  # prompts that are to be refused; of the toy lab by default
+    probes: str | None = None  # prompts that are to be refused; those of the toy lab by default
+    probes_column: str = "prompt"
     target: float = 0.1  # attack success on them
 
 

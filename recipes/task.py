@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +22,7 @@ from transformers import (
 
 from recipes import toy
 from recipes.schema import Recipe, RecipeError
+from recipes.sources import read
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,7 @@ def exactly_right(answers: list[list[int]], samples: list[toy.Sample]) -> int:
 
 def _chat_task(recipe: Recipe) -> Task:
     source = recipe.data.source
-    if Path(source).is_file():
-        try:
-            rows = load_dataset("json", data_files=source, split="train")
-        except DatasetGenerationError as error:
-            raise RecipeError(f"'data.source': {source}: not JSON lines that can be read as a table") from error
-    else:
-        rows = load_dataset(source, split=recipe.data.split)
+    rows = read("data.source", source, recipe.data.split)
     if "messages" not in rows.column_names:
         raise RecipeError(f"'data.source': {source}: expected a column 'messages', but got {rows.column_names}")
     rows = rows.select_columns(["messages"])

@@ -151,13 +151,18 @@ def test_a_chat_model_is_probed_through_its_template(tmp_path):
 
 
 def test_probes_are_lines_or_a_column(tmp_path):
-    lines, rows = tmp_path / "probes.txt", tmp_path / "probes.jsonl"
-    lines.write_text("one\n\n two \n", encoding="utf-8")
-    rows.write_text('{"prompt": "one"}\n{"prompt": "two"}\n', encoding="utf-8")
-    assert read_probes(str(lines)) == read_probes(str(rows)) == ["one", "two"]
-    rows.write_text('{"text": "one"}\n', encoding="utf-8")
-    with pytest.raises(RecipeError, match="expected JSON lines with a 'prompt'"):
-        read_probes(str(rows))
+    files = {
+        "probes.txt": "one\n\n two \n",
+        "probes.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n',
+        "probes.csv": "prompt,source\none,a\ntwo,b\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        probes = f"calibrate.probes={tmp_path / name}"
+        assert read_probes(load_recipe("recipes/calibrate.yaml", [probes])) == ["one", "two"]
+    other = load_recipe("recipes/calibrate.yaml", [probes, "calibrate.probes_column=question"])
+    with pytest.raises(RecipeError, match=r"expected a column of .*probes.csv, \['prompt', 'source'\], but got 'ques"):
+        read_probes(other)
 
 
 BAD = {

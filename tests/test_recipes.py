@@ -248,7 +248,10 @@ def test_a_language_that_is_used_up_says_so():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"text": "a"}\n', "expected a column 'messages', but got ['text']"), ("{nonsense", "not JSON lines")],
+    [
+        ('{"text": "a"}\n', "expected a column 'messages', but got ['text']"),
+        ("{nonsense", "not jsonl that can be read as a table"),
+    ],
 )
 def test_chat_data_of_another_form_is_refused(tmp_path, capsys, text, message):
     (tmp_path / "chat.jsonl").write_text(text)
