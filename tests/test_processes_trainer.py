@@ -9,17 +9,23 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace
 from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
 from tests.lab import PENALTY, RANK, TRAINING, Tokens, assert_same, live, raw, saved, saved_pair, with_lora
+from tests.test_trl import words
 from tests.two import leave, run_on_two
 
 ENGINES = ("ddp", "fsdp2-full", "fsdp2-sharded", "fsdp2-unwrapped", "zero2", "zero3", "zero3-bf16", "zero3-no-gather")
+ENGINES_OF_TRL = ("trl-ddp", "trl-fsdp2-full", "trl-zero3")
 
 
-def arguments(engine: str, output: Path, **more) -> TrainingArguments:
+def arguments(
+    engine: str, output: Path, kind: type[TrainingArguments] = TrainingArguments, **more
+) -> TrainingArguments:
     """How a user asks for the engine; then what it takes to get it without a GPU."""
     settings = {
         **TRAINING,
@@ -28,10 +34,11 @@ def arguments(engine: str, output: Path, **more) -> TrainingArguments:
         "save_steps": 4,
         "eval_strategy": "steps",
         "eval_steps": 2,
+        "bf16": False,  # SFTConfig's own default is True
         **more,
     }
     if engine.startswith("fsdp2"):
-        kind = "SHARDED_STATE_DICT" if engine == "fsdp2-sharded" else "FULL_STATE_DICT"
+        state_dict = "SHARDED_STATE_DICT" if engine == "fsdp2-sharded" else "FULL_STATE_DICT"
         wrap = {} if engine == "fsdp2-unwrapped" else {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         policy = "NO_WRAP" if engine == "fsdp2-unwrapped" else "TRANSFORMER_BASED_WRAP"
         settings |= {
@@ -39,7 +46,7 @@ def arguments(engine: str, output: Path, **more) -> TrainingArguments:
             "fsdp_config": {
                 "version": 2,
                 "auto_wrap_policy": policy,
-                "state_dict_type": kind,
+                "state_dict_type": state_dict,
                 "cpu_ram_efficient_loading": False,
                 **wrap,
             },
@@ -65,7 +72,7 @@ def arguments(engine: str, output: Path, **more) -> TrainingArguments:
         # accelerate knows no backend for DeepSpeed on a CPU, and transformers no bfloat16; DeepSpeed knows both.
         transformers.training_args.is_torch_bf16_gpu_available = lambda: True
         PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.NO)
-    made = TrainingArguments(**settings)
+    made = kind(**settings)
     if engine.startswith("fsdp2"):
         # accelerate runs FSDP on CPU processes as DDP without a word, so that they have to pass for GPU ones.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -95,23 +102,28 @@ class SaveByHand(TrainerCallback):
             self.trainer.save_model(str(self.folder))
 
 
+def make(engine: str, model: torch.nn.Module, output: Path, callbacks: list, **more) -> Trainer:
+    """The Trainer, or for ``trl-…`` an SFTTrainer with the same data, over the engine."""
+    common = {"model": model, "callbacks": callbacks}
+    data = Tokens(), Tokens(count=8, seed=4)
+    if engine.startswith("trl-"):
+        args = arguments(engine.removeprefix("trl-"), output, SFTConfig, **more)
+        train, held_out = (Dataset.from_dict({"input_ids": part.tokens.tolist()}) for part in data)
+        return SFTTrainer(**common, args=args, train_dataset=train, eval_dataset=held_out, processing_class=words())
+    return Trainer(**common, args=arguments(engine, output, **more), train_dataset=data[0], eval_dataset=data[1])
+
+
 def train(engine: str, pair: Path, output: Path, callbacks: list, resume: Path | None = None, **more) -> Trainer:
     model = with_lora(AutoModelForCausalLM.from_pretrained(pair / "aligned"))
     if engine == "zero3-bf16":
         model = model.to(torch.bfloat16)
-    trainer = Trainer(
-        model=model,
-        args=arguments(engine, output, **more),
-        train_dataset=Tokens(),
-        eval_dataset=Tokens(count=8, seed=4),
-        callbacks=callbacks,
-    )
+    trainer = make(engine, model, output, callbacks, **more)
     for by_hand in callbacks:
         if isinstance(by_hand, SaveByHand):
             by_hand.trainer = trainer
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     assert torch.distributed.get_world_size() == 2
-    assert_sharded(engine, trainer.model)
+    assert_sharded(engine.removeprefix("trl-"), trainer.model)
     return trainer
 
 
@@ -153,13 +165,17 @@ def worker(engine: str, pair: Path, folder: Path) -> None:
 
     shipped = live(trainer.model)
 
-    again, best = Probe(), {"load_best_model_at_end": True}
-    resumed = train(engine, pair, folder / "with", [callback(pair), again], folder / "with" / "checkpoint-4", **best)
+    again = Probe()
+    train(engine, pair, folder / "with", [callback(pair), again], folder / "with" / "checkpoint-4")
     assert again.seen.keys() == {4, 5, 6, 7}
     for step, (values, trained) in again.seen.items():
         assert_same(values, probe.seen[step][0])
         assert_same(trained, probe.seen[step][1])
-    best = live(resumed.model)
+
+    # The largest loss is the "best" one, so that it is not the last.
+    settings = {"load_best_model_at_end": True, "greater_is_better": True, "save_steps": 2, "max_steps": 6}
+    chosen = train(engine, pair, folder / "best", [callback(pair)], **settings)
+    best = live(chosen.model)
 
     in_steps = Probe()
     stepped = train(engine, pair, folder / "steps", [callback(pair, every_n_steps=3), in_steps])
@@ -172,7 +188,7 @@ def worker(engine: str, pair: Path, folder: Path) -> None:
         "steps": logged(stepped, "loss"),
         "without": logged(without, "loss"),
         "drift": logged(trainer, "csulora/relative_change"),
-        "best": resumed.state.best_global_step,
+        "best": chosen.state.best_global_step,
     }
     for values in (shipped, best, *(probe.seen[step][0] for step in probe.seen)):
         for tensor in values.values():
@@ -182,7 +198,7 @@ def worker(engine: str, pair: Path, folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         (folder / "report.json").write_text(json.dumps(report))
         torch.save({step: values[0] for step, values in probe.seen.items()}, folder / "raw.pt")
-        torch.save({8: shipped, "best": best}, folder / "shipped.pt")
+        torch.save({"last": shipped, "best": best}, folder / "shipped.pt")
 
 
 @pytest.fixture(scope="module")
@@ -210,43 +226,45 @@ def ddp(pair, tmp_path_factory):
 
 
 def run(engine: str, pair: Path, folder: Path) -> dict:
-    environment = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
+    environment = {"DS_ACCELERATOR": "cpu"} if "zero" in engine else {}
     done = run_on_two("tests.test_processes_trainer", engine, pair, folder, **environment)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / "report.json").read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, *ENGINES_OF_TRL])
 def test_engine(engine, pair, ddp, tmp_path):
     report, output = ddp if engine == "ddp" else (run(engine, pair, tmp_path), tmp_path)
-    trained, shipped, checkpoints = torch.load(output / "raw.pt"), torch.load(output / "shipped.pt"), {}
-    for step in (4, 8):
-        folder = output / f"with/checkpoint-{step}"
-        if step in trained:
-            assert_same(raw(folder), trained[step])
-        if engine == "fsdp2-sharded":
-            checkpoints[step] = from_shards(folder / "pytorch_model_fsdp_0", tmp_path / f"whole-{step}.pt")
-        else:
-            checkpoints[step] = saved(folder)
-        assert_same(checkpoints[step], by_one_process(pair, raw(folder)))
-    assert_same(shipped[8], checkpoints[8])
-    assert_same(shipped["best"], checkpoints[report["best"]])
+    trained, shipped = torch.load(output / "raw.pt"), torch.load(output / "shipped.pt")
+    for folder in (output / "with/checkpoint-4", output / "with/checkpoint-8"):
+        checkpoint = adapter_in(engine, folder, tmp_path / "whole.pt")
+        assert_same(checkpoint, by_one_process(pair, raw(folder)))
+    assert_same(raw(output / "with/checkpoint-4"), trained[4])
+    assert_same(shipped["last"], checkpoint)
+    best = report.pop("best")
+    assert best < 6  # otherwise loading the best one would show nothing
+    assert_same(shipped["best"], adapter_in(engine, output / f"best/checkpoint-{best}", tmp_path / "whole.pt"))
     if engine not in ("fsdp2-sharded", "zero3-no-gather"):  # there the Trainer saves no adapter by hand
         assert_same(saved(output / "by-hand"), by_one_process(pair, trained[3]))
         assert_same(raw(output / "by-hand"), trained[3])
-    if engine in ("fsdp2-full", "fsdp2-unwrapped"):
-        assert_same(factors_of(torch.load(folder / "pytorch_model_fsdp.bin")), checkpoints[8])
+    if engine in ("fsdp2-full", "trl-fsdp2-full", "fsdp2-unwrapped"):
+        assert_same(factors_of(torch.load(folder / "pytorch_model_fsdp.bin")), checkpoint)
     if engine == "zero2":
         file = folder / "global_step8/mp_rank_00_model_states.pt"
-        assert_same(factors_of(torch.load(file, weights_only=False)["module"]), checkpoints[8])
+        assert_same(factors_of(torch.load(file, weights_only=False)["module"]), checkpoint)
 
-    if engine == "zero3-bf16":
-        return  # other numbers than float32's
-    for key, values in report.items():
-        assert values == pytest.approx(ddp[0][key], rel=1e-4), key
     assert report["eval"] != pytest.approx(report["eval_without"], rel=1e-4)
     assert report["steps"] != pytest.approx(report["without"], rel=1e-4)
+    if engine == "zero3-bf16" or engine in ENGINES_OF_TRL:
+        return  # other numbers than the Trainer's in float32
+    for key, values in report.items():
+        assert values == pytest.approx(ddp[0][key], rel=1e-4), key
+
+
+def adapter_in(engine: str, folder: Path, whole: Path) -> dict[str, torch.Tensor]:
+    """The adapter that a checkpoint ships; ``whole`` is where shards are put together."""
+    return from_shards(folder / "pytorch_model_fsdp_0", whole) if engine == "fsdp2-sharded" else saved(folder)
 
 
 def factors_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

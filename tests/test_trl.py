@@ -30,15 +30,18 @@ DRIFT = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    base, aligned = saved_pair(tmp_path_factory.mktemp("pair"))
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words for the tiny Llama."""
     vocabulary = {word: index for index, word in enumerate(SPECIAL + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(aligned)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base, aligned = saved_pair(tmp_path_factory.mktemp("pair"))
+    words().save_pretrained(aligned)
     return base, aligned
 
 
