@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,16 +16,16 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from csulora_callback.pair import CheckpointPair
 from csulora_callback.processes import Processes
 from csulora_callback.singular import leading_singular_triplets
-from csulora_callback.weights import Checkpoint, open_checkpoint
+from csulora_callback.weights import Source
 
 logger = logging.getLogger(__name__)
 
-Source = str | os.PathLike | nn.Module | Checkpoint
 Method = Literal["auto", "krylov", "exact"]
 
 _FORMAT = "3"  # also part of the cache key: raise it whenever the same weights would give another file
@@ -118,6 +117,7 @@ class SafetySubspace(Mapping[str, Basis]):
             ValueError: if ``rank`` is no whole number ≥ 1.
 
         Example:
+            >>> from torch import nn
             >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
             >>> subspace = SafetySubspace.estimate(base, aligned, rank=4, progress=False)
             >>> subspace.truncated(2)["0"].U.shape
@@ -172,6 +172,7 @@ class SafetySubspace(Mapping[str, Basis]):
             FileNotFoundError: if a checkpoint is not there.
 
         Example:
+            >>> from torch import nn
             >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
             >>> subspace = SafetySubspace.estimate(base, aligned, ["0"], energy=1.0, progress=False)
             >>> subspace["0"].singular_values.shape, subspace.metadata["energy"]
@@ -181,19 +182,16 @@ class SafetySubspace(Mapping[str, Basis]):
         if method not in ("auto", "krylov", "exact"):
             raise ValueError(f"`method`: expected 'auto', 'krylov' or 'exact', but got {method!r}.")
         processes = processes or Processes()
-        base, aligned, names = processes.together(lambda: _open_pair(base, aligned, target_modules))
-        origin = {
-            "base": {"source": base.source, "fingerprint": base.fingerprint(names, processes)},
-            "aligned": {"source": aligned.source, "fingerprint": aligned.fingerprint(names, processes)},
-        }
+        pair = processes.together(lambda: CheckpointPair.open(base, aligned, target_modules))
+        origin = pair.origin(processes)
         rule = {"rank": rank if energy is None else None, "energy": energy, "method": method, "seed": seed}
         path = None if cache_dir is None or processes.rank > 0 else _cache_file(cache_dir, origin, rule)
         cached = processes.together(lambda: None if path is None else cls._from_cache(path))
         if processes.from_first(cached is not None):
-            bases = {name: processes.from_first(cached and cached[name]) for name in names}
+            bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
             return cls(bases, processes.from_first(cached and cached.metadata), from_cache=True)
 
-        subspace = cls._estimate(base, aligned, names, origin, rule, device, progress, processes)
+        subspace = cls._estimate(pair, origin, rule, device, progress, processes)
         if path is not None:
             try:
                 subspace.save(path)
@@ -212,9 +210,7 @@ class SafetySubspace(Mapping[str, Basis]):
     @classmethod
     def _estimate(
         cls,
-        base: Checkpoint,
-        aligned: Checkpoint,
-        names: list[str],
+        pair: CheckpointPair,
         origin: dict,
         rule: dict,
         device: object,
@@ -222,23 +218,24 @@ class SafetySubspace(Mapping[str, Basis]):
         processes: Processes,
     ) -> SafetySubspace:
         def estimate(own: str | None, turn: list[str]) -> tuple[Basis, str, str] | None:
-            pair = base.weight_for(own, turn), aligned.weight_for(own, turn)
+            weights = pair.weights_for(own, turn)
             if own is None:
                 return None
-            dtypes = (str(weight.dtype).removeprefix("torch.") for weight in pair)
-            return (_basis(own, *pair, rule, device), *dtypes)
+            dtypes = (str(weight.dtype).removeprefix("torch.") for weight in weights)
+            return (_basis(own, *weights, rule, device), *dtypes)
 
         results = {}
-        with tqdm(total=len(names), desc="safety subspace", unit="module", disable=not progress) as bar:
-            for part in processes.divide(names, estimate):
+        with tqdm(total=len(pair.names), desc="safety subspace", unit="module", disable=not progress) as bar:
+            for part in processes.divide(pair.names, estimate):
                 results |= part
                 bar.update(len(part))
-        bases = {name: results[name][0] for name in names}
+        bases = {name: results[name][0] for name in pair.names}
         dtypes = [sorted({result[side] for result in results.values()}) for side in (1, 2)]
         if all(basis.displacement == 0.0 for basis in bases.values()):
             raise ValueError(
                 f"`base`: base equal to aligned, no displacement: none of the {len(bases)} target modules differs "
-                f"between {base.source} and {aligned.source}. Pass the checkpoint from before alignment as base."
+                f"between {pair.base.source} and {pair.aligned.source}. Pass the checkpoint from before alignment as "
+                "base."
             )
         if dtypes[0] != dtypes[1]:
             logger.warning(
@@ -258,6 +255,7 @@ class SafetySubspace(Mapping[str, Basis]):
 
         Example:
             >>> import tempfile
+            >>> from torch import nn
             >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
             >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
             >>> with tempfile.TemporaryDirectory() as folder:
@@ -356,50 +354,6 @@ def check_rank_rule(rank: int, energy: float | None) -> None:
         raise ValueError(f"`rank`: expected a whole number ≥ 1, but got {rank!r}.")
     if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
         raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
-
-
-def _open_pair(
-    base: Source, aligned: Source, target_modules: str | Sequence[str] | None
-) -> tuple[Checkpoint, Checkpoint, list[str]]:
-    """Both checkpoints and the names of the target modules, whose shapes are checked."""
-    base, aligned = open_checkpoint(base), open_checkpoint(aligned)
-    names = _targets(base, aligned, target_modules)
-    base, aligned = base.require(names), aligned.require(names)
-    for name in names:
-        if base.shape(name) != aligned.shape(name):
-            base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
-            raise ValueError(
-                f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
-                f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."
-            )
-        if len(base.shape(name)) != 2:
-            raise ValueError(
-                f"`target_modules`: expected two-dimensional weights, but that of '{name}' has the shape "
-                f"{base.shape(name)}. Leave it out."
-            )
-    return base, aligned, names
-
-
-def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:
-    """Full names of the target modules, sorted: a fingerprint must not depend on the order of files."""
-    there = aligned.names()
-    if target_modules is None:
-        names = set(there) & set(base.names())
-        wanted = "a two-dimensional weight that both checkpoints have"
-    elif isinstance(target_modules, str):
-        names = {name for name in there if re.fullmatch(target_modules, name)}
-        wanted = f"a module whose name matches {target_modules!r}"
-    else:
-        # Names that are not in the files stay: they may be names that transformers gives on loading.
-        matches = {
-            target: [name for name in there if name == target or name.endswith(f".{target}")]
-            for target in target_modules
-        }
-        names = {name for target, found in matches.items() for name in found or [target]}
-        wanted = "at least one name"
-    if not names:
-        raise ValueError(f"`target_modules`: expected {wanted}, but found none. Names are like {there[:3]}.")
-    return sorted(names)
 
 
 def _basis(name: str, base: Tensor, aligned: Tensor, rule: dict, device: object) -> Basis:

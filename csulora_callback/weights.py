@@ -181,8 +181,11 @@ def _digest(name: str, weight: Tensor) -> str:
     return sha.hexdigest()
 
 
+Source = str | os.PathLike | nn.Module | Checkpoint
+
+
 def open_checkpoint(
-    source: str | os.PathLike | nn.Module | Checkpoint,
+    source: Source,
     required: Iterable[str] = (),
     *,
     revision: str | None = None,

@@ -86,7 +86,7 @@ def test_estimating_holds_one_pair_of_tensors(storages, tmp_path, monkeypatch):
     align(tiny_llama()).save_pretrained(tmp_path / "aligned")
     alive, most = [], 0
     # The class that `estimate` itself uses: `--doctest-modules` may import a module a second time.
-    used = SafetySubspace.estimate.__globals__["Checkpoint"]
+    used = SafetySubspace.estimate.__globals__["CheckpointPair"].open.__globals__["Checkpoint"]
     read = used.weight
 
     def counting(self, name):
