@@ -59,15 +59,11 @@ def gather_trained(parameters: Sequence[Tensor]) -> list[Tensor]:
         >>> gather_trained([torch.ones(1, 2)])
         [tensor([[1., 1.]])]
     """
-    whole = gather(parameters)
-    if any(_has_optimizer_copy(parameter) for parameter in parameters):
-        from deepspeed.utils import safe_get_full_fp32_param
+    if not any(_has_optimizer_copy(parameter) for parameter in parameters):
+        return gather(parameters)
+    from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = [
-            safe_get_full_fp32_param(parameter) if _has_optimizer_copy(parameter) else value
-            for parameter, value in zip(parameters, whole, strict=True)
-        ]
-    return whole
+    return [safe_get_full_fp32_param(p) if _has_optimizer_copy(p) else gather([p])[0] for p in parameters]
 
 
 @torch.no_grad()
