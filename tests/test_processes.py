@@ -16,7 +16,7 @@ from tests.two import leave, run_on_two, torchrun
 
 def dividing(folder: Path) -> None:
     """Each process reads its share, gets the whole, and the next time finds it in the first one's cache."""
-    read, kind = [], SafetySubspace.estimate.__globals__["Checkpoint"]
+    read, kind = [], SafetySubspace.estimate.__globals__["CheckpointPair"].open.__globals__["Checkpoint"]
     weight = kind.weight
 
     def counting(self, name):

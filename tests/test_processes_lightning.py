@@ -19,7 +19,7 @@ from csulora_callback.sidecar import Sidecar
 from tests.lab import Tokens, assert_same, live, saved, saved_pair
 from tests.test_lightning import Module, callback, fit
 from tests.test_processes_trainer import assert_sharded, by_one_process, factors_of
-from tests.two import leave, run_on_two
+from tests.two import leave, run_worker
 
 ENGINES = ("ddp", "fsdp2-sharded", "fsdp2-full", "fsdp2-unwrapped", "zero2", "zero3")
 
@@ -159,14 +159,7 @@ def pair(tmp_path_factory):
 def ddp(pair, tmp_path_factory):
     """The engine that the others are compared with, and the folder of its run."""
     folder = tmp_path_factory.mktemp("ddp")
-    return run(pair=pair, engine="ddp", folder=folder), folder
-
-
-def run(engine: str, pair: Path, folder: Path) -> dict:
-    environment = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
-    done = run_on_two("tests.test_processes_lightning", engine, pair, folder, **environment)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "report.json").read_text())
+    return run_worker("tests.test_processes_lightning", "ddp", pair, folder), folder
 
 
 def factors_in(engine: str, path: Path, whole: Path) -> dict[str, torch.Tensor]:
@@ -184,7 +177,9 @@ def factors_in(engine: str, path: Path, whole: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engine(engine, pair, ddp, tmp_path):
-    report, output = ddp if engine == "ddp" else (run(engine, pair, tmp_path), tmp_path)
+    report, output = (
+        ddp if engine == "ddp" else (run_worker("tests.test_processes_lightning", engine, pair, tmp_path), tmp_path)
+    )
     trained, in_memory = torch.load(output / "raw.pt"), torch.load(output / "live.pt")
     for step in (2, 4, 6, 8):
         path = output / f"with/step={step}.ckpt"

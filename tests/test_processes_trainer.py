@@ -17,7 +17,7 @@ from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace
 from csulora_callback.adapters import find_adapter, from_peft_state_dict, to_peft_state_dict
 from tests.lab import PENALTY, RANK, TRAINING, Tokens, assert_same, live, raw, saved, saved_pair, with_lora
 from tests.test_trl import words
-from tests.two import leave, run_on_two
+from tests.two import leave, run_worker
 
 ENGINES = ("ddp", "fsdp2-full", "fsdp2-sharded", "fsdp2-unwrapped", "zero2", "zero3", "zero3-bf16", "zero3-no-gather")
 ENGINES_OF_TRL = ("trl-ddp", "trl-fsdp2-full", "trl-zero3")
@@ -222,20 +222,15 @@ def by_one_process(pair: Path, factors: dict[str, torch.Tensor]) -> dict[str, to
 def ddp(pair, tmp_path_factory):
     """The engine that the others are compared with, and the folder of its run."""
     folder = tmp_path_factory.mktemp("ddp")
-    return run("ddp", pair, folder), folder
-
-
-def run(engine: str, pair: Path, folder: Path) -> dict:
-    environment = {"DS_ACCELERATOR": "cpu"} if "zero" in engine else {}
-    done = run_on_two("tests.test_processes_trainer", engine, pair, folder, **environment)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "report.json").read_text())
+    return run_worker("tests.test_processes_trainer", "ddp", pair, folder), folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [*ENGINES, *ENGINES_OF_TRL])
 def test_engine(engine, pair, ddp, tmp_path):
-    report, output = ddp if engine == "ddp" else (run(engine, pair, tmp_path), tmp_path)
+    report, output = (
+        ddp if engine == "ddp" else (run_worker("tests.test_processes_trainer", engine, pair, tmp_path), tmp_path)
+    )
     trained, shipped = torch.load(output / "raw.pt"), torch.load(output / "shipped.pt")
     for folder in (output / "with/checkpoint-4", output / "with/checkpoint-8"):
         checkpoint = adapter_in(engine, folder, tmp_path / "whole.pt")

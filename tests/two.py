@@ -1,5 +1,6 @@
 """Run things on two processes over gloo, as a user launches them."""
 
+import json
 import os
 import socket
 import subprocess
@@ -36,6 +37,14 @@ def leave() -> None:
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)
+
+
+def run_worker(module: str, engine: str, pair: Path, folder: Path) -> dict:
+    """Run the worker of a module with an engine; what its first process reports in ``folder``."""
+    environment = {"DS_ACCELERATOR": "cpu"} if "zero" in engine else {}
+    done = run_on_two(module, engine, pair, folder, **environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "report.json").read_text())
 
 
 def torchrun(
