@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from csulora_callback import Penalty, wilson_interval
-from recipes.schema import Calibrate, Preset, Recipe, RecipeError
-
-SPLITS = ("tuning", "held_out")
+from recipes.points import plain, write_whole
+from recipes.schema import Calibrate, Preset, Recipe, RecipeError, make_penalty
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,7 @@ class Candidate:
 
     def penalty(self) -> Penalty:
         """The penalty that it names."""
-        make = getattr(Penalty, self.preset)
-        return make() if self.strength is None else make(self.strength)
+        return make_penalty(self.preset, self.strength)
 
     def code(self) -> str:
         """The arguments that give it to :class:`csulora_callback.CSULoRACallback`."""
@@ -140,20 +137,15 @@ def calibrate(
 
 def write(result: Calibration, ends: dict[str, dict[str, Judgement]], folder: Path) -> None:
     """results.json: everything that was measured; it appears whole or not at all."""
-    text = json.dumps(
-        {
-            "target": result.target,
-            "without": {name: {split: asdict(own[split]) for split in own} for name, own in ends.items()},
-            "tuning": [{**_plain(candidate), **asdict(judgement)} for candidate, judgement in result.tuning],
-            "chosen": None if result.chosen is None else _plain(result.chosen),
-            "held_out": None if result.held_out is None else asdict(result.held_out),
-        },
-        indent=2,
-    )
+    results = {
+        "target": result.target,
+        "without": {name: {split: asdict(own[split]) for split in own} for name, own in ends.items()},
+        "tuning": [{**asdict(candidate), **asdict(judgement)} for candidate, judgement in result.tuning],
+        "chosen": None if result.chosen is None else asdict(result.chosen),
+        "held_out": None if result.held_out is None else asdict(result.held_out),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".results.json.part"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "results.json")
+    write_whole(folder / "results.json", json.dumps(plain(results), indent=2) + "\n")
 
 
 def print_result(result: Calibration, ends: dict[str, dict[str, Judgement]], checkpoint: str) -> None:
@@ -193,8 +185,3 @@ def _cells(judgement: Judgement, ends: dict[str, dict[str, Judgement]], split: s
     aligned, raw = ends["aligned model"][split].task_loss, ends["raw LoRA"][split].task_loss
     kept = f"{(aligned - judgement.task_loss) / (aligned - raw):.1%}" if aligned > raw else "nothing learned"
     return f"{judgement.attack_success:.1%}", f"{judgement.task_loss:.3f}", kept
-
-
-def _plain(candidate: Candidate) -> dict:
-    strength = str(candidate.strength) if candidate.strength == float("inf") else candidate.strength
-    return {**asdict(candidate), "strength": strength}

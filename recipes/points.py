@@ -10,6 +10,7 @@ from pathlib import Path
 
 from recipes.schema import RecipeError
 
+SPLITS = ("tuning", "held_out")  # settings are chosen on the first half of the prompts and reported on the second
 KEY = ("seed", "poison", "method", "strength", "rank", "draw")
 
 

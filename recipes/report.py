@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from recipes.points import plain
 from recipes.task import Score
 
 DRIFT = {
@@ -32,8 +33,7 @@ class Row:
 
     def to_json(self) -> dict:
         """As one object of results.json."""
-        strength = str(self.strength) if self.strength == float("inf") else self.strength
-        return {"method": self.method, "strength": strength, **asdict(self.score)}
+        return {"method": self.method, "strength": plain(self.strength), **asdict(self.score)}
 
 
 def write_results(rows: list[Row], folder: Path) -> None:

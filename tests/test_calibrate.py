@@ -165,6 +165,13 @@ def test_probes_are_lines_or_a_column(tmp_path):
         read_probes(other)
 
 
+def test_several_processes_are_refused(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(trained, tmp_path / "out") == 2
+    assert "a calibration runs on one process; start it with python -m recipes.run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
     "no checkpoint": (
         ["calibrate.checkpoint=null"],
