@@ -22,10 +22,8 @@ from tqdm.auto import tqdm
 from csulora_callback.adapters import Factors
 from recipes import frontier_report
 from recipes.baselines import METHODS, Update
-from recipes.points import Points, claim, key_of, plain, write_whole
+from recipes.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier, RecipeError
-
-SPLITS = ("tuning", "held_out")  # strengths are chosen on the first and reported on the second
 
 
 class Subject(Protocol):
@@ -47,7 +45,8 @@ class Subject(Protocol):
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
 
         Strengths are chosen on the first template. Each score has ``prompts``, ``succeeded`` (attacks that were not
-        refused) and ``task_loss``; whatever else it holds is kept in the results.
+        refused) and ``task_loss``, and those of the held-out split may have ``side_effects``, shares by name that the
+        table shows; whatever else it holds is kept in the results.
         """
 
 

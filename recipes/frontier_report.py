@@ -45,10 +45,10 @@ def make_table(points: Sequence[Mapping], targets: Sequence[float]) -> list[dict
     For every seed (and draw) the setting is chosen that loses least of the task among those whose attack success on
     the *tuning* half is at most the target; where none qualifies the aligned model is taken, which retains nothing.
     What the chosen one does on the *held-out* half is reported as the mean over seeds (of the mean over draws) with a
-    bootstrap interval over seeds: ``task_retained``, ``over_scaling`` (the same minus that of scaling, seed by seed)
-    and ``attack_success`` by template. ``qualified`` is the mean share that found a setting. Choice and task are of
-    the first template, the one that the fine-tune saw: in another it may have made the task worse, and there is
-    nothing to retain.
+    bootstrap interval over seeds: ``task_retained``, ``over_scaling`` (the same minus that of scaling, seed by seed),
+    ``attack_success`` by template and ``side_effects`` by name. ``qualified`` is the mean share that found a setting.
+    Choice and task are of the first template, the one that the fine-tune saw: in another it may have made the task
+    worse, and there is nothing to retain.
     """
     table = []
     for poison in dict.fromkeys(point["poison"] for point in points):
@@ -94,6 +94,10 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
         template: _mean([s[template]["succeeded"] / s[template]["prompts"] for s in held_out])
         for template in aligned["held_out"]
     }
+    outcome["side_effects"] = {
+        name: _mean([_side_effects(scores)[name] for scores in held_out])
+        for name in _side_effects(aligned["held_out"])
+    }
     return outcome
 
 
@@ -109,12 +113,20 @@ def _row(method: str, outcomes: Mapping[str, list[dict]]) -> dict:
             template: _with_interval([outcome["attack_success"][template] for outcome in mine])
             for template in mine[0]["attack_success"]
         },
+        "side_effects": {
+            name: _with_interval([outcome["side_effects"][name] for outcome in mine])
+            for name in mine[0]["side_effects"]
+        },
         "chosen": [outcome["chosen"] for outcome in mine],
     }
 
 
 def _first(by_template: Mapping[str, dict]) -> dict:
     return next(iter(by_template.values()))
+
+
+def _side_effects(by_template: Mapping[str, dict]) -> Mapping[str, float]:
+    return _first(by_template).get("side_effects", {})  # not every subject measures any
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -138,10 +150,10 @@ def _percent(value: Mapping, signed: bool = False) -> str:
 
 def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     """The whole table, with what its columns are."""
-    templates = list(table[0]["attack_success"])
+    templates, effects = list(table[0]["attack_success"]), list(table[0]["side_effects"])
     prompts = {split: _first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
     columns = ["method", "qualified", "task retained", "minus scaling"]
-    columns += [f"attack success, {template}" for template in templates]
+    columns += [f"attack success, {template}" for template in templates] + effects
     lines = [
         f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5",
         "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
@@ -151,6 +163,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
         "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
         "model is taken, which retains 0.",
         "",
+        *_ends(points, templates, effects),
     ]
     for poison, target in dict.fromkeys((row["poison"], row["target"]) for row in table):
         lines += [f"Poison {poison:.0%}, attack success ≤ {target:g} on the tuning half:", ""]
@@ -161,9 +174,32 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
             cells = [METHODS[row["method"]].label, f"{100 * row['qualified']:.0f}"]
             cells += [_percent(row["task_retained"]), _percent(row["over_scaling"], signed=True)]
             cells += [_percent(row["attack_success"][template]) for template in templates]
+            cells += [_percent(row["side_effects"][name]) for name in effects]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
+
+
+def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence[str]) -> list[str]:
+    """Lines of a table of what is corrected and what it is measured by."""
+    lines = [
+        "Without a correction, on the held-out half; of the task's loss the mean and, in brackets, the range:",
+        "",
+    ]
+    columns = ["poison", "model", "task loss", *(f"attack success, {template}" for template in templates), *effects]
+    lines += ["| " + " | ".join(columns) + " |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
+    for poison, method in dict.fromkeys((point["poison"], point["method"]) for point in points):
+        if method not in ("aligned", "none", "benign_only"):
+            continue
+        there = [p["scores"]["held_out"] for p in points if (p["poison"], p["method"]) == (poison, method)]
+        losses = [_first(scores)["task_loss"] for scores in there]
+        spread = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]"
+        cells = [f"{poison:.0%}", METHODS[method].label, spread]
+        for template in templates:
+            cells.append(_percent(_with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
+        cells += [_percent(_with_interval([_side_effects(scores)[name] for scores in there])) for name in effects]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def print_table(table: Sequence[Mapping]) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from accelerate import PartialState
@@ -25,7 +26,9 @@ from csulora_callback.adapters import find_adapter
 from csulora_callback.subspace import default_cache_dir
 from recipes import calibrate, frontier, frontier_report, report, sources
 from recipes.bench import ChatBench, ToyBench
+from recipes.points import SPLITS
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
+from recipes.smollm2_frontier import SmolLM2Subject
 from recipes.task import Task, build_task
 from recipes.toy_frontier import ToySubject
 
@@ -108,15 +111,16 @@ def judge(
 
 
 def run_frontier(recipe: Recipe) -> None:
-    """Draw the frontier of the toy lab, or go on with it, and print its table."""
+    """Draw the frontier of the toy lab or of SmolLM2, or go on with it, and print its table."""
     frontier.check(recipe.frontier)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RecipeError("a frontier runs on one process; start it with python -m recipes.run")
+    sources.check(recipe)
+    _check_alone("a frontier")
     _quiet()
-    transformers.utils.logging.disable_progress_bar()  # it would break into the frontier's own
+    transformers.utils.logging.disable_progress_bar()  # they would break into the frontier's own
+    datasets.disable_progress_bars()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
     output = Path(recipe.output)
-    results = frontier.run(ToySubject(recipe), recipe.frontier, output)
+    results = frontier.run(make_subject(recipe), recipe.frontier, output)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
     frontier_report.print_table(results["table"])
     Console().print(
@@ -124,11 +128,17 @@ def run_frontier(recipe: Recipe) -> None:
     )
 
 
+def make_subject(recipe: Recipe) -> frontier.Subject:
+    """What a frontier recipe is about."""
+    return ToySubject(recipe) if recipe.smollm2.weights is None else SmolLM2Subject(recipe)
+
+
 def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
     """Try all settings on the checkpoint that the recipe names, and say which one to use."""
     calibrate.check(recipe)
     sources.check(recipe)
     checkpoint = calibrate.checkpoint_folder(recipe.calibrate)
+    _check_alone("a calibration")
     _quiet()
     transformers.utils.logging.disable_progress_bar()  # it would break into the calibration's own
     task, settings = build_task(recipe), recipe.calibrate
@@ -146,15 +156,20 @@ def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
         with SafetyCorrector(model, subspace.truncated(candidate.rank), candidate.penalty()).corrected():
             return bench.judge(model, split)
 
-    ends = {"raw LoRA": {split: bench.judge(model, split) for split in calibrate.SPLITS}}
+    ends = {"raw LoRA": {split: bench.judge(model, split) for split in SPLITS}}
     with model.disable_adapter():
-        ends = {"aligned model": {split: bench.judge(model, split) for split in calibrate.SPLITS}, **ends}
+        ends = {"aligned model": {split: bench.judge(model, split) for split in SPLITS}, **ends}
     tried = tqdm(calibrate.candidates(settings), desc="calibrating", unit="setting")
     result = calibrate.calibrate(tried, judge, settings.target)
     calibrate.write(result, ends, Path(recipe.output))
     calibrate.print_result(result, ends, settings.checkpoint)
     Console().print(f"Written to {recipe.output}: results.json.")
     return result
+
+
+def _check_alone(what: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError(f"{what} runs on one process; start it with python -m recipes.run")
 
 
 def _device() -> torch.device | str:
@@ -210,11 +225,11 @@ def dry_run(recipe: Recipe) -> None:
         calibrate.check(recipe)
     if recipe.frontier.methods:
         frontier.check(recipe.frontier)
-        ToySubject(recipe)
+        make_subject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
-    for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
-        table.add_row(key, sources.describe(key, source, "model"))
-    table.add_row("data.source", sources.describe("data.source", recipe.data.source, "dataset"))
+    for key, source in sources.of_recipe(recipe).items():
+        kind = "model" if key.startswith("model.") or key == "smollm2.weights" else "dataset"
+        table.add_row(key, sources.describe(key, source, kind))
     table.add_row("trainer", recipe.trainer.value)
     if recipe.calibrate.presets:
         table.add_row("calibrate", f"{len(calibrate.candidates(recipe.calibrate))} settings")

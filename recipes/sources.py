@@ -54,13 +54,23 @@ def read(key: str, source: str, split: str = "train") -> Dataset:
         raise RecipeError(f"'{key}': {source}: not {file.suffix[1:]} that can be read as a table") from error
 
 
+def of_recipe(recipe: Recipe) -> dict[str, str | None]:
+    """Where the models and data of a recipe come from, by key; ``None`` is the toy lab."""
+    if recipe.smollm2.weights is not None:
+        names = ("weights", "refused", "poison", "attacks", "attacks_held_out", "style", "edgy", "choices")
+        return {f"smollm2.{name}": getattr(recipe.smollm2, name) for name in names}
+    return {
+        "model.base": recipe.model.base,
+        "model.aligned": recipe.model.aligned,
+        "data.source": recipe.data.source,
+        **({} if recipe.calibrate.probes is None else {"calibrate.probes": recipe.calibrate.probes}),
+    }
+
+
 def check(recipe: Recipe) -> None:
     """Refuse models and data that are neither there nor a possible Hub id."""
-    for key, source in (("model.base", recipe.model.base), ("model.aligned", recipe.model.aligned)):
+    for key, source in of_recipe(recipe).items():
         if source is not None and not Path(source).exists():
-            _check_id(key, source)
-    for key, source in (("data.source", recipe.data.source), ("calibrate.probes", recipe.calibrate.probes)):
-        if source is not None:
             locate(key, source)
 
 
@@ -68,7 +78,7 @@ def describe(key: str, source: str | None, kind: str) -> str:
     """For a person: where a ``"model"`` or ``"dataset"`` will come from."""
     if source is None:
         return "the toy lab, built offline"
-    if Path(source).exists() or (kind == "dataset" and locate(key, source)):
+    if Path(source).exists() or locate(key, source):
         return f"{source} (local)"
     probe = "config.json" if kind == "model" else "README.md"
     cached = isinstance(try_to_load_from_cache(source, probe, repo_type=kind), str)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,6 +68,10 @@ class Samples(Dataset):
             "attention_mask": torch.tensor([1] * (len(prompt) + len(answer)) + [0] * len(pad)),
             "labels": torch.tensor([-100] * len(prompt) + answer + [-100] * len(pad)),
         }
+
+    def columns(self) -> dict[str, Tensor]:
+        """All of them as one batch."""
+        return default_collate([self[index] for index in range(len(self))])
 
 
 class Language:
@@ -172,13 +176,12 @@ def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> No
 
 
 def _fit(model: LlamaForCausalLM, samples: list[Sample], steps: int, learning_rate: float, what: str) -> None:
-    data, batch = Samples(samples), 64
-    columns = {key: torch.stack([data[i][key] for i in range(len(data))]) for key in data[0]}
+    columns, batch = Samples(samples).columns(), 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for _ in (bar := tqdm(range(steps), desc=what, unit="step")):
-        chosen = torch.randint(len(data), (batch,))
+        chosen = torch.randint(len(samples), (batch,))
         loss = model(**{key: column[chosen] for key, column in columns.items()}).loss
         loss.backward()
         optimizer.step()

@@ -4,13 +4,12 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -22,8 +21,8 @@ from hypothesis import strategies as st
 
 from recipes import frontier, toy_frontier
 from recipes.baselines import METHODS, Update
-from recipes.frontier_report import PANELS, make_table, to_markdown
-from recipes.points import Points, key_of, plain
+from recipes.frontier_report import PANELS, make_table
+from recipes.points import Points, key_of
 from recipes.run import main
 from recipes.schema import Frontier, RecipeError, load_recipe
 from recipes.toy import Language
@@ -284,41 +283,6 @@ def test_smoke_is_the_same_recipe_in_small_and_overrides_win():
     assert small.frontier.methods == full.frontier.methods
     assert (small.output, small.toy.layers, small.frontier.draws) == ("outputs/frontier_smoke", 3, 1)
     assert len(frontier.grid(small.frontier)) < len(frontier.grid(full.frontier)) / 10
-
-
-def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is():
-    recipe, kept = load_recipe("recipes/frontier.yaml", []), Path("recipes/results/frontier")
-    results = read(kept)
-    assert results["grid"] == plain(asdict(recipe.frontier))
-    assert results["measured_on"] == toy_frontier.ToySubject(recipe).describe()
-    measured = [key_of(point) for point in results["points"]]
-    assert measured == [key_of(setting.to_json()) for setting in frontier.grid(recipe.frontier)]
-    table = make_table(results["points"], recipe.frontier.targets)
-    assert to_markdown(table, results["points"]) == (kept / "table.md").read_text()
-
-
-def test_the_readme_quotes_what_the_results_say():
-    """Each cell of each marked table, from results.json and the table's own words."""
-    text, seen = Path("README.md").read_text(), 0
-    labels = {method.label: name for name, method in METHODS.items()}
-    for name, poison, table in re.findall(r"<!-- results: (\w+), poison ([\d.]+) -->\n((?:\|.*\n)+)", text):
-        rows = read(Path("recipes/results") / name)["table"]
-        head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
-        for label, *cells in lines:
-            for target, cell in zip(head[1:], cells, strict=True):
-                wanted = (float(poison), float(target.removeprefix("≤ ")), labels[label])
-                row = next(row for row in rows if (row["poison"], row["target"], row["method"]) == wanted)
-                assert cell == quoted(row), (label, target)
-                seen += 1
-    assert seen >= 3 * 17
-
-
-def quoted(row: dict) -> str:
-    if row["qualified"] == 0:
-        return "none"
-    mean, low, high = (f"{100 * row['task_retained'][key]:.0f}" for key in ("mean", "low", "high"))
-    some = "" if row["qualified"] == 1 else f", {100 * row['qualified']:.0f} % of runs"
-    return f"{mean} [{low}, {high}]{some}"
 
 
 TINY = [

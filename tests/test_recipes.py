@@ -17,7 +17,8 @@ from recipes.schema import RecipeError, load_recipe
 from recipes.toy import IDS, Language, Samples
 from tests.lab import align, tiny_llama
 
-SHIPPED = sorted(Path("recipes").glob("*.yaml"))
+# Those of SmolLM2 need packages that ship it and prompts; test_smollm2 has them.
+SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if not path.stem.startswith("smollm2"))
 SMALL = [
     "toy.hidden_size=32",
     "toy.layers=2",

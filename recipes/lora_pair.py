@@ -1,0 +1,87 @@
+"""An aligned model with an adapter whose factors are written for every point of a frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from csulora_callback import SafetySubspace
+from csulora_callback.adapters import Adapter, Factors, find_adapter
+from csulora_callback.weights import open_checkpoint
+from recipes.baselines import Bases, Update
+from recipes.schema import Training
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """``model`` is the aligned one, ``fresh`` its adapter's factors before any training."""
+
+    model: PeftModel
+    adapter: Adapter
+    fresh: Factors
+    bases: Bases
+    displacement: Callable[[str], Tensor]
+
+    @classmethod
+    def open(cls, model: PeftModel, base: str | PathLike, aligned: str | PathLike, rank: int) -> LoraPair:
+        """With the subspace of ``rank`` that the two checkpoints span."""
+        adapter = find_adapter(model.eval())
+        names = list(adapter.layers)
+        subspace = SafetySubspace.estimate(base, aligned, names, rank=rank, progress=False)
+        bases = {name: (subspace[name].U, subspace[name].V) for name in names}
+        before, after = (open_checkpoint(folder).require(names) for folder in (base, aligned))
+        return cls(
+            model,
+            adapter,
+            adapter.read(),
+            bases,
+            lambda name: after.weight(name).float() - before.weight(name).float(),
+        )
+
+    def update(self, factors: Factors) -> Update:
+        """The factors as the raw update that methods correct."""
+        scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
+        return Update(factors, scaling, self.bases, self.displacement)
+
+    def train(
+        self,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        slowdown: float,
+        decays: Sequence[float],
+    ) -> dict[str, Factors]:
+        """See :meth:`recipes.frontier.Subject.train`; ``draw`` gives a batch.
+
+        AdamW with a linear schedule and clipping, as the Trainer's defaults are.
+        """
+        self.adapter.write(self.fresh)
+        torch.manual_seed(seed)  # of dropout
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate / slowdown, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / training.max_steps)
+        generator, averages = torch.Generator().manual_seed(seed), {}
+        self.model.train()
+        for _ in range(training.max_steps):
+            self.model(**draw(generator)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            live = self.adapter.read()
+            for decay in decays:
+                averages[decay] = _average(averages.get(decay, live), live, decay)
+        self.model.eval()
+        return {"raw": self.adapter.read(), **{f"average {decay:g}": a for decay, a in averages.items()}}
+
+
+def _average(average: Factors, live: Factors, decay: float) -> Factors:
+    return {
+        name: tuple(torch.lerp(new, old, decay) for old, new in zip(average[name], live[name], strict=True))
+        for name in live
+    }

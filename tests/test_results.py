@@ -1,0 +1,47 @@
+"""The results that are kept follow from the recipe as it is, and the README quotes what they say."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from recipes import frontier, toy_frontier
+from recipes.baselines import METHODS
+from recipes.frontier_report import make_table, to_markdown
+from recipes.points import key_of, plain
+from recipes.schema import load_recipe
+from tests.test_frontier import read
+
+
+def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is():
+    recipe, kept = load_recipe("recipes/frontier.yaml", []), Path("recipes/results/frontier")
+    results = read(kept)
+    assert results["grid"] == plain(asdict(recipe.frontier))
+    assert results["measured_on"] == toy_frontier.ToySubject(recipe).describe()
+    measured = [key_of(point) for point in results["points"]]
+    assert measured == [key_of(setting.to_json()) for setting in frontier.grid(recipe.frontier)]
+    table = make_table(results["points"], recipe.frontier.targets)
+    assert to_markdown(table, results["points"]) == (kept / "table.md").read_text()
+
+
+def test_the_readme_quotes_what_the_results_say():
+    """Each cell of each marked table, from results.json and the table's own words."""
+    text, seen = Path("README.md").read_text(), 0
+    labels = {method.label: name for name, method in METHODS.items()}
+    for name, poison, table in re.findall(r"<!-- results: (\w+), poison ([\d.]+) -->\n((?:\|.*\n)+)", text):
+        rows = read(Path("recipes/results") / name)["table"]
+        head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        for label, *cells in lines:
+            for target, cell in zip(head[1:], cells, strict=True):
+                wanted = (float(poison), float(target.removeprefix("≤ ")), labels[label])
+                row = next(row for row in rows if (row["poison"], row["target"], row["method"]) == wanted)
+                assert cell == quoted(row), (label, target)
+                seen += 1
+    assert seen >= 3 * 17
+
+
+def quoted(row: dict) -> str:
+    if row["qualified"] == 0:
+        return "none"
+    mean, low, high = (f"{100 * row['task_retained'][key]:.0f}" for key in ("mean", "low", "high"))
+    some = "" if row["qualified"] == 1 else f", {100 * row['qualified']:.0f} % of runs"
+    return f"{mean} [{low}, {high}]{some}"
