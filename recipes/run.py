@@ -24,11 +24,10 @@ from tqdm.auto import tqdm
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
 from csulora_callback.adapters import find_adapter
 from csulora_callback.subspace import default_cache_dir
-from recipes import calibrate, frontier, frontier_report, report, sources
+from recipes import calibrate, frontier, frontier_report, report, smollm2_frontier, sources
 from recipes.bench import ChatBench, ToyBench
 from recipes.points import SPLITS
 from recipes.schema import Correction, Recipe, RecipeError, load_recipe
-from recipes.smollm2_frontier import SmolLM2Subject
 from recipes.task import Task, build_task
 from recipes.toy_frontier import ToySubject
 
@@ -130,7 +129,10 @@ def run_frontier(recipe: Recipe) -> None:
 
 def make_subject(recipe: Recipe) -> frontier.Subject:
     """What a frontier recipe is about."""
-    return ToySubject(recipe) if recipe.smollm2.weights is None else SmolLM2Subject(recipe)
+    if recipe.smollm2.weights is None:
+        return ToySubject(recipe)
+    smollm2_frontier.check(recipe)
+    return smollm2_frontier.SmolLM2Subject(recipe)
 
 
 def run_calibrate(recipe: Recipe) -> calibrate.Calibration:

@@ -46,6 +46,19 @@ class _SmolLM2:
         return self.judged
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse what would only show after an alignment, in minutes.
+
+    Raises:
+        RecipeError: if there are too few rows of something for the recipe.
+    """
+    if recipe.training.max_steps < 1:
+        raise RecipeError(f"'training.max_steps': expected at least 1, but got {recipe.training.max_steps}")
+    data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
+    for share in recipe.frontier.poison_shares:
+        poisoned(data, share)
+
+
 class SmolLM2Subject:
     """See :class:`recipes.frontier.Subject`.
 
@@ -54,11 +67,6 @@ class SmolLM2Subject:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        if recipe.training.max_steps < 1:
-            raise RecipeError(f"'training.max_steps': expected at least 1, but got {recipe.training.max_steps}")
-        data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
-        for share in recipe.frontier.poison_shares:
-            poisoned(data, share)  # refused now if there are too few harmful prompts, not after an alignment
         self.recipe, self.models = recipe, Path(recipe.output) / "models"
         self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
 

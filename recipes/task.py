@@ -126,7 +126,13 @@ def _chat_task(recipe: Recipe) -> Task:
     rows = rows.select_columns(["messages"])
     if recipe.data.max_samples is not None:
         rows = rows.shuffle(seed=recipe.training.seed).select(range(min(recipe.data.max_samples, len(rows))))
-    parts = rows.train_test_split(test_size=recipe.data.eval_share, seed=recipe.training.seed)
+    try:
+        parts = rows.train_test_split(test_size=recipe.data.eval_share, seed=recipe.training.seed)
+    except ValueError as error:
+        raise RecipeError(
+            f"'data.eval_share': expected a share that leaves rows to train on and to judge by, but got "
+            f"{recipe.data.eval_share:g} of {len(rows)} rows"
+        ) from error
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.aligned)
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:

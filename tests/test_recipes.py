@@ -252,6 +252,7 @@ def test_a_language_that_is_used_up_says_so():
     [
         ('{"text": "a"}\n', "expected a column 'messages', but got ['text']"),
         ("{nonsense", "not jsonl that can be read as a table"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "'data.eval_share': expected a share that leaves rows"),
     ],
 )
 def test_chat_data_of_another_form_is_refused(tmp_path, capsys, text, message):

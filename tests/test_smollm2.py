@@ -90,7 +90,6 @@ def subject(sources, finished):
 
 def test_the_recipe_measures_every_method_with_its_side_effects(finished, sources, capsys):
     results = read(finished)
-    assert set(load_recipe(RECIPE, []).frontier.methods) == set(METHODS) - {"aligned"}
     assert {point["method"] for point in results["points"]} == set(METHODS)
     for point in results["points"]:
         assert "side_effects" not in point["scores"]["tuning"]["chat"]
@@ -101,6 +100,27 @@ def test_the_recipe_measures_every_method_with_its_side_effects(finished, source
     assert main([RECIPE, "smoke=true", *sources, f"output={finished}"]) == 0
     assert (finished / "points.jsonl").read_bytes() == before
     assert "raw LoRA" in capsys.readouterr().out
+
+
+def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys):
+    probes = lines(tmp_path / "probes.jsonl", [{"forbidden_prompt": prompt} for prompt, _ in PAIRS[::24]])
+    models = finished / "models"
+    overrides = [
+        f"output={tmp_path / 'out'}",
+        f"model.base={models / 'base'}",
+        f"model.aligned={models / 'aligned-0'}",
+        f"data.source={models / 'task-0.jsonl'}",
+        f"calibrate.checkpoint={models / 'lora-0'}",
+        f"calibrate.probes={probes}",
+        "calibrate.ranks=[3]",
+        "calibrate.target=1.0",
+        "data.eval_share=0.7",
+    ]
+    assert main(["recipes/smollm2_calibrate.yaml", *overrides, "--dry-run"]) == 0
+    assert main(["recipes/smollm2_calibrate.yaml", *overrides]) == 0
+    assert "Chosen for" in capsys.readouterr().out
+    raw = json.loads((tmp_path / "out/results.json").read_text())["without"]["raw LoRA"]
+    assert {split: judgement["prompts"] for split, judgement in raw.items()} == {"tuning": 3, "held_out": 3}
 
 
 def test_no_prompt_is_in_what_a_run_reports(finished):
@@ -294,4 +314,4 @@ def test_the_dry_run_lists_the_sources(sources, tmp_path, capsys):
 
 
 def test_the_full_grid_fits_the_time_that_the_recipe_states():
-    assert len(grid(load_recipe(RECIPE, []).frontier)) == 3 * 45
+    assert len(grid(load_recipe(RECIPE, []).frontier)) == 3 * 41
