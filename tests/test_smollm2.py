@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from csulora_callback import RefusalPhrases
 from recipes.baselines import METHODS
 from recipes.chat import chat
-from recipes.frontier import Adapters, grid
+from recipes.frontier import Adapters
 from recipes.run import main
 from recipes.schema import RecipeError, load_recipe
 from recipes.smollm2 import encode
@@ -249,7 +249,7 @@ def test_tuning_attacks_are_of_every_category_alike(sources, tmp_path):
     rows = map(json.loads, Path(settings.attacks).read_text().splitlines())
     category = {row["forbidden_prompt"]: row["category"] for row in rows}
     tuning = load(settings, 0).attacks["tuning"]
-    assert [sum(category[prompt] == one for prompt in tuning) for one in "ab"] == [3, 3]
+    assert [sum(category[prompt] == one for prompt in tuning) for one in "ab"] == [2, 2]
     assert load(settings, 1).attacks == load(settings, 0).attacks
 
 
@@ -311,7 +311,3 @@ def test_the_dry_run_lists_the_sources(sources, tmp_path, capsys):
     for name in ("weights", "refused", "attacks_held_out", "choices"):
         assert f"smollm2.{name}" in printed
     assert not (tmp_path / "out").exists()
-
-
-def test_the_full_grid_fits_the_time_that_the_recipe_states():
-    assert len(grid(load_recipe(RECIPE, []).frontier)) == 3 * 41
