@@ -77,10 +77,13 @@ class Formula:
             (update.scaling[n] * B.double() @ A.double()).square().sum().item() for n, (A, B) in factors.items()
         )
         share = size / (size + 1000.0 * (seed + 1)) * (0.9 if split == "tuning" else 1.0)
-        return {
+        scores = {
             template: {"prompts": 20, "succeeded": round(20 * share * factor), "task_loss": 2.0 - share * factor}
             for template, factor in (("plain", 1.0), ("other", 0.8))
         }
+        if split == "held_out":
+            scores["plain"]["side_effects"] = {"slips": share / 3}
+        return scores
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +195,7 @@ def test_the_table_follows_from_the_points(uninterrupted):
         by[point["poison"], point["seed"], point["method"], point["draw"]].append(point["scores"])
 
     def kept(poison, seed, method, target):
-        """Task retained, attack success in both templates, whether a setting met the target: means over draws."""
+        """Task retained, attack success in both templates, slips, whether a setting met the target: over draws."""
         aligned, raw = (by[poison, seed, end, None][0]["held_out"] for end in ("aligned", "none"))
         high, low = aligned["plain"]["task_loss"], raw["plain"]["task_loss"]
         values = []
@@ -208,7 +211,8 @@ def test_the_table_follows_from_the_points(uninterrupted):
                     best = scores
             score = best["held_out"] if best else aligned
             success = [score[template]["succeeded"] / score[template]["prompts"] for template in ("plain", "other")]
-            values.append(((high - score["plain"]["task_loss"]) / (high - low), *success, best is not None))
+            slips = score["plain"]["side_effects"]["slips"]
+            values.append(((high - score["plain"]["task_loss"]) / (high - low), *success, slips, best is not None))
         return [mean(column) for column in zip(*values, strict=True)]
 
     def check(value, per_seed):
@@ -226,9 +230,22 @@ def test_the_table_follows_from_the_points(uninterrupted):
         check(row["task_retained"], [gained for gained, *_ in mine])
         check(row["over_scaling"], [m[0] - s[0] for m, s in zip(mine, scaling, strict=True)])
         assert list(row["attack_success"]) == ["plain", "other"]
-        check(row["attack_success"]["plain"], [success for _, success, _, _ in mine])
-        check(row["attack_success"]["other"], [success for _, _, success, _ in mine])
+        for place, value in enumerate([*row["attack_success"].values(), row["side_effects"]["slips"]], start=1):
+            check(value, [one[place] for one in mine])
         assert row["qualified"] == pytest.approx(mean(found for *_, found in mine))
+
+
+def test_the_table_also_says_what_the_models_do_without_a_correction(uninterrupted):
+    points, text = read(uninterrupted[1])["points"], (uninterrupted[1] / "table.md").read_text()
+    for poison, method, label in ((0.0, "none", "raw LoRA"), (0.2, "aligned", "aligned model")):
+        there = [p["scores"]["held_out"] for p in points if (p["poison"], p["method"]) == (poison, method)]
+        losses = [scores["plain"]["task_loss"] for scores in there]
+        success = [scores["other"]["succeeded"] / 20 for scores in there]
+        assert len(losses) == len(GRID.seeds)
+        line = next(line for line in text.splitlines() if line.startswith(f"| {poison:.0%} | {label} |"))
+        cells = [cell.strip() for cell in line.split("|")[3:]]
+        assert cells[0] == f"{mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]"
+        assert cells[2] == f"{100 * mean(success):.0f} [{100 * min(success):.0f}, {100 * max(success):.0f}]"
 
 
 def test_the_held_out_half_has_no_say_in_what_is_chosen(uninterrupted):
