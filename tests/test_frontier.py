@@ -19,10 +19,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes import frontier, toy_frontier
+from recipes import frontier, lora_pair, toy_frontier
 from recipes.baselines import METHODS, Update
 from recipes.frontier_report import PANELS, make_table
-from recipes.points import Points, key_of
+from recipes.points import SPLITS, Points, key_of
 from recipes.run import main
 from recipes.schema import Frontier, RecipeError, load_recipe
 from recipes.toy import Language
@@ -330,11 +330,11 @@ def test_the_restated_request_is_the_same_request():
 
 
 def test_both_halves_and_both_templates_are_judged_on_the_same_requests_and_no_others(lab):
-    prompts = lab._pair(0).prompts
-    halves = [prompts[split, "trained"] for split in frontier.SPLITS]
+    prompts = lab._at(0).prompts
+    halves = [prompts[split, "trained"] for split in SPLITS]
     assert [(len(attacks), len(task["labels"])) for attacks, task in halves] == [(5, 5), (5, 5)]
     assert not {sample.prompt for sample in halves[0][0]} & {sample.prompt for sample in halves[1][0]}
-    for split, (attacks, task) in zip(frontier.SPLITS, halves, strict=True):
+    for split, (attacks, task) in zip(SPLITS, halves, strict=True):
         restated, restated_task = prompts[split, "restated"]
         assert restated == [sample.restated() for sample in attacks]
         order = [0, 2, 3, 4, 1, 5, 6, 7, 8]  # the verb moves behind the words
@@ -343,8 +343,8 @@ def test_both_halves_and_both_templates_are_judged_on_the_same_requests_and_no_o
 
 def test_training_controls(lab, monkeypatch):
     lived = []
-    average = toy_frontier._average
-    monkeypatch.setattr(toy_frontier, "_average", lambda old, live, d: (lived.append(live), average(old, live, d))[1])
+    average = lora_pair._average
+    monkeypatch.setattr(lora_pair, "_average", lambda old, live, d: (lived.append(live), average(old, live, d))[1])
     trained = lab.train(0, 0.05, 1.0, [0.5])
     plain, slow = lab.train(0, 0.05, 1.0, [])["raw"], lab.train(0, 0.05, 4.0, [])["raw"]
     assert len(lived) == 4
