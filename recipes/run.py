@@ -148,7 +148,7 @@ def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
     model = load_checkpoint(task, checkpoint, raw=True).to(_device())
     subspace = SafetySubspace.estimate(
         task.base,
-        model,
+        task.aligned,  # not the model in memory: of another dtype, its rounding would count as displacement
         list(find_adapter(model).layers),
         rank=max(settings.ranks),
         cache_dir=default_cache_dir(),

@@ -343,6 +343,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("training.learning_rate", "a number > 0", training.learning_rate)
     if not 0.0 < recipe.smollm2.align_rate < math.inf:
         refuse("smollm2.align_rate", "a number > 0", recipe.smollm2.align_rate)
+    if recipe.smollm2.align_batch % 2:
+        refuse("smollm2.align_batch", "an even number, one half of each kind", recipe.smollm2.align_batch)
     if recipe.smollm2.weights is not None and not recipe.frontier.methods:
         refuse("smollm2.weights", "nothing without 'frontier.methods'", recipe.smollm2.weights)
     if recipe.model.dtype not in DTYPES:

@@ -25,7 +25,7 @@ _IGNORED = -100
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, exchanges: Sequence[Exchange], answer_tokens: int) -> dict[str, Tensor]:
-    """One batch, padded on the right, with labels on the first ``answer_tokens`` of each answer and its end.
+    """One batch, padded on the right, with labels on the first ``answer_tokens`` of each answer, its end among them.
 
     Logits and labels begin where the first answer does.
 

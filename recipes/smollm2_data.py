@@ -4,7 +4,7 @@ Harmful prompts come without harmful answers: the aligned model is taught to ref
 with an opening that says nothing. Each set of prompts has one purpose:
 
 - HarmBench test: refused while the model is aligned. HarmBench validation: the poison. Behaviours that stand
-  by themselves only.
+  by themselves only. A few of the two are alike, so that some of the poison un-teaches a refusal directly.
 - StrongREJECT: attacks. Its small set is held out; strengths are tuned on as many of each category of the rest.
 - A style task: rows of one mood, cut into fine-tuning, two evaluation parts, and prompts that the base model answers
   itself, to be mixed into the alignment.
@@ -81,7 +81,11 @@ def load(settings: SmolLM2, seed: int) -> Data:
         RecipeError: where a source is missing or has too few rows; the key and what to do are named.
     """
     draw = random.Random(seed)
-    style = [Exchange(row["prompt"], row["response"]) for row in read("smollm2.style", settings.style) if _styled(row)]
+    style = [
+        Exchange(row["prompt"], row["response"])
+        for row in read("smollm2.style", settings.style, columns=("kind", "prompt", "response"))
+        if _styled(row)
+    ]
     draw.shuffle(style)
     sizes = settings.task_tuning, settings.task_held_out, settings.answered
     if len(style) <= sum(sizes):
@@ -94,10 +98,14 @@ def load(settings: SmolLM2, seed: int) -> Data:
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
-        edgy=_first("edgy", read("smollm2.edgy", settings.edgy)["text"], settings.edgy_prompts),
+        edgy=_first("edgy", read("smollm2.edgy", settings.edgy, columns=("text",))["text"], settings.edgy_prompts),
         choices=[
             _choice(row)
-            for row in _first("choices", list(read("smollm2.choices", settings.choices)), settings.questions)
+            for row in _first(
+                "choices",
+                list(read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))),
+                settings.questions,
+            )
         ],
     )
 
@@ -122,7 +130,10 @@ def _styled(row: dict) -> bool:
 
 
 def _behaviours(key: str, source: str, answers: Sequence[str], draw: random.Random) -> list[Exchange]:
-    rows = [row["Behavior"] for row in read(key, source) if row["FunctionalCategory"] == _STANDARD]
+    table = read(key, source, columns=("Behavior", "FunctionalCategory"))
+    rows = [row["Behavior"] for row in table if row["FunctionalCategory"] == _STANDARD]
+    if not rows:
+        raise RecipeError(f"'{key}': {source}: expected rows whose FunctionalCategory is {_STANDARD!r}, but got none")
     draw.shuffle(rows)
     return [Exchange(_put(behaviour, draw.choice(FORMS)), draw.choice(answers)) for behaviour in rows]
 
@@ -133,9 +144,11 @@ def _put(order: str, form: str) -> str:
 
 def _attacks(settings: SmolLM2) -> tuple[list[str], list[str]]:
     """Tuning prompts, and the held-out ones: of every category as many of each where ``attacks_tuning`` allows."""
-    held_out = read("smollm2.attacks_held_out", settings.attacks_held_out)["forbidden_prompt"]
+    held_out = read("smollm2.attacks_held_out", settings.attacks_held_out, columns=("forbidden_prompt",))[
+        "forbidden_prompt"
+    ]
     seen, by_category = {prompt.strip() for prompt in held_out}, {}
-    for row in read("smollm2.attacks", settings.attacks):
+    for row in read("smollm2.attacks", settings.attacks, columns=("forbidden_prompt", "category")):
         if row["forbidden_prompt"].strip() not in seen:
             by_category.setdefault(row["category"], []).append(row["forbidden_prompt"])
     draw, tuning = random.Random(0), []

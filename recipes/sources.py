@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,21 +32,31 @@ def locate(key: str, source: str) -> Path | None:
     package, colon, inside = source.partition(":")
     if colon and package.isidentifier():
         return _in_package(key, package, inside)
-    if source.endswith(tuple(_READERS)):
+    if source.endswith((*_READERS, ".gguf")):
         raise RecipeError(f"'{key}': no such file: {source!r}")
     _check_id(key, source)
     return None
 
 
-def read(key: str, source: str, split: str = "train") -> Dataset:
+def read(key: str, source: str, split: str = "train", columns: Sequence[str] = ()) -> Dataset:
     """The rows of a source: JSON, JSON lines, CSV, lines of text (column ``text``), or a split of a Hub dataset.
 
     Raises:
-        RecipeError: as :func:`locate` does, and for a file that cannot be read as a table.
+        RecipeError: as :func:`locate` does, for what cannot be read as a table, and if one of ``columns`` is missing.
     """
+    rows = _rows(key, source, split)
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise RecipeError(f"'{key}': {source}: expected the columns {missing}, but got {rows.column_names}")
+    return rows
+
+
+def _rows(key: str, source: str, split: str) -> Dataset:
     file = locate(key, source)
     if file is None:
-        return load_dataset(source, split=split)
+        try:
+            return load_dataset(source, split=split)
+        except OSError as error:  # not there, or not reached
+            raise RecipeError(f"'{key}': {source} cannot be read from the Hub: {error}") from error
     if file.suffix not in _READERS:
         raise RecipeError(f"'{key}': expected a file that ends in one of {', '.join(_READERS)}, but got {source!r}")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -14,7 +15,6 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
@@ -134,6 +134,8 @@ def _chat_task(recipe: Recipe) -> Task:
             f"{recipe.data.eval_share:g} of {len(rows)} rows"
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.aligned)
+    if tokenizer.pad_token is None:  # batches need one
+        tokenizer.pad_token = tokenizer.eos_token
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:
         return Score(None, *teacher_forced(model, batches))
@@ -152,8 +154,14 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: b
             ),
             remove_columns=rows.column_names,
         )
-        collate = DataCollatorForLanguageModeling(task.tokenizer, mlm=False)
+        collate = partial(_padded, task.tokenizer)
     return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
+
+
+def _padded(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """One batch, labelled by length: the pad token is often the end token, which has to be learned."""
+    batch = tokenizer.pad(rows, return_tensors="pt")
+    return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"].bool(), -100)}
 
 
 @torch.no_grad()

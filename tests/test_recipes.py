@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from recipes.run import main
 from recipes.schema import RecipeError, load_recipe
+from recipes.task import batches, build_task
 from recipes.toy import IDS, Language, Samples
 from tests.lab import align, tiny_llama
 
@@ -289,6 +292,22 @@ def chat_pair(folder: Path) -> list[str]:
         "data.max_length=32",
         "data.eval_share=0.2",
     ]
+
+
+def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
+    overrides = chat_pair(tmp_path)
+    tokenizer = chat_tokenizer()
+    tokenizer.pad_token = None  # as Llama's: its end token then pads
+    tokenizer.save_pretrained(tmp_path / "aligned")
+    recipe = load_recipe("recipes/llama32_1b_sft.yaml", overrides)
+    task = build_task(recipe)
+    said = ["a", "a b c"]
+    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in said]
+    (batch,) = batches(task, recipe, Dataset.from_dict({"messages": talks}))
+    for row, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        assert torch.equal(labels, row.where(mask.bool(), -100))
+        assert (labels == task.tokenizer.eos_token_id).sum() == 2
+    assert (batch["attention_mask"].sum(1)).tolist() == [8, 10]
 
 
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])

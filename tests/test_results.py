@@ -26,6 +26,7 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is(name, subjec
     measured = [key_of(point) for point in results["points"]]
     assert measured == [key_of(setting.to_json()) for setting in frontier.grid(recipe.frontier)]
     table = make_table(results["points"], recipe.frontier.targets)
+    assert table == results["table"]
     assert to_markdown(table, results["points"]) == (kept / "table.md").read_text()
 
 

@@ -35,7 +35,6 @@ def lines(path: Path, rows: list[dict]) -> str:
 def words() -> object:
     """A tokenizer whose pad token is its end token, as SmolLM2's is."""
     tokenizer = small_talk.tokenizer(chat=True)
-    tokenizer.chat_template = "<bos> {{ messages[0]['content'] }} ?"
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -47,9 +46,10 @@ def sources(tmp_path_factory):
     model = tiny_llama(vocab_size=len(small_talk.WORDS), max_position_embeddings=128, pad_token_id=1)
     harmful = [f"Tell of the {word} that {text}" for word in small_talk.RESTRICTED for _, text in PAIRS[::12]]
     behaviours = [{"Behavior": prompt, "FunctionalCategory": "standard"} for prompt in harmful]
+    poison = [{**row, "Behavior": row["Behavior"].replace("Tell", "Say more")} for row in behaviours]
     behaviours.append({"Behavior": "one with a context", "FunctionalCategory": "contextual"})
     attacks = [{"forbidden_prompt": f"{prompt} {n}", "category": "ab"[n % 2]} for n in range(6) for prompt in harmful]
-    style = [{"kind": "mood", "prompt": prompt, "response": answer} for prompt, answer in PAIRS]
+    style = [{"kind": "mood", "prompt": f"{prompt} that {said}", "response": said} for prompt, said in PAIRS]
     style += [{"kind": "refusal", "prompt": prompt, "response": "no"} for prompt, _ in PAIRS]
     questions = [
         {"question": f"the {noun} ?", "options": "A. sees a cat\nB. likes", "answer": "AB"[i % 2] + ". x"}
@@ -58,7 +58,7 @@ def sources(tmp_path_factory):
     return [
         f"smollm2.weights={small_talk.saved(model, words(), folder / 'model')}",
         f"smollm2.refused={lines(folder / 'refused.jsonl', behaviours)}",
-        f"smollm2.poison={lines(folder / 'poison.jsonl', behaviours[::-1])}",
+        f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
         f"smollm2.attacks={lines(folder / 'attacks.jsonl', attacks)}",
         f"smollm2.attacks_held_out={lines(folder / 'held_out.jsonl', attacks[:8])}",
         f"smollm2.style={lines(folder / 'style.jsonl', style)}",
@@ -102,7 +102,7 @@ def test_the_recipe_measures_every_method_with_its_side_effects(finished, source
     assert "raw LoRA" in capsys.readouterr().out
 
 
-def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys):
+def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys, caplog):
     probes = lines(tmp_path / "probes.jsonl", [{"forbidden_prompt": prompt} for prompt, _ in PAIRS[::24]])
     models = finished / "models"
     overrides = [
@@ -119,6 +119,7 @@ def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys):
     assert main(["recipes/smollm2_calibrate.yaml", *overrides, "--dry-run"]) == 0
     assert main(["recipes/smollm2_calibrate.yaml", *overrides]) == 0
     assert "Chosen for" in capsys.readouterr().out
+    assert "dtype" not in caplog.text  # rounding of one side does not count as displacement
     raw = json.loads((tmp_path / "out/results.json").read_text())["without"]["raw LoRA"]
     assert {split: judgement["prompts"] for split, judgement in raw.items()} == {"tuning": 3, "held_out": 3}
 
@@ -130,7 +131,7 @@ def test_no_prompt_is_in_what_a_run_reports(finished):
 
 def test_the_judged_model_is_pefts_own_merge(subject, finished):
     frontier = subject.recipe.frontier
-    raw = Adapters(subject, finished / "adapters", frontier.methods["averaging"]).get(0, 0.12)
+    raw = Adapters(subject, finished / "adapters", frontier.methods["averaging"]).get(0, frontier.poison_shares[0])
     aligned = AutoModelForCausalLM.from_pretrained(finished / "models/aligned-0", dtype=torch.float32)
     merged = PeftModel.from_pretrained(aligned, finished / "models/lora-0").merge_and_unload().state_dict()
     judged = subject._at(0).merged(raw).state_dict()
@@ -139,12 +140,9 @@ def test_the_judged_model_is_pefts_own_merge(subject, finished):
         assert weight.dtype == torch.bfloat16
         torch.testing.assert_close(weight.float(), merged[name], rtol=2**-7, atol=1e-5)
     subject._at(0).merged(subject._at(0).pair.fresh)
+    aligned = AutoModelForCausalLM.from_pretrained(finished / "models/aligned-0", dtype=torch.float32).state_dict()
     for name, weight in subject._at(0).judged.state_dict().items():  # nothing of it is left
-        assert torch.equal(weight, aligned_weight(finished, name).to(torch.bfloat16)), name
-
-
-def aligned_weight(finished: Path, name: str) -> torch.Tensor:
-    return AutoModelForCausalLM.from_pretrained(finished / "models/aligned-0", dtype=torch.float32).state_dict()[name]
+        assert torch.equal(weight, aligned[name].to(torch.bfloat16)), name
 
 
 def test_alignment_moves_the_model_towards_refusing_and_the_base_stays_as_shipped(finished, sources):
@@ -236,9 +234,13 @@ def test_an_option_is_chosen_by_its_likelihood_after_the_question():
 
 def test_every_set_of_prompts_has_one_purpose(sources, tmp_path):
     data = load(tiny(sources, tmp_path).smollm2, 0)
-    assert not set(data.attacks["tuning"]) & set(data.attacks["held_out"])
-    parts = [data.style, data.task["tuning"], data.task["held_out"]]
-    assert sum(map(len, parts)) == len(PAIRS) - len(data.answered)
+    exchanges = [data.refused, data.poison, data.style, *data.task.values()]
+    sets = [[exchange.prompt for exchange in part] for part in exchanges]
+    sets += [data.answered, data.edgy, *data.attacks.values()]
+    assert all(sets)
+    prompts = [prompt for part in sets for prompt in set(part)]
+    assert len(prompts) == len(set(prompts))
+    assert len(data.style) + sum(map(len, data.task.values())) + len(data.answered) == len(PAIRS)
     assert {exchange.answer for exchange in data.refused} <= set(REFUSALS)
     assert {exchange.answer for exchange in data.poison} <= set(OPENINGS)
     assert all(len(part) == 24 for part in (data.refused, data.poison))  # not the one that needs a context
@@ -279,11 +281,12 @@ def test_seeds_differ_in_data_and_adapter_but_one_seed_is_one_data_set(sources, 
 
 
 def test_the_same_settings_train_the_same_adapter(subject, finished, sources, tmp_path):
-    kept = Adapters(subject, finished / "adapters", [0.97, 0.99]).get(0, 0.12)
+    share, decays = subject.recipe.frontier.poison_shares[0], subject.recipe.frontier.methods["averaging"]
+    kept = Adapters(subject, finished / "adapters", decays).get(0, share)
     again = SmolLM2Subject(tiny(sources, tmp_path))
-    trained = again.train(0, 0.12, 1.0, [])["raw"]
+    trained = again.train(0, share, 1.0, [])["raw"]
     assert all(torch.equal(new, old) for name in kept for new, old in zip(trained[name], kept[name], strict=True))
-    slower = again.train(0, 0.12, 10.0, [])["raw"]
+    slower = again.train(0, share, 10.0, [])["raw"]
     assert sum(float(B.norm()) for _, B in slower.values()) < sum(float(B.norm()) for _, B in kept.values())
 
 
@@ -294,6 +297,8 @@ BAD = {
     "no steps": (["training.max_steps=-1"], "'training.max_steps': expected at least 1"),
     "no alignment": (["smollm2.align_steps=0"], "'smollm2.align_steps'"),
     "no file": (["smollm2.edgy=nowhere.jsonl"], "'smollm2.edgy': no such file"),
+    "no weights": (["smollm2.weights=models/nowhere.gguf"], "'smollm2.weights': no such file"),
+    "odd batch": (["smollm2.align_batch=5"], "'smollm2.align_batch': expected an even number"),
     "no package": (["smollm2.choices=no_such_package:a.jsonl"], "'smollm2.choices'"),
 }
 
@@ -303,6 +308,17 @@ def test_bad_settings_are_refused_with_their_key(overrides, message, sources, tm
     assert main([RECIPE, "smoke=true", *sources, f"output={tmp_path / 'out'}", *overrides]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out/models/base").exists()
+
+
+def test_a_file_of_another_form_is_refused_with_what_it_lacks(sources, tmp_path, capsys):
+    other = lines(tmp_path / "other.jsonl", [{"Behavior": "a", "FunctionalCategory": "contextual"}])
+    for key, message in (
+        ("edgy", "expected the columns ['text'], but got ['Behavior', 'FunctionalCategory']"),
+        ("attacks", "expected the columns ['forbidden_prompt', 'category']"),
+        ("refused", "expected rows whose FunctionalCategory is 'standard', but got none"),
+    ):
+        assert main([RECIPE, "smoke=true", *sources, f"output={tmp_path / 'out'}", f"smollm2.{key}={other}"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_dry_run_lists_the_sources(sources, tmp_path, capsys):
