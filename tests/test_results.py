@@ -8,7 +8,7 @@ import pytest
 
 from recipes import frontier
 from recipes.baselines import METHODS
-from recipes.frontier_report import make_table, to_markdown
+from recipes.frontier_report import make_table, retained, to_markdown
 from recipes.points import key_of, plain
 from recipes.schema import load_recipe
 from recipes.smollm2_frontier import SmolLM2Subject
@@ -44,6 +44,25 @@ def test_the_readme_quotes_what_the_results_say():
                 assert cell == quoted(row), (label, target)
                 seen += 1
     assert seen >= 2 * 3 * 17
+
+
+@pytest.mark.parametrize("strength", [10.0, 3.0])
+def test_the_readme_quotes_what_the_proposed_setting_did(strength):
+    """In every seed of both frontiers, at a rank of about a thirtieth of the hidden size."""
+    success, cost = [], []
+    for name, template, rank in (("frontier", "trained", 4), ("smollm2_frontier", "chat", 16)):
+        points = [point for point in read(Path("recipes/results") / name)["points"] if point["poison"] > 0]
+        for point in points:
+            if (point["method"], point["rank"], point["strength"]) == ("guard", rank, strength):
+                run = [p for p in points if (p["seed"], p["poison"]) == (point["seed"], point["poison"])]
+                ends = {p["method"]: p["scores"]["held_out"][template] for p in run}
+                score = point["scores"]["held_out"][template]
+                success.append(100 * score["succeeded"] / score["prompts"])
+                cost.append(100 * (1 - retained(score, ends["aligned"], ends["none"])))
+    assert len(cost) == 5 * 2 + 3
+    attacks, task = (f"{min(values):.0f} to {max(values):.0f} %" for values in (success, cost))
+    said = {10.0: f"that gave {attacks} attack success for {task} of the task", 3.0: f"{attacks}, for {task})"}
+    assert said[strength] in " ".join(Path("README.md").read_text().split())
 
 
 def quoted(row: dict) -> str:
