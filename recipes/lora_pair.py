@@ -14,6 +14,7 @@ from csulora_callback import SafetySubspace
 from csulora_callback.adapters import Adapter, Factors, find_adapter
 from csulora_callback.weights import open_checkpoint
 from recipes.baselines import Bases, Update
+from recipes.descent import descend
 from recipes.schema import Training
 
 
@@ -56,23 +57,14 @@ class LoraPair:
         slowdown: float,
         decays: Sequence[float],
     ) -> dict[str, Factors]:
-        """See :meth:`recipes.frontier.Subject.train`; ``draw`` gives a batch.
-
-        AdamW with a linear schedule and clipping, as the Trainer's defaults are.
-        """
+        """See :meth:`recipes.frontier.Subject.train`; ``draw`` gives a batch."""
         self.adapter.write(self.fresh)
         torch.manual_seed(seed)  # of dropout
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate / slowdown, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / training.max_steps)
         generator, averages = torch.Generator().manual_seed(seed), {}
         self.model.train()
-        for _ in range(training.max_steps):
-            self.model(**draw(generator)).loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        rate = training.learning_rate / slowdown
+        for _ in descend(parameters, rate, training.max_steps, lambda: self.model(**draw(generator)).loss):
             live = self.adapter.read()
             for decay in decays:
                 averages[decay] = _average(averages.get(decay, live), live, decay)

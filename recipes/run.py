@@ -115,8 +115,7 @@ def run_frontier(recipe: Recipe) -> None:
     sources.check(recipe)
     _check_alone("a frontier")
     _quiet()
-    transformers.utils.logging.disable_progress_bar()  # they would break into the frontier's own
-    datasets.disable_progress_bars()
+    _disable_other_bars()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
     output = Path(recipe.output)
     results = frontier.run(make_subject(recipe), recipe.frontier, output)
@@ -142,7 +141,7 @@ def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
     checkpoint = calibrate.checkpoint_folder(recipe.calibrate)
     _check_alone("a calibration")
     _quiet()
-    transformers.utils.logging.disable_progress_bar()  # it would break into the calibration's own
+    _disable_other_bars()
     task, settings = build_task(recipe), recipe.calibrate
     bench = ToyBench(recipe) if recipe.model.base is None else ChatBench(recipe, task)
     model = load_checkpoint(task, checkpoint, raw=True).to(_device())
@@ -181,6 +180,12 @@ def _device() -> torch.device | str:
 def _quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
+
+
+def _disable_other_bars() -> None:
+    """Libraries' progress bars would break into the recipe's own."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:

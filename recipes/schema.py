@@ -352,6 +352,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
     if recipe.frontier.methods:  # recipes.frontier.check looks at the rest
         if recipe.corrections:
             refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
+        if training.max_steps < 1:
+            refuse("training.max_steps", "at least 1", training.max_steps)
         return
     if recipe.calibrate.presets:  # recipes.calibrate.check looks at the rest
         if recipe.corrections:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.chat import chat
+from recipes.descent import descend
 from recipes.schema import RecipeError, SmolLM2
 from recipes.smollm2_data import Data, Exchange
 from recipes.sources import locate
@@ -25,11 +26,10 @@ _IGNORED = -100
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, exchanges: Sequence[Exchange], answer_tokens: int) -> dict[str, Tensor]:
-    """One batch, padded on the right, with labels on the first ``answer_tokens`` of each answer, its end among them.
+    """One batch, padded on the right, with labels on the first ``answer_tokens`` of each answer and its end token.
 
-    Logits and labels begin where the first answer does.
-
-    The padding is masked by length: SmolLM2's pad token is its end token, which has to be learned.
+    Logits and labels begin where the first answer does. The padding is masked by length: SmolLM2's pad token is its
+    end token, which has to be learned.
     """
     prompts = tokenizer.apply_chat_template(
         [[{"role": "user", "content": exchange.prompt}] for exchange in exchanges], add_generation_prompt=True
@@ -86,24 +86,21 @@ def _align(
     """Full fine-tune, half of each batch refusals, half benign prompts with the model's own answers."""
     own = chat(model.eval(), tokenizer, data.answered, settings.answer_tokens)
     benign = [Exchange(prompt, answer) for prompt, answer in zip(data.answered, own, strict=True)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.align_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / settings.align_steps)
     generator, half = torch.Generator().manual_seed(seed), settings.align_batch // 2
-    model.train()
-    for _ in (bar := tqdm(range(settings.align_steps), desc=f"aligning SmolLM2, seed {seed}", unit="step")):
+
+    def loss() -> Tensor:
         rows = [
             part[i]
             for part in (data.refused, benign)
             for i in torch.randint(len(part), (half,), generator=generator).tolist()
         ]
         with torch.autocast("cpu", torch.bfloat16):  # the weights stay float32: so small a step is lost in bfloat16
-            loss = model(**encode(tokenizer, rows, settings.answer_tokens)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+            return model(**encode(tokenizer, rows, settings.answer_tokens)).loss
+
+    model.train()
+    steps = descend(list(model.parameters()), settings.align_rate, settings.align_steps, loss)
+    for value in (bar := tqdm(steps, desc=f"aligning SmolLM2, seed {seed}", unit="step", total=settings.align_steps)):
+        bar.set_postfix(loss=f"{value.item():.3f}")
     model.eval()
 
 

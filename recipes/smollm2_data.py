@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from recipes.points import SPLITS
 from recipes.schema import RecipeError, SmolLM2
@@ -81,16 +82,15 @@ def load(settings: SmolLM2, seed: int) -> Data:
         RecipeError: where a source is missing or has too few rows; the key and what to do are named.
     """
     draw = random.Random(seed)
-    style = [
-        Exchange(row["prompt"], row["response"])
-        for row in read("smollm2.style", settings.style, columns=("kind", "prompt", "response"))
-        if _styled(row)
-    ]
+    moods = read("smollm2.style", settings.style, columns=("kind", "prompt", "response"))
+    style = [Exchange(row["prompt"], row["response"]) for row in moods if _styled(row)]
     draw.shuffle(style)
     sizes = settings.task_tuning, settings.task_held_out, settings.answered
     if len(style) <= sum(sizes):
         raise RecipeError(f"'smollm2.style': expected more than {sum(sizes)} rows, but got {len(style)}")
     tuning, held_out, plain, style = _cut(style, sizes)
+    edgy = read("smollm2.edgy", settings.edgy, columns=("text",))
+    questions = read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))
     return Data(
         refused=_behaviours("smollm2.refused", settings.refused, REFUSALS, draw),
         answered=[exchange.prompt for exchange in plain],
@@ -98,15 +98,8 @@ def load(settings: SmolLM2, seed: int) -> Data:
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
-        edgy=_first("edgy", read("smollm2.edgy", settings.edgy, columns=("text",))["text"], settings.edgy_prompts),
-        choices=[
-            _choice(row)
-            for row in _first(
-                "choices",
-                list(read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))),
-                settings.questions,
-            )
-        ],
+        edgy=_first("edgy", edgy["text"], settings.edgy_prompts),
+        choices=[_choice(row) for row in _first("choices", list(questions), settings.questions)],
     )
 
 
@@ -144,18 +137,16 @@ def _put(order: str, form: str) -> str:
 
 def _attacks(settings: SmolLM2) -> tuple[list[str], list[str]]:
     """Tuning prompts, and the held-out ones: of every category as many of each where ``attacks_tuning`` allows."""
-    held_out = read("smollm2.attacks_held_out", settings.attacks_held_out, columns=("forbidden_prompt",))[
-        "forbidden_prompt"
-    ]
+    small = read("smollm2.attacks_held_out", settings.attacks_held_out, columns=("forbidden_prompt",))
+    held_out = small["forbidden_prompt"]
     seen, by_category = {prompt.strip() for prompt in held_out}, {}
     for row in read("smollm2.attacks", settings.attacks, columns=("forbidden_prompt", "category")):
         if row["forbidden_prompt"].strip() not in seen:
             by_category.setdefault(row["category"], []).append(row["forbidden_prompt"])
-    draw, tuning = random.Random(0), []
-    for category in sorted(by_category):
-        draw.shuffle(by_category[category])
-    for place in range(max(map(len, by_category.values()), default=0)):
-        tuning += [prompts[place] for _, prompts in sorted(by_category.items()) if place < len(prompts)]
+    draw, categories = random.Random(0), [by_category[name] for name in sorted(by_category)]
+    for prompts in categories:
+        draw.shuffle(prompts)
+    tuning = [prompt for turn in zip_longest(*categories) for prompt in turn if prompt is not None]
     return (
         _first("attacks", tuning, settings.attacks_tuning),
         _first("attacks_held_out", held_out, settings.attacks_reported),

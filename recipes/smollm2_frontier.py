@@ -19,7 +19,7 @@ from recipes.baselines import Update
 from recipes.chat import chat
 from recipes.lora_pair import LoraPair
 from recipes.points import write_whole
-from recipes.schema import Recipe, RecipeError
+from recipes.schema import Recipe
 from recipes.smollm2 import build_pair, encode
 from recipes.smollm2_data import Choice, Data, Exchange, load, poisoned
 from recipes.task import teacher_forced, with_fresh_lora
@@ -52,8 +52,6 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: if there are too few rows of something for the recipe.
     """
-    if recipe.training.max_steps < 1:
-        raise RecipeError(f"'training.max_steps': expected at least 1, but got {recipe.training.max_steps}")
     data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from csulora_callback import RefusalPhrases
 from recipes.baselines import METHODS
@@ -20,7 +20,7 @@ from recipes.smollm2_frontier import SmolLM2Subject, chosen_rightly
 from recipes.task import teacher_forced
 from tests import small_talk
 from tests.lab import tiny_llama
-from tests.test_results import read
+from tests.test_frontier import read
 
 RECIPE = "recipes/smollm2_frontier.yaml"
 NOUNS = small_talk.NOUNS
@@ -32,7 +32,7 @@ def lines(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def words() -> object:
+def words() -> PreTrainedTokenizerFast:
     """A tokenizer whose pad token is its end token, as SmolLM2's is."""
     tokenizer = small_talk.tokenizer(chat=True)
     tokenizer.pad_token = tokenizer.eos_token
