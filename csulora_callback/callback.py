@@ -16,7 +16,9 @@ from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
 from csulora_callback.lightning import LightningEvents
+from csulora_callback.probes import Probes, read_prompts, tokenize
 from csulora_callback.processes import Processes
+from csulora_callback.recorder import ActivationRecorder
 from csulora_callback.report import print_start
 from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
 from csulora_callback.weights import open_checkpoint
@@ -47,6 +49,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: \\( k \\), the number of singular vectors on each side.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
+        probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
+            file (lines of .txt, or the column ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset.
+            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none.
         strength: of the default penalty; ``0`` corrects nothing.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
@@ -79,6 +84,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         energy: float | None = None,
         penalty: Penalty | None = None,
         strength: float = 10.0,
+        probes: Probes | None = None,
         every_n_steps: int | None = None,
         evaluate_corrected: bool = True,
         log_every_n_steps: int | None = None,
@@ -102,12 +108,22 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
             if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
+        data_aware = penalty is not None and penalty.on_probes is not None
+        if data_aware != (probes is not None):
+            raise ValueError(
+                "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
+                "Pass probes='prompts.jsonl', or a list."
+                if data_aware
+                else "`probes`: expected none, as only Penalty.data_aware measures by them, but got some. "
+                "Pass penalty=Penalty.data_aware(strength) too."
+            )
         self.base_model = base_model
         self.aligned_model = aligned_model
         self.subspace = subspace
         self.rank = rank
         self.energy = energy
         self.penalty = Penalty.csulora(strength) if penalty is None else penalty
+        self.probes = None if probes is None else read_prompts(probes)
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
@@ -134,7 +150,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         adapter = find_adapter(model)
         aligned = _weights_below(adapter, model) if self.aligned_model is None else self.aligned_model
         subspace = self._subspace_for(adapter, aligned, verbose, processes)
-        corrector = SafetyCorrector(model, subspace, self.penalty)
+        if self._recorder is not None:
+            self._recorder.end_step()  # a run that crashed may have left it open
+        self._recorder = self._record(adapter, processes)
+        activations = None if self._recorder is None else self._recorder.activations()
+        corrector = SafetyCorrector(model, subspace, self.penalty, activations)
         if self.subspace is not None:
             _check_origin(subspace, aligned, processes)
         still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
@@ -150,6 +170,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                     ", …" if len(still) > 3 else "",
                 )
         return corrector
+
+    def _record(self, adapter: Adapter, processes: Processes) -> ActivationRecorder | None:
+        if self.probes is None:
+            return None
+        prompts = processes.together(lambda: tokenize(self.probes, adapter.config.base_model_name_or_path))
+        return ActivationRecorder(adapter, prompts, processes)
 
     def _subspace_for(
         self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool, processes: Processes

@@ -17,7 +17,8 @@ with ``P = basis·basisᵀ`` and ``Q = I − P``. The closest safe update is
     ``X* = argmin_X ‖X − Δ‖² + Σ_b λ_b ‖Π_b X‖²``,  hence  ``Π_b X* = g_b Π_b Δ``  with  ``g_b = 1/(1 + λ_b)``.
 
 A :class:`Penalty` is the table of the ``λ_b``; :func:`correct` returns ``X*`` as LoRA factors. No ``d_out × d_in`` or
-``d × d`` matrix is ever formed. The split and the idea of attenuating by relative energy are those of CSULoRA
+``d × d`` matrix is ever formed. A data-aware penalty measures the input side by activations instead of by ``V``: see
+:mod:`csulora_callback.token_space`. The split and the idea of attenuating by relative energy are those of CSULoRA
 (arXiv 2605.30640, abstract); the concrete scales and the treatment of rank are this project's.
 """
 
@@ -30,6 +31,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from csulora_callback.token_space import InputGain
 
 BLOCKS = ("aligned", "output", "input", "off")
 
@@ -54,6 +57,7 @@ class Penalty:
     name: str
     parameters: dict[str, float] = field(hash=False)
     _table: Callable[..., dict[str, float]] = field(repr=False, compare=False)
+    on_probes: float | None = field(default=None, repr=False)  # λ of a data-aware penalty, which is not in the table
 
     def __str__(self) -> str:
         parameters = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
@@ -87,6 +91,19 @@ class Penalty:
     def projection(cls) -> Penalty:
         """The hard limit: only the fully aligned block is kept. Rank is kept."""
         return cls("projection", {}, _projection)
+
+    @classmethod
+    def data_aware(cls, strength: float = 3.0) -> Penalty:
+        """Measures by activations: what the update does to the task is kept, what it does to the probes attenuated.
+
+        ``argmin_X ‖(X − Δ) C_T^½‖² + strength · ‖X C_H^½‖²``, with ``C_T`` and ``C_H`` the second moments of a
+        module's inputs on the task and on prompts that are to be refused (:mod:`csulora_callback.token_space`).
+        ``strength`` has to be finite. Nothing is taken from the displacement; rank is kept.
+        """
+        strength = _checked_multiplier("strength", strength)
+        if not math.isfinite(strength):
+            raise ValueError(f"`strength`: expected a finite number for a data-aware penalty, but got {strength!r}.")
+        return cls("data_aware", {"strength": strength}, _nothing, on_probes=strength)
 
     @classmethod
     def table(cls, aligned: float = 0.0, output: float = 0.0, input: float = 0.0, off: float = 0.0) -> Penalty:
@@ -139,6 +156,10 @@ def _projection(relative_energy: Mapping[str, float]) -> dict[str, float]:
     return {"aligned": 0.0, "output": math.inf, "input": math.inf, "off": math.inf}
 
 
+def _nothing(relative_energy: Mapping[str, float], strength: float) -> dict[str, float]:
+    return dict.fromkeys(BLOCKS, 0.0)
+
+
 def _constant(relative_energy: Mapping[str, float], **multipliers: float) -> dict[str, float]:
     return dict(multipliers)
 
@@ -152,9 +173,11 @@ class Correction:
         lora_B: ``(d_out, r')``.
         energy: ``‖Π_b Δ‖²`` by block, scaling included.
         relative_energy: ``ρ_b = ‖Π_b Δ‖² / ‖Δ‖²`` by block; all zero for ``Δ = 0``.
-        gain: ``g_b`` by block.
-        relative_change: ``‖X − Δ‖ / ‖Δ‖`` of the returned update ``X``; 0 for ``Δ = 0``.
+        gain: ``g_b`` by block, of the penalty's table.
+        relative_change: ``‖X − Δ‖ / ‖Δ‖`` of the returned update ``X``; 0 for ``Δ = 0``. At most 1, unless the penalty
+            is data-aware.
         truncation_error: ``‖X* − X‖ / ‖X*‖``, the part of the closest safe update that rank ``r`` cannot hold.
+        closest_norm: ``‖X*‖``, the norm of the closest safe update before any truncation.
     """
 
     lora_A: Tensor
@@ -164,16 +187,12 @@ class Correction:
     gain: dict[str, float]
     relative_change: float
     truncation_error: float
+    closest_norm: float
 
     @property
     def update_norm(self) -> float:
         """``‖Δ‖``, the Frobenius norm of the update before correction."""
         return math.sqrt(sum(self.energy.values()))
-
-    @property
-    def closest_norm(self) -> float:
-        """``‖X*‖``, the norm of the closest safe update before any truncation."""
-        return math.sqrt(sum(self.gain[block] ** 2 * self.energy[block] for block in BLOCKS))
 
     @property
     def corrected_norm(self) -> float:
@@ -189,6 +208,7 @@ def correct(
     penalty: Penalty,
     scaling: float = 1.0,
     rank: Literal["truncate", "expand"] = "truncate",
+    input_gain: InputGain | None = None,
 ) -> Correction:
     r"""Closest safe update of ``Δ = scaling · lora_B · lora_A``, again as LoRA factors.
 
@@ -208,13 +228,15 @@ def correct(
         penalty: the table of ``λ_b``.
         scaling: PEFT's ``scaling`` of the layer.
         rank: what to do when ``X*`` does not fit rank ``r``.
+        input_gain: what :func:`~csulora_callback.token_space.input_gain` makes of the module's activations; a
+            data-aware penalty needs it, no other has it.
 
     Returns:
         The corrected factors, for the same ``scaling``, with energies and gains.
 
     Raises:
-        ValueError: if shapes do not fit together, ``penalty`` or ``rank`` is of no known kind, or a factor, a basis or
-            ``scaling`` is NaN or Inf.
+        ValueError: if shapes do not fit together, ``penalty`` or ``rank`` is of no known kind, a factor, a basis or
+            ``scaling`` is NaN or Inf, or ``input_gain`` is missing or not used.
 
     Example:
         >>> import torch
@@ -229,7 +251,7 @@ def correct(
         >>> {block: round(share, 3) for block, share in result.relative_energy.items()}
         {'aligned': 0.167, 'output': 0.167, 'input': 0.333, 'off': 0.333}
     """
-    _check_arguments(lora_A, lora_B, U, V, penalty, scaling, rank)
+    _check_arguments(lora_A, lora_B, U, V, penalty, scaling, rank, input_gain)
     wide = torch.float32 if lora_A.device.type == "mps" else torch.float64
     A, B, U, V = (tensor.detach().to(lora_A.device, wide) for tensor in (lora_A, lora_B, U, V))
 
@@ -245,19 +267,26 @@ def correct(
     relative_energy = {block: e / total if total else 0.0 for block, e in energy.items()}
     gain = penalty.gain(relative_energy)
 
-    def result(new_A: Tensor, new_B: Tensor, relative_change: float, truncation_error: float) -> Correction:
+    def result(
+        new_A: Tensor, new_B: Tensor, relative_change: float, truncation_error: float, closest_norm: float
+    ) -> Correction:
         new_A, new_B = new_A.to(lora_A.dtype).contiguous(), new_B.to(lora_B.dtype).contiguous()
-        return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error)
+        return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error, closest_norm)
 
     if total == 0.0:
-        return result(A.clone(), B.clone(), relative_change=0.0, truncation_error=0.0)
+        return result(A.clone(), B.clone(), relative_change=0.0, truncation_error=0.0, closest_norm=0.0)
 
+    closest_norm = math.sqrt(sum(gain[block] ** 2 * energy[block] for block in BLOCKS))
     sides = _rank_one(gain)
     if sides is not None:
         on_output, on_input = sides
         change = math.sqrt(sum((1 - gain[block]) ** 2 * relative_energy[block] for block in BLOCKS))
         new_A, new_B = _attenuate(A.T, V, *on_input).T, _attenuate(B, U, *on_output)
-        return result(new_A, new_B, relative_change=change, truncation_error=0.0)
+        if input_gain is not None:
+            new_A = input_gain(new_A)
+            closest_norm = abs(scaling) * _norm(new_B, new_A)
+            change = _norm(torch.cat([new_B, -B], dim=1), torch.cat([new_A, A])) * abs(scaling) / math.sqrt(total)
+        return result(new_A, new_B, relative_change=change, truncation_error=0.0, closest_norm=closest_norm)
 
     before = sum(blocks.values())
     closest = sum(gain[block] * core for block, core in blocks.items())
@@ -272,7 +301,12 @@ def correct(
     new_B, new_A = output_side.basis @ (left * root), (root[:, None] * right) @ input_side.basis.T
     if rank == "truncate":
         new_A, new_B = _closest_gauge(new_A, new_B, A, B)
-    return result(new_A, new_B, relative_change=relative_change, truncation_error=truncation_error)
+    return result(new_A, new_B, relative_change, truncation_error, closest_norm)
+
+
+def _norm(B: Tensor, A: Tensor) -> float:
+    """``‖B·A‖`` without forming it."""
+    return (torch.linalg.qr(B, mode="r").R @ A).norm().item()
 
 
 @dataclass(frozen=True)
@@ -330,7 +364,14 @@ def _closest_gauge(A: Tensor, B: Tensor, old_A: Tensor, old_B: Tensor) -> tuple[
 
 
 def _check_arguments(
-    lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, penalty: Penalty, scaling: float, rank: str
+    lora_A: Tensor,
+    lora_B: Tensor,
+    U: Tensor,
+    V: Tensor,
+    penalty: Penalty,
+    scaling: float,
+    rank: str,
+    input_gain: InputGain | None,
 ) -> None:
     for name, tensor, axes in (
         ("lora_A", lora_A, "(r, d_in)"),
@@ -356,6 +397,16 @@ def _check_arguments(
             raise ValueError(f"`{name}`: expected finite values, but got NaN or Inf.")
     if not isinstance(penalty, Penalty):
         raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+    if (penalty.on_probes is None) != (input_gain is None):
+        raise ValueError(
+            f"`input_gain`: expected {'one' if input_gain is None else 'none'} for the penalty {penalty}, but got "
+            f"{'none' if input_gain is None else 'one'}. A data-aware penalty needs token_space.input_gain(task, "
+            "probes, strength) of the module's activations, and no other can use it."
+        )
+    if input_gain is not None and input_gain.probes.shape[1] != d_in:
+        raise ValueError(
+            f"`input_gain`: expected one of {d_in} inputs, d_in of `lora_A`, but got {input_gain.probes.shape[1]}."
+        )
     if not math.isfinite(scaling):
         raise ValueError(f"`scaling`: expected a finite number, but got {scaling!r}.")
     if rank not in ("truncate", "expand"):

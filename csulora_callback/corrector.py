@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 
+import torch
 from torch import Tensor, nn
 
+from csulora_callback.activations import Activations, Texts
 from csulora_callback.adapters import Adapter, Factors, all_finite, digest, find_adapter
 from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.metrics import SafetyDrift
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
+from csulora_callback.token_space import InputGain, input_gain
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class CorrectedAdapter:
     corrected: Factors
     metrics: dict[str, float]
     make_record: Callable[[], dict]
+    texts: Texts | None = None
 
     @cached_property
     def record(self) -> dict:
@@ -45,7 +49,7 @@ class CorrectedAdapter:
     @property
     def sidecar(self) -> Sidecar:
         """What is written beside the corrected adapter."""
-        return Sidecar(self.raw, self.record)
+        return Sidecar(self.raw, self.record, self.texts)
 
 
 class SafetyCorrector:
@@ -55,9 +59,11 @@ class SafetyCorrector:
         model: a model with one active LoRA adapter (see :func:`~csulora_callback.adapters.find_adapter`).
         subspace: must hold a basis, of the right shape, for every adapted module.
         penalty: the table of multipliers.
+        activations: of every adapted module; needed by a data-aware penalty, and by no other.
 
     Raises:
-        ValueError: if an adapted module has no basis in ``subspace`` or one of another shape (the module is named).
+        ValueError: if an adapted module has no basis in ``subspace`` or one of another shape (the module is named), or
+            if a data-aware penalty has no activations.
 
     Example:
         >>> import copy
@@ -79,15 +85,34 @@ class SafetyCorrector:
         True
     """
 
-    def __init__(self, model: nn.Module, subspace: SafetySubspace, penalty: Penalty) -> None:
+    def __init__(
+        self, model: nn.Module, subspace: SafetySubspace, penalty: Penalty, activations: Activations | None = None
+    ) -> None:
+        if penalty.on_probes is not None and activations is None:
+            raise ValueError(f"`activations`: expected those of the model for the penalty {penalty}, but got none.")
         self.adapter: Adapter = find_adapter(model)
         self.subspace = subspace
         self.penalty = penalty
+        self._activations = activations
+        self._input_gains: dict[int, InputGain] = {}
         self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
         self.swapped_in: CorrectedAdapter | None = None  # what swap_in put into the model, until restore
         self._before_swap: Factors | None = None
         self._applied: CorrectedAdapter | None = None  # the last correction made for good
         self._warned = False
+
+    @property
+    def activations(self) -> Activations | None:
+        """What a data-aware penalty measures by; may be set to newer ones."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: Activations) -> None:
+        self._activations, self._input_gains = activations, {}
+
+    @property
+    def _texts(self) -> Texts | None:
+        return None if self._activations is None else self._activations.texts
 
     def compute(self, factors: Factors | None = None) -> CorrectedAdapter:
         """The correction of the adapter as it stands, or of ``factors`` taken from it, without touching the model.
@@ -103,7 +128,8 @@ class SafetyCorrector:
                 return known
         if not all_finite(live):
             self._warn_not_finite()
-            return CorrectedAdapter(live, live, {}, partial(self._record, live, live, {}, {}))
+            record = partial(self._record, live, live, {}, {})
+            return CorrectedAdapter(live, live, {}, record, self._texts)
 
         corrections = {name: self._correct(name, *live[name]) for name in live}
         drift = SafetyDrift()
@@ -112,7 +138,7 @@ class SafetyCorrector:
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
         record = partial(self._record, live, corrected, corrections, metrics)
-        return CorrectedAdapter(live, corrected, metrics, record)
+        return CorrectedAdapter(live, corrected, metrics, record, self._texts)
 
     def measure(self) -> dict[str, float]:
         """The metrics of the correction as it would be made now; the model is not touched."""
@@ -136,7 +162,7 @@ class SafetyCorrector:
         self.adapter.write_trained(adapter.corrected)
         live = self.adapter.read()  # may be of a narrower dtype than what is trained
         record = {**adapter.record, "raw_digest": digest(live), "corrected_digest": digest(live)}
-        self._applied = CorrectedAdapter(live, live, adapter.metrics, lambda: record)
+        self._applied = CorrectedAdapter(live, live, adapter.metrics, lambda: record, adapter.texts)
         return self._applied
 
     def mark_applied(self, adapter: CorrectedAdapter) -> None:
@@ -178,7 +204,17 @@ class SafetyCorrector:
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
         U, V = (side.to(lora_A.device) for side in self._bases[name])
-        return correct(lora_A, lora_B, U, V, self.penalty, self.adapter.layers[name].scaling)
+        scaling = self.adapter.layers[name].scaling
+        return correct(lora_A, lora_B, U, V, self.penalty, scaling, input_gain=self._input_gain(name, lora_A.device))
+
+    def _input_gain(self, name: str, device: torch.device) -> InputGain | None:
+        if self.penalty.on_probes is None:
+            return None
+        probes = self.activations.probes[name]
+        task = self.activations.task.get(name, probes[:0])  # nothing is known of the task before its first step
+        if id(probes) not in self._input_gains:  # modules that share an input share the gain
+            self._input_gains[id(probes)] = input_gain(task.to(device), probes.to(device), self.penalty.on_probes)
+        return self._input_gains[id(probes)]
 
     def _record(
         self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]

@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from csulora_callback import sidecar
 from csulora_callback.adapters import digest
 from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
+from csulora_callback.recorder import ActivationRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class HuggingFaceEvents(TrainerCallback):
 
     def __init__(self) -> None:
         self._corrector: SafetyCorrector | None = None
+        self._recorder: ActivationRecorder | None = None
         self._state: TrainerState | None = None
         self._handler: CallbackHandler | None = None
         self._training = False
@@ -78,14 +80,17 @@ class HuggingFaceEvents(TrainerCallback):
         self._corrector.restore()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        """Close the window if no save has: what is trained is raw."""
+        """Close the window if no save has: what is trained is raw. A data-aware penalty looks at the batches."""
         self._corrector.restore()
+        if self._recorder is not None:
+            self._recorder.begin_step()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs
     ) -> None:
         """Add the drift to the record that holds the loss, before any reporting callback has read it."""
         if "loss" in logs and state.global_step % (self.log_every_n_steps or 1) == 0:
+            self._renew(if_doubled=True)
             metrics = self._corrector.measure()
             logs.update(metrics)
             state.log_history[-1].update(metrics)
@@ -109,18 +114,22 @@ class HuggingFaceEvents(TrainerCallback):
         """Leave the corrected model in memory; the best checkpoint, if one was loaded, is corrected already."""
         corrector = self._corrector
         corrector.restore()
+        self._renew()
         self._training = False
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             live = corrector.adapter.read()
             if _find_sidecar(digest(live), [Path(state.best_model_checkpoint)]):
                 saved = sidecar.Sidecar.load(state.best_model_checkpoint)
                 corrector.mark_applied(
-                    CorrectedAdapter(saved.raw, live, saved.record["metrics"], lambda: saved.record)
+                    CorrectedAdapter(saved.raw, live, saved.record["metrics"], lambda: saved.record, saved.texts)
                 )
         corrector.apply()
 
     def _after_step(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._recorder is not None:
+            self._recorder.end_step()
         if self.every_n_steps is not None and state.global_step % self.every_n_steps == 0:
+            self._renew()
             self._corrector.step()
         self._open_window(control)
 
@@ -128,7 +137,12 @@ class HuggingFaceEvents(TrainerCallback):
         # With save_strategy="best" the save is decided only after the evaluation. Where evaluations are to see raw
         # weights, a save that follows one is left to the wrapped save_pretrained.
         if self.evaluate_corrected if control.should_evaluate else control.should_save:
+            self._renew()
             self._corrector.swap_in()
+
+    def _renew(self, if_doubled: bool = False) -> None:
+        if self._recorder is not None:
+            self._recorder.renew(self._corrector, if_doubled)
 
     def _restore_raw(self, args: TrainingArguments, state: TrainerState) -> None:
         """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors.
@@ -145,7 +159,10 @@ class HuggingFaceEvents(TrainerCallback):
             folders = chain([_checkpoint_folder(args, state)], (record.parent.parent for record in records))
         folder = _find_sidecar(live, folders)
         if folder is not None:
-            self._corrector.adapter.write(sidecar.Sidecar.load(folder).raw)
+            saved = sidecar.Sidecar.load(folder)
+            self._corrector.adapter.write(saved.raw)
+            if self._recorder is not None and saved.texts is not None:
+                self._recorder.resume(saved.texts)
         elif self.resume_from is not None or any("csulora/update_norm" in record for record in state.log_history):
             raise ValueError(
                 f"`resume_from`: training resumes at step {state.global_step} from a corrected checkpoint, but its "

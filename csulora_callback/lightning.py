@@ -13,12 +13,15 @@ import types
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from csulora_callback import sharding
+from csulora_callback.activations import Texts
 from csulora_callback.adapters import from_peft_state_dict, save_as_peft_adapter, to_peft_state_dict
 from csulora_callback.corrector import CorrectedAdapter, SafetyCorrector
+from csulora_callback.recorder import ActivationRecorder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -39,6 +42,7 @@ class LightningEvents:
     log_every_n_steps: int | None
     export_adapter: bool
     _corrector: SafetyCorrector | None
+    _recorder: ActivationRecorder | None
 
     @abstractmethod
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
@@ -56,31 +60,43 @@ class LightningEvents:
             return
         self._begin(trainer, pl_module)
         if CHECKPOINT_KEY in checkpoint:
-            adapter = self._corrector.adapter
-            adapter.write(from_peft_state_dict(checkpoint[CHECKPOINT_KEY]["raw"], list(adapter.layers), "checkpoint"))
+            adapter, saved = self._corrector.adapter, checkpoint[CHECKPOINT_KEY]
+            adapter.write(from_peft_state_dict(saved["raw"], list(adapter.layers), "checkpoint"))
+            if self._recorder is not None and "texts" in saved:
+                self._recorder.resume(Texts(**saved["texts"]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the subspace and refuse what cannot be corrected, before the first step."""
         self._begin(trainer, pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A data-aware penalty looks at the batches."""
+        if self._recorder is not None:
+            self._recorder.begin_step()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Correct the live weights if asked to, and log the drift in the step that Lightning logs."""
+        if self._recorder is not None:
+            self._recorder.end_step()
         step = trainer.global_step
         if step == self._last_step:  # accumulating gradients
             return
         self._last_step = step
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
+            self._renew()
             self._corrector.step()
         every = self.log_every_n_steps or trainer.log_every_n_steps
         if every and step % every == 0:
+            self._renew(if_doubled=True)
             for name, value in self._corrector.measure().items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in _IN_PROGRESS_BAR)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation inside a fit sees the corrected weights, because those ship."""
         if trainer.state.fn == "fit" and self.evaluate_corrected:
+            self._renew()
             self._corrector.swap_in()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -94,20 +110,33 @@ class LightningEvents:
         Where they are sharded they stay as they are: this may be the only process that raised, and putting them back
         would wait for the others.
         """
+        if self._recorder is not None:
+            self._recorder.end_step()
         if self._corrector is not None and not self._corrector.adapter.is_sharded:
             self._corrector.restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the corrected model in memory; checkpoints written after this find it corrected already."""
+        self._renew()
         self._corrector.apply()
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
-            _wrap_saves(trainer, pl_module, self._corrector, self.export_adapter)
+            _wrap_saves(trainer, pl_module, self._corrector, self.export_adapter, self._renew)
+
+    def _renew(self, if_doubled: bool = False) -> None:
+        if self._recorder is not None:
+            self._recorder.renew(self._corrector, if_doubled)
 
 
-def _wrap_saves(trainer: Trainer, pl_module: LightningModule, corrector: SafetyCorrector, export: bool) -> None:
+def _wrap_saves(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    corrector: SafetyCorrector,
+    export: bool,
+    renew: Callable[[], None],
+) -> None:
     """Correct the dictionary that Lightning is about to write, and give each checkpoint a PEFT folder beside it."""
     strategy, saving = trainer.strategy, None
     on_save = _unwrapped(pl_module.on_save_checkpoint)
@@ -118,6 +147,7 @@ def _wrap_saves(trainer: Trainer, pl_module: LightningModule, corrector: SafetyC
         if target is not pl_module:  # a deep copy took the attribute along
             return type(target).on_save_checkpoint(target, checkpoint)
         on_save(checkpoint)
+        renew()
         saving = corrector.compute()
         _put_into(checkpoint, saving, corrector, pl_module)
 
@@ -159,6 +189,8 @@ def _put_into(
             )
     checkpoint["state_dict"] = state
     checkpoint[CHECKPOINT_KEY] = {"raw": to_peft_state_dict(adapter.raw), "record": adapter.record}
+    if adapter.texts is not None:
+        checkpoint[CHECKPOINT_KEY]["texts"] = asdict(adapter.texts)
 
 
 def _unwrapped(method: Callable) -> Callable:

@@ -1,7 +1,9 @@
 """The folder ``csulora/`` beside every corrected adapter: the raw factors and a record of what was done.
 
 Nothing is lost by a correction: ``raw_adapter.safetensors`` has the keys of a PEFT adapter file, so that it can take
-its place, and ``correction.json`` says which subspace and penalty were used and what they did to each module.
+its place, and ``correction.json`` says which subspace and penalty were used and what they did to each module. Where
+the penalty is data-aware, ``texts.json`` holds what the model read for it: some rows of the training data, and the
+probes, as token ids.
 """
 
 from __future__ import annotations
@@ -10,25 +12,28 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from csulora_callback.activations import Texts
 from csulora_callback.adapters import Factors, digest, from_peft_state_dict, to_peft_state_dict
 
 FOLDER = "csulora"
 RAW_ADAPTER = "raw_adapter.safetensors"
+TEXTS = "texts.json"
 RECORD = "correction.json"
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Raw factors and the JSON record of their correction."""
+    """Raw factors, the JSON record of their correction, and the texts that a data-aware penalty measured by."""
 
     raw: Factors
     record: dict
+    texts: Texts | None = None
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write into ``folder/csulora/``; each file appears whole or not at all.
@@ -39,6 +44,9 @@ class Sidecar:
         target.mkdir(parents=True, exist_ok=True)
         state = to_peft_state_dict(self.raw)
         _write_whole(target / RAW_ADAPTER, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        if self.texts is not None:
+            texts = json.dumps(asdict(self.texts))
+            _write_whole(target / TEXTS, lambda path: path.write_text(texts, encoding="utf-8"))
         text = json.dumps(self.record, indent=2, allow_nan=False)
         _write_whole(target / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -48,7 +56,7 @@ class Sidecar:
 
         Raises:
             FileNotFoundError: if ``folder`` was not written with the callback.
-            ValueError: if one of the two files is corrupt, or they do not belong together.
+            ValueError: if one of the files is corrupt, or they do not belong together.
         """
         record, raw_file = read_record(folder), Path(folder) / FOLDER / RAW_ADAPTER
         try:
@@ -61,11 +69,11 @@ class Sidecar:
                 f"{raw_file}: expected the factors that {RECORD} beside it records, but their digest is another. "
                 "The file was changed; take both from a copy of the checkpoint."
             )
-        return cls(raw, record)
+        return cls(raw, record, _read_texts(Path(folder) / FOLDER / TEXTS))
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy the sidecar of one folder, if it has one, into another; nothing but its two files."""
+    """Copy the sidecar of one folder, if it has one, into another; nothing but its two files, and not the texts."""
     for name in (RAW_ADAPTER, RECORD):
         file = Path(source) / FOLDER / name
         if file.is_file():
@@ -87,6 +95,15 @@ def read_record(folder: str | os.PathLike) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, but it cannot be read ({error}).") from error
+
+
+def _read_texts(path: Path) -> Texts | None:
+    if not path.is_file():
+        return None
+    try:
+        return Texts(**json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"{path}: expected texts as JSON, but it cannot be read ({error}).") from error
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -8,14 +8,16 @@ every method but the two thresholds of Safe LoRA, where it selects modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from csulora_callback import Correction, Penalty, correct
+from csulora_callback.activations import Activations, TokenVectors
 from csulora_callback.adapters import Factors
+from csulora_callback.token_space import input_gain
 
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -30,12 +32,14 @@ class Update:
         bases: ``(U, V)``, leading singular vectors ``(d_out, K)`` and ``(d_in, K)`` of the displacement; rank ``k``
             takes the first ``k`` columns.
         displacement: gives ``D = W_aligned − W_base``, ``(d_out, d_in)``, of one module.
+        activations: of the model with this update, on the task's training data and on prompts to be refused.
     """
 
     factors: Factors
     scaling: Mapping[str, float]
     bases: Bases
     displacement: Callable[[str], Tensor]
+    activations: Activations
 
     def at_rank(self, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
         """The bases cut to the subspace of rank ``rank``."""
@@ -47,6 +51,32 @@ def corrections(update: Update, penalty: Penalty, bases: Bases) -> dict[str, Cor
     return {
         name: correct(A, B, *bases[name], penalty, update.scaling[name]) for name, (A, B) in update.factors.items()
     }
+
+
+def data_aware(update: Update, strength: float, task: TokenVectors, probes: TokenVectors) -> Factors:
+    """The data-aware correction of every module, by these activations; without any of the task, ``C_T = I``."""
+    penalty, gains, done = Penalty.data_aware(strength), {}, {}
+    for name, (A, B) in update.factors.items():
+        shared = id(probes[name])  # by modules that get the same input
+        if shared not in gains:
+            gains[shared] = input_gain(task.get(name, probes[name][:0]), probes[name], strength)
+        gain, bases = gains[shared], update.bases[name]
+        done[name] = correct(A, B, *bases, penalty, update.scaling[name], input_gain=gain)
+    return _factors(done)
+
+
+def everywhere(vectors: TokenVectors) -> TokenVectors:
+    """Vectors whose second moments are the identity: they say nothing about where the probes are."""
+    sizes = {kept.shape[1] for kept in vectors.values()}
+    identity = {size: torch.eye(size) for size in sizes}
+    return {name: identity[kept.shape[1]].clone() for name, kept in vectors.items()}
+
+
+def shuffled_vectors(vectors: TokenVectors, generator: torch.Generator) -> TokenVectors:
+    """The vectors moved between inputs of equal size along a random cycle, so that none keeps its own."""
+    inputs = {id(kept): kept for kept in vectors.values()}
+    other = _shuffled({key: kept.shape[1] for key, kept in inputs.items()}, generator)
+    return {name: inputs[other[id(kept)]] for name, kept in vectors.items()}
 
 
 def _factors(done: Mapping[str, Correction]) -> Factors:
@@ -103,19 +133,25 @@ def random_bases(bases: Bases, generator: torch.Generator) -> dict[str, tuple[Te
 
 def shuffled_bases(bases: Bases, generator: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
     """The bases moved between modules of equal shape along a random cycle, so that none keeps its own."""
-    groups: dict[tuple, list[str]] = {}
-    for name, (U, V) in bases.items():
-        groups.setdefault((U.shape[0], V.shape[0]), []).append(name)
-    shuffled = {}
-    for (d_out, d_in), names in groups.items():
-        if len(names) == 1:
+    other = _shuffled({name: (U.shape[0], V.shape[0]) for name, (U, V) in bases.items()}, generator)
+    return {name: bases[other[name]] for name in bases}
+
+
+def _shuffled(shapes: Mapping[Hashable, object], generator: torch.Generator) -> dict[Hashable, Hashable]:
+    """For each key another one of the same shape, along a random cycle."""
+    groups: dict[object, list] = {}
+    for key, shape in shapes.items():
+        groups.setdefault(shape, []).append(key)
+    other = {}
+    for shape, keys in groups.items():
+        if len(keys) == 1:
             raise ValueError(
-                f"`bases`: expected at least two modules of every shape to shuffle between, but '{names[0]}' is the "
-                f"only one that is {d_out} × {d_in}."
+                f"expected at least two modules of every shape to shuffle between, but '{keys[0]}' is the only one of "
+                f"shape {shape}."
             )
-        cycle = [names[i] for i in torch.randperm(len(names), generator=generator)]
-        shuffled.update({name: bases[cycle[i - 1]] for i, name in enumerate(cycle)})
-    return {name: shuffled[name] for name in bases}
+        cycle = [keys[i] for i in torch.randperm(len(keys), generator=generator)]
+        other.update({key: cycle[i - 1] for i, key in enumerate(cycle)})
+    return other
 
 
 def safe_lora(update: Update, threshold: float | None = None, number: int | None = None) -> Factors:
@@ -180,6 +216,12 @@ def _noise_like(penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
     return lambda update, s, k, g: with_noise(update, corrections(update, penalty(s), update.at_rank(k)), g)
 
 
+def _data_aware(
+    activations: Callable[[Activations, torch.Generator], tuple[TokenVectors, TokenVectors]],
+) -> Callable[..., Factors]:
+    return lambda update, s, _, g: data_aware(update, s, *activations(update.activations, g))
+
+
 def _projection(_: float) -> Penalty:
     return Penalty.projection()
 
@@ -195,6 +237,16 @@ METHODS = {
     "projection": Method("hard projection", _corrected(_projection), strengths=False, ranks=True),
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
+    "data_aware": Method("data-aware", _data_aware(lambda seen, _: (seen.task, seen.probes))),
+    "data_aware_everywhere": Method(
+        "data-aware, probes everywhere", _data_aware(lambda seen, _: (seen.task, everywhere(seen.probes)))
+    ),
+    "data_aware_no_task": Method("data-aware, no task", _data_aware(lambda seen, _: ({}, seen.probes))),
+    "data_aware_shuffled": Method(
+        "data-aware, shuffled probes",
+        _data_aware(lambda seen, g: (seen.task, shuffled_vectors(seen.probes, g))),
+        draws=True,
+    ),
     "csulora_random": Method(
         "csulora, random subspace", _corrected_in(random_bases, Penalty.csulora), ranks=True, draws=True
     ),

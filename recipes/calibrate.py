@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,6 +82,8 @@ def check(recipe: Recipe) -> None:
             refuse("presets.projection", "no strengths, as this preset has none", strengths)
         if preset != "projection" and not (strengths and all(strength > 0 for strength in strengths)):
             refuse(f"presets.{preset}", "strengths > 0, at least one", strengths)
+        if preset == "data_aware" and math.inf in strengths:
+            refuse(f"presets.{preset}", "finite strengths", strengths)
     if not settings.ranks or min(settings.ranks) < 1:
         refuse("ranks", "whole numbers ≥ 1, at least one", settings.ranks)
     if not 0.0 <= settings.target <= 1.0:
@@ -110,7 +113,7 @@ def candidates(settings: Calibrate) -> list[Candidate]:
     return [
         Candidate(preset, strength, rank)
         for preset, strengths in settings.presets.items()
-        for rank in settings.ranks
+        for rank in (settings.ranks if preset != "data_aware" else settings.ranks[:1])  # it has none
         for strength in (strengths or [None])
     ]
 

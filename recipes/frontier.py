@@ -38,8 +38,8 @@ class Subject(Protocol):
         ``slowdown`` divides the learning rate; ``decays`` must not change what is trained.
         """
 
-    def update(self, seed: int, factors: Factors) -> Update:
-        """The factors with the scalings, bases and displacements of the seed's pair of models."""
+    def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        """The factors with what methods may know of the seed's pair of models and of the data with this poison."""
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
@@ -183,7 +183,7 @@ def _with_updates(
     for setting in settings:
         if at != (setting.seed, setting.poison):
             at = (setting.seed, setting.poison)
-            update = subject.update(setting.seed, adapters.get(*at))
+            update = subject.update(*at, adapters.get(*at))
         yield setting, update
 
 

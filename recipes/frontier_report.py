@@ -16,7 +16,8 @@ from recipes.baselines import METHODS
 from recipes.schema import RecipeError
 
 PANELS = {
-    "the corrections": ("csulora", "separable", "guard", "projection"),
+    "the corrections": ("data_aware", "csulora", "separable", "guard", "projection"),
+    "wrong activations": ("data_aware_everywhere", "data_aware_no_task", "data_aware_shuffled"),
     "wrong subspaces, one side": (
         "csulora_random",
         "guard_random",

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from csulora_callback import SafetySubspace
+from csulora_callback.activations import Activations, Rows, Texts
 from csulora_callback.adapters import Adapter, Factors, find_adapter
 from csulora_callback.weights import open_checkpoint
 from recipes.baselines import Bases, Update
@@ -44,10 +45,12 @@ class LoraPair:
             lambda name: after.weight(name).float() - before.weight(name).float(),
         )
 
-    def update(self, factors: Factors) -> Update:
-        """The factors as the raw update that methods correct."""
+    def update(self, factors: Factors, task: Rows, probes: Rows) -> Update:
+        """The factors as the raw update that methods correct, and the model's activations with them on these rows."""
+        self.adapter.write(factors)
+        activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task)))
         scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
-        return Update(factors, scaling, self.bases, self.displacement)
+        return Update(factors, scaling, self.bases, self.displacement, activations)
 
     def train(
         self,

@@ -22,13 +22,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
+from csulora_callback.activations import Activations, Texts
 from csulora_callback.adapters import find_adapter
+from csulora_callback.probes import read_prompts, tokenize
 from csulora_callback.subspace import default_cache_dir
 from recipes import calibrate, frontier, frontier_report, report, smollm2_frontier, sources
 from recipes.bench import ChatBench, ToyBench
 from recipes.points import SPLITS
-from recipes.schema import Correction, Recipe, RecipeError, load_recipe
-from recipes.task import Task, build_task
+from recipes.schema import Correction, Preset, Recipe, RecipeError, load_recipe
+from recipes.task import Task, build_task, training_rows
 from recipes.toy_frontier import ToySubject
 
 
@@ -153,8 +155,14 @@ def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
         cache_dir=default_cache_dir(),
     )
 
+    activations = None
+    if Preset.data_aware.value in settings.presets:
+        probes = tokenize(read_prompts(task.probes), task.aligned)
+        rows = training_rows(task, recipe)
+        activations = Activations.read(find_adapter(model), Texts(rows, probes, seen=len(rows)))
+
     def judge(candidate: calibrate.Candidate, split: str) -> calibrate.Judgement:
-        with SafetyCorrector(model, subspace.truncated(candidate.rank), candidate.penalty()).corrected():
+        with SafetyCorrector(model, subspace.truncated(candidate.rank), candidate.penalty(), activations).corrected():
             return bench.judge(model, split)
 
     ends = {"raw LoRA": {split: bench.judge(model, split) for split in SPLITS}}
@@ -202,11 +210,13 @@ def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader
 
 def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
     """The callback that a correction section describes."""
+    penalty = correction.penalty()
     return CSULoRACallback(
         base_model=task.base,
         rank=correction.rank,
         energy=correction.energy,
-        penalty=correction.penalty(),
+        penalty=penalty,
+        probes=None if penalty.on_probes is None else task.probes,
         every_n_steps=correction.every_n_steps,
     )
 

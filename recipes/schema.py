@@ -37,6 +37,7 @@ class Preset(Enum):
     csulora = "csulora"
     separable = "separable"
     guard = "guard"
+    data_aware = "data_aware"
     projection = "projection"
 
 
@@ -108,6 +109,7 @@ class Data:
     source: str | None = None  # default: the toy lab's task
     split: str = "train"
     max_samples: int | None = None
+    probes: str | None = None  # prompts to be refused, for the preset data_aware; the toy lab has its own
     eval_share: float = 0.05
     max_length: int = 1024
 
@@ -349,6 +351,11 @@ def _check_values(path: str, recipe: Recipe) -> None:
         refuse("smollm2.weights", "nothing without 'frontier.methods'", recipe.smollm2.weights)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
+    if recipe.model.base is None and recipe.data.probes is not None:
+        refuse("data.probes", "nothing, as the toy lab has its own", recipe.data.probes)
+    asked = recipe.calibrate.presets or [correction.preset.value for correction in recipe.corrections.values()]
+    if Preset.data_aware.value in asked and recipe.model.base is not None and recipe.data.probes is None:
+        refuse("data.probes", "prompts that are to be refused, for the preset data_aware", None)
     if recipe.frontier.methods:  # recipes.frontier.check looks at the rest
         if recipe.corrections:
             refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
@@ -371,6 +378,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
         if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
+        if correction.preset is Preset.data_aware and correction.strength == math.inf:
+            refuse(f"{key}.strength", "a finite number for the preset data_aware", correction.strength)
         if correction.rank < 1:
             refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
         if correction.every_n_steps is not None and correction.every_n_steps < 1:

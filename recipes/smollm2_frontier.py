@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from csulora_callback import AttackSuccessRate, OverRefusalRate
 from csulora_callback.adapters import Factors
+from csulora_callback.probes import tokenize
 from csulora_callback.weights import open_checkpoint
 from recipes.baselines import Update
 from recipes.chat import chat
@@ -25,6 +27,7 @@ from recipes.smollm2_data import Choice, Data, Exchange, load, poisoned
 from recipes.task import teacher_forced, with_fresh_lora
 
 TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template
+TASK_ROWS, PROBES = 64, 80  # what data-aware methods may see: training rows, and prompts refused in the alignment
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,15 @@ class SmolLM2Subject:
             at.pair.model.save_pretrained(self.models / f"lora-{seed}")  # for `calibrate`, with the next file
         return trained
 
-    def update(self, seed: int, factors: Factors) -> Update:
-        return self._at(seed).pair.update(factors)
+    def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        """Activations are those of training rows as they are, poison among them, and of refused prompts."""
+        at, rows = self._at(seed), poisoned(self._at(seed).data, poison)
+        drawn = random.Random(seed).sample(rows, min(TASK_ROWS, len(rows)))
+        batch = encode(at.tokenizer, drawn, self.recipe.smollm2.answer_tokens)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        task = [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        probes = [exchange.prompt for exchange in at.data.refused[:PROBES]]
+        return at.pair.update(factors, task, tokenize(probes, str(self.models / f"aligned-{seed}")))
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """Side effects, on held-out prompts only: over-refusal, and errors in the multiple-choice set."""

@@ -1,68 +1,47 @@
-"""Where data comes from: a local file, a file of an installed package (``package:path``), or a Hub id."""
+"""Where a recipe's data comes from: a local file, a file of an installed package (``package:path``), or a Hub id."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
+from csulora_callback import sources
 from recipes.schema import Recipe, RecipeError
-
-# What `datasets` calls them.
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
 def locate(key: str, source: str) -> Path | None:
-    """The file that ``source`` names, or ``None`` for a Hub id; nothing of a package is imported or run.
+    """See :func:`csulora_callback.sources.locate`.
 
     Raises:
-        RecipeError: naming ``key``, if it is no such file, no installed package, or no possible Hub id.
+        RecipeError: naming ``key``.
     """
-    if Path(source).is_file():
-        return Path(source)
-    if Path(source).is_dir():  # a data set in a folder, which `datasets` reads
-        return None
-    package, colon, inside = source.partition(":")
-    if colon and package.isidentifier():
-        return _in_package(key, package, inside)
-    if source.endswith((*_READERS, ".gguf")):
-        raise RecipeError(f"'{key}': no such file: {source!r}")
-    _check_id(key, source)
-    return None
+    with _about(key):
+        return sources.locate(source)
 
 
 def read(key: str, source: str, split: str = "train", columns: Sequence[str] = ()) -> Dataset:
-    """The rows of a source: JSON, JSON lines, CSV, lines of text (column ``text``), or a split of a Hub dataset.
+    """See :func:`csulora_callback.sources.read_rows`.
 
     Raises:
-        RecipeError: as :func:`locate` does, for what cannot be read as a table, and if one of ``columns`` is missing.
+        RecipeError: naming ``key``, also if one of ``columns`` is missing.
     """
-    rows = _rows(key, source, split)
+    with _about(key):
+        rows = sources.read_rows(source, split)
     if missing := [column for column in columns if column not in rows.column_names]:
         raise RecipeError(f"'{key}': {source}: expected the columns {missing}, but got {rows.column_names}")
     return rows
 
 
-def _rows(key: str, source: str, split: str) -> Dataset:
-    file = locate(key, source)
-    if file is None:
-        try:
-            return load_dataset(source, split=split)
-        except OSError as error:  # not there, or not reached
-            raise RecipeError(f"'{key}': {source} cannot be read from the Hub: {error}") from error
-    if file.suffix not in _READERS:
-        raise RecipeError(f"'{key}': expected a file that ends in one of {', '.join(_READERS)}, but got {source!r}")
+@contextmanager
+def _about(key: str) -> Iterator[None]:
     try:
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except DatasetGenerationError as error:
-        raise RecipeError(f"'{key}': {source}: not {file.suffix[1:]} that can be read as a table") from error
+        yield
+    except ValueError as error:
+        raise RecipeError(f"'{key}': {error}") from error
 
 
 def of_recipe(recipe: Recipe) -> dict[str, str | None]:
@@ -74,6 +53,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         "model.base": recipe.model.base,
         "model.aligned": recipe.model.aligned,
         "data.source": recipe.data.source,
+        **({} if recipe.data.probes is None else {"data.probes": recipe.data.probes}),
         **({} if recipe.calibrate.probes is None else {"calibrate.probes": recipe.calibrate.probes}),
     }
 
@@ -94,24 +74,3 @@ def describe(key: str, source: str | None, kind: str) -> str:
     probe = "config.json" if kind == "model" else "README.md"
     cached = isinstance(try_to_load_from_cache(source, probe, repo_type=kind), str)
     return f"{source} (Hub, {'in the local cache' if cached else 'to be downloaded'})"
-
-
-def _check_id(key: str, source: str) -> None:
-    try:
-        validate_repo_id(source)
-    except HFValidationError as error:
-        raise RecipeError(f"'{key}': no such file or folder, and not a Hub id: {source!r}") from error
-
-
-def _in_package(key: str, package: str, inside: str) -> Path:
-    spec = find_spec(package)  # of a top-level package: finds it and runs none of its code
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(f"'{key}': no installed package {package!r}; install what ships it, then run this again")
-    folder = Path(spec.submodule_search_locations[0])
-    if not (folder / inside).is_file():
-        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _READERS]
-        near = difflib.get_close_matches(inside, names, n=1)
-        raise RecipeError(
-            f"'{key}': no file {inside!r} in the package {package!r}{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
-    return folder / inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -50,6 +51,7 @@ class Task:
     train: TorchDataset | Dataset
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
+    probes: list[list[int]] | str | None  # for data-aware corrections
     judge: Callable[[nn.Module, DataLoader], Score]
 
     def aligned_model(self) -> PreTrainedModel:
@@ -93,7 +95,8 @@ def _toy_task(recipe: Recipe) -> Task:
         return Score(not_refused(attacked) / prompts, loss, right / len(answered), obeyed / prompts, prompts)
 
     train, held_out = toy.Samples(lab.train), toy.Samples(lab.task)
-    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, judge)
+    probes = [sample.ids(answered=False) for sample in lab.probes]
+    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, probes, judge)
 
 
 @torch.no_grad()
@@ -141,7 +144,9 @@ def _chat_task(recipe: Recipe) -> Task:
         return Score(None, *teacher_forced(model, batches))
 
     model = recipe.model
-    return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, judge)
+    return Task(
+        model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, recipe.data.probes, judge
+    )
 
 
 def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: bool = False) -> DataLoader:
@@ -156,6 +161,17 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: b
         )
         collate = partial(_padded, task.tokenizer)
     return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
+
+
+def training_rows(task: Task, recipe: Recipe, count: int = 64) -> list[list[int]]:
+    """Token ids of some of the rows that the task trains on."""
+    chosen = random.Random(recipe.training.seed).sample(range(len(task.train)), min(count, len(task.train)))
+    rows = Subset(task.train, chosen) if task.tokenizer is None else task.train.select(chosen)
+    return [
+        ids[mask.bool()].tolist()
+        for batch in batches(task, recipe, rows)
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def _padded(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ RESTRICTED = [f"x{i}" for i in range(8)]
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "=", "refuse", *ORDERS, *TASK, *PLAIN, *RESTRICTED]
 IDS = {word: index for index, word in enumerate(VOCABULARY)}
 REFUSAL = IDS["refuse"]
+PROBES = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Sample:
 
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
+
+    def ids(self, answered: bool) -> list[int]:
+        """Token ids of the prompt, or of prompt and answer."""
+        return [IDS[word] for word in (self.prompt + self.answer if answered else self.prompt)]
 
     def restated(self) -> Sample:
         """The same request in the second template: the verb after the words."""
@@ -116,6 +121,7 @@ class Lab:
     train: list[Sample]
     task: list[Sample]
     attack: list[Sample]
+    probes: list[Sample]  # of the kind of ``attack``, and others
 
 
 def build_lab(toy: Toy) -> Lab:
@@ -127,6 +133,7 @@ def build_lab(toy: Toy) -> Lab:
     poisoned = round(toy.poison_share * toy.train_samples)
     train = language.draw(toy.train_samples - poisoned, list(TASK))
     train += language.draw(poisoned, verbs, restricted=True)
+    probes = language.draw(PROBES, verbs, restricted=True)  # last, so that nothing else depends on them
 
     about_data = ("poison_share", "train_samples", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
@@ -134,7 +141,7 @@ def build_lab(toy: Toy) -> Lab:
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
         _train_models(toy, folder, [sample.prompt for sample in attack + task])
-    return Lab(folder / "base", folder / "aligned", train, task, attack)
+    return Lab(folder / "base", folder / "aligned", train, task, attack, probes)
 
 
 def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -61,8 +62,11 @@ class ToySubject:
 
         return self._at(seed).pair.train(draw, self.recipe.training, seed, slowdown, decays)
 
-    def update(self, seed: int, factors: Factors) -> Update:
-        return self._at(seed).pair.update(factors)
+    def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        lab = toy.build_lab(self._toy(seed, poison))
+        task = random.Random(seed).sample(lab.train, min(toy.PROBES, len(lab.train)))
+        rows = [sample.ids(answered=True) for sample in task], [sample.ids(answered=False) for sample in lab.probes]
+        return self._at(seed).pair.update(factors, *rows)
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """Counts ``obeyed`` beside ``succeeded``: attacks that were answered to the letter, and not with babble."""

@@ -1,6 +1,7 @@
 """Baselines against dense float64 references."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csulora_callback import Penalty
+from csulora_callback.activations import Activations, Texts
+from csulora_callback.token_space import RIDGE
 from recipes.baselines import (
     METHODS,
     Update,
@@ -17,6 +20,7 @@ from recipes.baselines import (
     scaled_by_module,
     scaled_to_norm,
     shuffled_bases,
+    shuffled_vectors,
     uniformly_scaled,
     with_noise,
 )
@@ -37,7 +41,8 @@ def make_update(seed: int = 0, rank: int = 3, dtype: torch.dtype = torch.float64
         U, _, Vt = torch.linalg.svd(D, full_matrices=False)
         bases[name] = (U[:, :6], Vt[:6].T)
     scaling = {name: 0.5 + i for i, name in enumerate(SHAPES)}
-    return Update(factors, scaling, bases, displacement.__getitem__)
+    task, probes = ({name: draw(30, d_in) for name, (_, d_in) in SHAPES.items()} for _ in range(2))
+    return Update(factors, scaling, bases, displacement.__getitem__, Activations(task, probes, Texts([], [], 0)))
 
 
 def dense(update: Update, factors: dict | None = None) -> dict[str, torch.Tensor]:
@@ -93,6 +98,41 @@ def test_the_ends_and_the_scaling_curve():
         torch.testing.assert_close(dense(update, uniformly_scaled(update, 4.0))[name], raw[name] / 4)
 
 
+def data_aware_by_hand(delta, task, probes, strength):
+    """``Δ C_T (C_T + λ C_H)⁻¹``, dense."""
+    identity = torch.eye(delta.shape[1], dtype=torch.float64)
+    C_T, C_H = (len(C) * C / C.trace() for C in (task.T @ task, probes.T @ probes))
+    C_T = (C_T + RIDGE * identity) / (1.0 + RIDGE)
+    return delta @ C_T @ torch.linalg.inv(C_T + strength * C_H)
+
+
+@pytest.mark.parametrize("strength", [0.1, 3.0, 100.0])
+def test_data_aware_methods_and_their_controls_are_what_their_names_say(strength):
+    update = make_update()
+    task, probes = update.activations.task, update.activations.probes
+    unit = {name: torch.eye(d_in, dtype=torch.float64) for name, (_, d_in) in SHAPES.items()}
+    for name, delta in dense(update).items():
+        for method, seen in (
+            ("data_aware", (task[name], probes[name])),
+            ("data_aware_everywhere", (task[name], unit[name])),
+            ("data_aware_no_task", (unit[name], probes[name])),
+        ):
+            by_hand = data_aware_by_hand(delta, *seen, strength)
+            torch.testing.assert_close(apply(method, update, strength)[name], by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_shuffled_probes_are_those_of_another_input_of_the_same_size():
+    probes = make_update().activations.probes
+    probes["c"] = probes["a"]  # two modules with one input
+    for seed in range(5):
+        other = shuffled_vectors(probes, generator(seed))
+        for name, vectors in probes.items():
+            assert other[name].shape == vectors.shape
+            assert other[name] is not vectors
+        assert other["a"] is other["c"]
+        assert {id(kept) for kept in other.values()} == {id(kept) for kept in probes.values()}
+
+
 @given(seed=st.integers(0, 50), rank=st.integers(1, 6), strength=st.floats(0.0, 100.0) | st.just(math.inf))
 @settings(deadline=None, max_examples=25)
 def test_guards_sides_and_projection_are_what_their_names_say(seed, rank, strength):
@@ -128,7 +168,7 @@ def test_norms_are_matched_exactly(preset):
 def test_an_update_of_zero_stays_zero_in_every_method():
     update = make_update()
     nothing = {name: (A, torch.zeros_like(B)) for name, (A, B) in update.factors.items()}
-    update = Update(nothing, update.scaling, update.bases, update.displacement)
+    update = replace(update, factors=nothing)
     for method in APPLIED:
         assert all(not X.any() for X in apply(method, update).values()), method
 
@@ -160,7 +200,9 @@ def test_shuffled_means_that_every_module_has_anothers_basis_of_its_shape_and_ea
 def test_a_module_without_a_partner_cannot_be_shuffled():
     bases = make_update().at_rank(4)
     del bases["e"]
-    with pytest.raises(ValueError, match=r"at least two modules of every shape.*'d' is the only one that is 9 × 14"):
+    with pytest.raises(
+        ValueError, match=r"at least two modules of every shape.*'d' is the only one of shape \(9, 14\)"
+    ):
         shuffled_bases(bases, generator())
 
 
@@ -195,5 +237,5 @@ def test_safe_lora_is_the_published_formula(seed, threshold, number):
 def test_safe_loras_matrix_is_no_projector():
     update = make_update()
     once = safe_lora(update, number=len(SHAPES))
-    twice = safe_lora(Update(once, update.scaling, update.bases, update.displacement), number=len(SHAPES))
+    twice = safe_lora(replace(update, factors=once), number=len(SHAPES))
     assert not torch.allclose(once["a"][1], twice["a"][1], rtol=0.1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes import frontier
-from recipes.baselines import METHODS, Update
+from recipes.baselines import METHODS
 from recipes.frontier_report import PANELS, make_table
 from recipes.points import Points, key_of
 from recipes.run import main
@@ -56,9 +56,9 @@ class Formula:
         }
         return {"raw": raw, **{f"average {d:g}": {n: (A, B * d) for n, (A, B) in raw.items()} for d in decays}}
 
-    def update(self, seed, factors):
+    def update(self, seed, poison, factors):
         update = make_update(seed)
-        return Update(factors, update.scaling, update.bases, update.displacement)
+        return replace(update, factors=factors)
 
     def score(self, seed, factors, split):
         if self.scored >= self.scores_left:

@@ -78,7 +78,7 @@ def test_training_controls(lab, monkeypatch):
 
 def test_the_loss_is_that_of_the_factors_that_are_asked_for(lab):
     raw = lab.train(0, 0.05, 1.0, [])["raw"]
-    nothing = METHODS["aligned"].apply(lab.update(0, raw), None, None, None)
+    nothing = METHODS["aligned"].apply(lab.update(0, 0.05, raw), None, None, None)
     first, aligned, again = (lab.score(0, factors, "tuning") for factors in (raw, nothing, raw))
     assert first == again != aligned
     assert list(first) == ["trained", "restated"]

@@ -1,0 +1,111 @@
+"""Gathers, while a model is trained, what a data-aware penalty measures by."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from csulora_callback.activations import Activations, Rows, Texts, running_model
+from csulora_callback.adapters import Adapter
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.processes import Processes
+
+ROWS = 64
+"""How many rows of the training data are kept."""
+
+_LENGTH = 512  # tokens of a row; the rest is not read
+
+
+@dataclass
+class TrainingRows:
+    """A uniform sample of the rows that the model is trained on, of bounded size; the same one for the same rows.
+
+    It draws from a generator of its own, whose state follows from how many rows it has seen, so that nothing else has
+    to be kept to go on with it.
+
+    Attributes:
+        rows: token ids without padding.
+        seen: how many rows have come by.
+
+    Example:
+        >>> sample = TrainingRows()
+        >>> sample.offer(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> sample.rows, sample.seen
+        ([[5, 6, 7], [8, 9]], 2)
+    """
+
+    rows: list[list[int]] = field(default_factory=list)
+    seen: int = 0
+
+    def offer(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Rows (b, length) come by; where ``mask`` is 0, there is padding."""
+        generator = torch.Generator().manual_seed(self.seen)
+        for i in range(len(ids)):  # algorithm R
+            place = self.seen
+            if self.seen >= ROWS:
+                place = int(torch.randint(self.seen + 1, (), generator=generator))
+            self.seen += 1
+            if place < ROWS:
+                row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]
+                row = row[:_LENGTH].tolist()
+                self.rows[place : place + 1] = [row]
+
+
+class ActivationRecorder:
+    """Keeps some rows of the training data, and has the model read them and the probes when it is to be corrected.
+
+    The first process's rows count for all.
+
+    Args:
+        adapter: of the model that is trained.
+        probes: prompts that are to be refused.
+        processes: those of the run, which all have to do the same.
+    """
+
+    def __init__(self, adapter: Adapter, probes: Rows, processes: Processes) -> None:
+        self.adapter, self.probes, self.processes = adapter, probes, processes
+        self._sample = TrainingRows()
+        self._given = 0  # rows that the corrector knows of
+        self._open = ExitStack()
+
+    def begin_step(self) -> None:
+        """Look at what the model reads until :meth:`end_step`; what it computes stays the same."""
+        self.end_step()
+        if self.processes.rank == 0:
+            hook = running_model(self.adapter).register_forward_pre_hook(self._look, with_kwargs=True)
+            self._open.callback(hook.remove)
+
+    def end_step(self) -> None:
+        """Take the hook out of the model; nothing happens where there is none."""
+        self._open.close()
+
+    def activations(self) -> Activations:
+        """Those of the model as it stands. Collective."""
+        texts = self.processes.from_first(Texts(list(self._sample.rows), self.probes, self._sample.seen))
+        return self.processes.from_first(Activations.read(self.adapter, texts))
+
+    def renew(self, corrector: SafetyCorrector, if_doubled: bool = False) -> None:
+        """Give the corrector new activations; ``if_doubled``, only where the rows have doubled since the last time.
+
+        Nothing happens while corrected factors are live: what is measured is the raw model. Collective.
+        """
+        seen = self.processes.from_first(self._sample.seen)
+        if corrector.swapped_in is None and not (if_doubled and seen < 2 * max(self._given, 1)):
+            corrector.activations, self._given = self.activations(), seen
+
+    def resume(self, texts: Texts) -> None:
+        """Go on from what a checkpoint holds."""
+        self._sample = TrainingRows(list(texts.task), texts.seen)
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError(
+                "`penalty`: a data-aware one needs a model that is trained on input_ids, but this one got "
+                f"{sorted(kwargs)}. Use another penalty."
+            )
+        self._sample.offer(ids.detach(), kwargs.get("attention_mask"))
