@@ -71,7 +71,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         tokens: more are drawn from at random, the same places for all modules.
 
     Raises:
-        ValueError: if a module gets no input, or not one vector for each token.
+        ValueError: if the model has an encoder, or a module gets no input, or not one vector for each token.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -89,6 +89,10 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     if not rows:
         return {}
     model, listener = running_model(adapter), _Listener()
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            "`penalty`: a data-aware one needs a decoder-only model, but this one has an encoder. Use another penalty."
+        )
     device = next(iter(adapter.layers.values())).lora_A.device
     ordered = sorted(rows, key=len)  # little padding
     chosen = _chosen(sum(map(len, ordered)), tokens)

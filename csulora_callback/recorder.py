@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from csulora_callback.activations import Activations, Rows, Texts, running_model
 from csulora_callback.adapters import Adapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 ROWS = 64
 """How many rows of the training data are kept."""
@@ -70,11 +73,13 @@ class ActivationRecorder:
         self.adapter, self.probes, self.processes = adapter, probes, processes
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
+        self._looked = False
         self._open = ExitStack()
 
     def begin_step(self) -> None:
         """Look at what the model reads until :meth:`end_step`; what it computes stays the same."""
         self.end_step()
+        self._looked = True
         if self.processes.rank == 0:
             hook = running_model(self.adapter).register_forward_pre_hook(self._look, with_kwargs=True)
             self._open.callback(hook.remove)
@@ -85,6 +90,11 @@ class ActivationRecorder:
 
     def activations(self) -> Activations:
         """Those of the model as it stands. Collective."""
+        if self._looked and not self._sample.rows and self.processes.rank == 0:
+            logger.warning(
+                "No row of training data was seen, so the data-aware correction knows nothing of the task and costs "
+                "more of it. Is the model compiled, or called by another way than its forward?"
+            )
         texts = self.processes.from_first(Texts(list(self._sample.rows), self.probes, self._sample.seen))
         return self.processes.from_first(Activations.read(self.adapter, texts))
 
