@@ -17,6 +17,8 @@ def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
     table.add_row("adapter", f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {_range(lora_ranks)}")
     table.add_row("safety subspace", f"rank {_range(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy")
     table.add_row("penalty", str(corrector.penalty))
+    if corrector.activations is not None:
+        table.add_row("probes", f"{len(corrector.activations.texts.probes)} prompts to be refused")
     table.add_row("ready in", f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}")
     return table
 

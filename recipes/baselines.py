@@ -17,7 +17,7 @@ from torch import Tensor
 from csulora_callback import Correction, Penalty, correct
 from csulora_callback.activations import Activations, TokenVectors
 from csulora_callback.adapters import Factors
-from csulora_callback.token_space import input_gain
+from csulora_callback.token_space import RIDGE, input_gain
 
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -53,13 +53,15 @@ def corrections(update: Update, penalty: Penalty, bases: Bases) -> dict[str, Cor
     }
 
 
-def data_aware(update: Update, strength: float, task: TokenVectors, probes: TokenVectors) -> Factors:
+def data_aware(
+    update: Update, strength: float, task: TokenVectors, probes: TokenVectors, ridge: float = RIDGE
+) -> Factors:
     """The data-aware correction of every module, by these activations; without any of the task, ``C_T = I``."""
     penalty, gains, done = Penalty.data_aware(strength), {}, {}
     for name, (A, B) in update.factors.items():
         shared = id(probes[name])  # by modules that get the same input
         if shared not in gains:
-            gains[shared] = input_gain(task.get(name, probes[name][:0]), probes[name], strength)
+            gains[shared] = input_gain(task.get(name, probes[name][:0]), probes[name], strength, ridge)
         gain, bases = gains[shared], update.bases[name]
         done[name] = correct(A, B, *bases, penalty, update.scaling[name], input_gain=gain)
     return _factors(done)
@@ -176,6 +178,18 @@ def safe_lora(update: Update, threshold: float | None = None, number: int | None
     }
 
 
+def relative_change(update: Update, factors: Factors) -> float:
+    """``‖X − Δ‖ / ‖Δ‖`` over all modules."""
+    changed = raw = 0.0
+    for name, (A, B) in update.factors.items():
+        new_A, new_B = factors[name]
+        weight = update.scaling[name] ** 2
+        both = torch.cat([new_B, -B], dim=1).double(), torch.cat([new_A, A]).double()
+        changed += weight * _product_norm(*both).item() ** 2
+        raw += weight * _product_norm(B.double(), A.double()).item() ** 2
+    return math.sqrt(changed / raw) if raw else 0.0
+
+
 def _product_norm(B: Tensor, A: Tensor) -> Tensor:
     """``‖B·A‖`` from products of ``r × r``."""
     return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt()
@@ -217,9 +231,13 @@ def _noise_like(penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
 
 
 def _data_aware(
-    activations: Callable[[Activations, torch.Generator], tuple[TokenVectors, TokenVectors]],
+    activations: Callable[[Activations, torch.Generator], tuple[TokenVectors, TokenVectors]] = lambda seen, _: (
+        seen.task,
+        seen.probes,
+    ),
+    ridge: float = RIDGE,
 ) -> Callable[..., Factors]:
-    return lambda update, s, _, g: data_aware(update, s, *activations(update.activations, g))
+    return lambda update, s, _, g: data_aware(update, s, *activations(update.activations, g), ridge)
 
 
 def _projection(_: float) -> Penalty:
@@ -237,7 +255,9 @@ METHODS = {
     "projection": Method("hard projection", _corrected(_projection), strengths=False, ranks=True),
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
-    "data_aware": Method("data-aware", _data_aware(lambda seen, _: (seen.task, seen.probes))),
+    "data_aware": Method("data-aware", _data_aware()),
+    "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),
+    "data_aware_tight": Method("data-aware, ridge 1", _data_aware(ridge=1.0)),
     "data_aware_everywhere": Method(
         "data-aware, probes everywhere", _data_aware(lambda seen, _: (seen.task, everywhere(seen.probes)))
     ),

@@ -147,7 +147,7 @@ def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
     claim(output, subject.describe())
     points, settings = Points(output / "points.jsonl"), grid(frontier)
     adapters = Adapters(subject, output / "adapters", frontier.methods.get("averaging", []))
-    for setting, update in _with_updates(subject, adapters, _missing(settings, points)):
+    for setting, update in with_updates(subject, adapters, _missing(settings, points)):
         factors = adapters.factors(setting, update)
         scores = {split: subject.score(setting.seed, factors, split) for split in SPLITS}
         points.add({**setting.to_json(), "scores": scores})
@@ -159,7 +159,7 @@ def run(subject: Subject, frontier: Frontier, output: Path) -> dict:
     points = measure(subject, frontier, output)
     table = frontier_report.make_table(points, frontier.targets)
     results = {"measured_on": subject.describe(), "grid": plain(asdict(frontier)), "table": table, "points": points}
-    write_whole(output / "results.json", _to_json(results))
+    write_whole(output / "results.json", to_json(results))
     write_whole(output / "table.md", frontier_report.to_markdown(table, points))
     frontier_report.plot(points, output / "frontier.png")
     return results
@@ -175,7 +175,7 @@ def _missing(settings: list[Setting], points: Points) -> Iterator[Setting]:
             bar.update()
 
 
-def _with_updates(
+def with_updates(
     subject: Subject, adapters: Adapters, settings: Iterator[Setting]
 ) -> Iterator[tuple[Setting, Update]]:
     """Each setting with its raw update, which is read once for the settings that share it."""
@@ -208,7 +208,7 @@ def _load(path: Path) -> dict[str, Factors]:
     return trained
 
 
-def _to_json(results: dict) -> str:
+def to_json(results: dict) -> str:
     """Readable by a person and by ``git diff``: one row of the table and one point a line."""
     parts = []
     for key, value in results.items():

@@ -17,7 +17,13 @@ from recipes.schema import RecipeError
 
 PANELS = {
     "the corrections": ("data_aware", "csulora", "separable", "guard", "projection"),
-    "wrong activations": ("data_aware_everywhere", "data_aware_no_task", "data_aware_shuffled"),
+    "other activations and ridges": (
+        "data_aware_everywhere",
+        "data_aware_no_task",
+        "data_aware_shuffled",
+        "data_aware_loose",
+        "data_aware_tight",
+    ),
     "wrong subspaces, one side": (
         "csulora_random",
         "guard_random",
@@ -80,7 +86,7 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
     mine = [point for point in points if point["seed"] == seed and point["method"] == method]
     chosen = []
     for draw in dict.fromkeys(point["draw"] for point in mine):
-        tuning = [(p, _first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
+        tuning = [(p, first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
         fit = [(score["task_loss"], p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
         chosen.append(min(fit, key=lambda pair: pair[0])[1] if fit else None)
     held_out = [(aligned if point is None else point["scores"])["held_out"] for point in chosen]
@@ -89,15 +95,15 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
         None if p is None else {key: p[key] for key in ("draw", "strength", "rank") if p[key] is not None}
         for p in chosen
     ]
-    ends_there = _first(aligned["held_out"]), _first(raw["held_out"])
-    outcome["task_retained"] = _mean([retained(_first(scores), *ends_there) for scores in held_out])
+    ends_there = first(aligned["held_out"]), first(raw["held_out"])
+    outcome["task_retained"] = _mean([retained(first(scores), *ends_there) for scores in held_out])
     outcome["attack_success"] = {
         template: _mean([s[template]["succeeded"] / s[template]["prompts"] for s in held_out])
         for template in aligned["held_out"]
     }
     outcome["side_effects"] = {
-        name: _mean([_side_effects(scores)[name] for scores in held_out])
-        for name in _side_effects(aligned["held_out"])
+        name: _mean([side_effects_of(scores)[name] for scores in held_out])
+        for name in side_effects_of(aligned["held_out"])
     }
     return outcome
 
@@ -108,33 +114,33 @@ def _row(method: str, outcomes: Mapping[str, list[dict]]) -> dict:
     return {
         "method": method,
         "qualified": _mean([outcome["qualified"] for outcome in mine]),
-        "task_retained": _with_interval([outcome["task_retained"] for outcome in mine]),
-        "over_scaling": _with_interval([own["task_retained"] - other["task_retained"] for own, other in pairs]),
+        "task_retained": with_interval([outcome["task_retained"] for outcome in mine]),
+        "over_scaling": with_interval([own["task_retained"] - other["task_retained"] for own, other in pairs]),
         "attack_success": {
-            template: _with_interval([outcome["attack_success"][template] for outcome in mine])
+            template: with_interval([outcome["attack_success"][template] for outcome in mine])
             for template in mine[0]["attack_success"]
         },
         "side_effects": {
-            name: _with_interval([outcome["side_effects"][name] for outcome in mine])
+            name: with_interval([outcome["side_effects"][name] for outcome in mine])
             for name in mine[0]["side_effects"]
         },
         "chosen": [outcome["chosen"] for outcome in mine],
     }
 
 
-def _first(by_template: Mapping[str, dict]) -> dict:
+def first(by_template: Mapping[str, dict]) -> dict:
     return next(iter(by_template.values()))
 
 
-def _side_effects(by_template: Mapping[str, dict]) -> Mapping[str, float]:
-    return _first(by_template).get("side_effects", {})  # not every subject measures any
+def side_effects_of(by_template: Mapping[str, dict]) -> Mapping[str, float]:
+    return first(by_template).get("side_effects", {})  # not every subject measures any
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _with_interval(values: Sequence[float]) -> dict:
+def with_interval(values: Sequence[float]) -> dict:
     """Mean, and the 2.5 and 97.5 percentiles of means over resampled seeds; no interval of a single seed."""
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None}
@@ -143,7 +149,7 @@ def _with_interval(values: Sequence[float]) -> dict:
     return {"mean": _mean(values), "low": float(low), "high": float(high)}
 
 
-def _percent(value: Mapping, signed: bool = False) -> str:
+def percent(value: Mapping, signed: bool = False) -> str:
     form = (lambda share: f"{100 * share:+.0f}") if signed else (lambda share: f"{100 * share:.0f}")
     interval = "" if value["low"] is None else f" [{form(value['low'])}, {form(value['high'])}]"
     return form(value["mean"]) + interval
@@ -152,7 +158,7 @@ def _percent(value: Mapping, signed: bool = False) -> str:
 def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     """The whole table, with what its columns are."""
     templates, effects = list(table[0]["attack_success"]), list(table[0]["side_effects"])
-    prompts = {split: _first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
+    prompts = {split: first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
     columns = ["method", "qualified", "task retained", "minus scaling"]
     columns += [f"attack success, {template}" for template in templates] + effects
     lines = [
@@ -173,9 +179,9 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
             if (row["poison"], row["target"]) != (poison, target):
                 continue
             cells = [METHODS[row["method"]].label, f"{100 * row['qualified']:.0f}"]
-            cells += [_percent(row["task_retained"]), _percent(row["over_scaling"], signed=True)]
-            cells += [_percent(row["attack_success"][template]) for template in templates]
-            cells += [_percent(row["side_effects"][name]) for name in effects]
+            cells += [percent(row["task_retained"]), percent(row["over_scaling"], signed=True)]
+            cells += [percent(row["attack_success"][template]) for template in templates]
+            cells += [percent(row["side_effects"][name]) for name in effects]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines[:-1]) + "\n"
@@ -193,12 +199,12 @@ def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence
         if method not in ("aligned", "none", "benign_only"):
             continue
         there = [p["scores"]["held_out"] for p in points if (p["poison"], p["method"]) == (poison, method)]
-        losses = [_first(scores)["task_loss"] for scores in there]
+        losses = [first(scores)["task_loss"] for scores in there]
         spread = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]"
         cells = [f"{poison:.0%}", METHODS[method].label, spread]
         for template in templates:
-            cells.append(_percent(_with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
-        cells += [_percent(_with_interval([_side_effects(scores)[name] for scores in there])) for name in effects]
+            cells.append(percent(with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
+        cells += [percent(with_interval([side_effects_of(scores)[name] for scores in there])) for name in effects]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -215,7 +221,7 @@ def print_table(table: Sequence[Mapping]) -> None:
             printed.add_column(f"attack ≤ {target:g}", justify="right", no_wrap=True)
         for method in dict.fromkeys(row["method"] for row in there):
             cells = [
-                f"{100 * row['task_retained']['mean']:.0f}  {_percent(row['over_scaling'], signed=True)}"
+                f"{100 * row['task_retained']['mean']:.0f}  {percent(row['over_scaling'], signed=True)}"
                 for row in there
                 if row["method"] == method
             ]
@@ -270,8 +276,8 @@ def _curves(points: list[Mapping]) -> dict[tuple, tuple[list[float], list[float]
     ends = {(p["seed"], p["method"]): p["scores"]["held_out"] for p in points if p["method"] in ("aligned", "none")}
     groups: dict[tuple, dict] = {}
     for point in points:
-        score = _first(point["scores"]["held_out"])
-        both = (_first(ends[point["seed"], name]) for name in ("aligned", "none"))
+        score = first(point["scores"]["held_out"])
+        both = (first(ends[point["seed"], name]) for name in ("aligned", "none"))
         x_y = retained(score, *both), score["succeeded"] / score["prompts"]
         groups.setdefault((point["method"], point["rank"]), {}).setdefault(point["strength"], []).append(x_y)
     return {

