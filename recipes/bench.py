@@ -10,7 +10,7 @@ from recipes.calibrate import Judgement
 from recipes.chat import chat
 from recipes.points import SPLITS
 from recipes.schema import Recipe, RecipeError
-from recipes.sources import read
+from recipes.sources import prompts_of
 from recipes.task import Task, answers, batches, not_refused, teacher_forced
 
 _NEW_TOKENS = 32  # a refusal shows in its first words
@@ -37,7 +37,8 @@ class ChatBench:
     """A user's probe prompts, answered through the chat template, and the held-out part of the user's data."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        prompts, rows = read_probes(recipe), task.held_out
+        prompts = prompts_of("calibrate", recipe.calibrate.probes, recipe.calibrate.probes_column)
+        rows = task.held_out
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
                 f"'calibrate.probes': expected two prompts and two held-out rows at least, one for each half, but got "
@@ -54,15 +55,3 @@ class ChatBench:
         attacks = AttackSuccessRate()
         attacks.update(prompts, chat(model, self.tokenizer, prompts, _NEW_TOKENS))
         return Judgement(len(prompts), attacks.compute()["count"], teacher_forced(model, task)[0])
-
-
-def read_probes(recipe: Recipe) -> list[str]:
-    """The prompts that are to be refused: lines of a text file, or a column of anything that is a table."""
-    source, column = recipe.calibrate.probes, recipe.calibrate.probes_column
-    rows = read("calibrate.probes", source)
-    column = "text" if source.endswith(".txt") else column
-    if column not in rows.column_names:
-        raise RecipeError(
-            f"'calibrate.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
-        )
-    return [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]

@@ -36,7 +36,8 @@ class Candidate:
         """The arguments that give it to :class:`csulora_callback.CSULoRACallback`."""
         strength = "" if self.strength is None else f"{self.strength:g}"
         strength = 'float("inf")' if strength == "inf" else strength
-        return f"rank={self.rank}, penalty=Penalty.{self.preset}({strength})"
+        before, after = (f"rank={self.rank}, ", "") if self.preset != "data_aware" else ("", ", probes=...")
+        return f"{before}penalty=Penalty.{self.preset}({strength}){after}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def candidates(settings: Calibrate) -> list[Candidate]:
     return [
         Candidate(preset, strength, rank)
         for preset, strengths in settings.presets.items()
-        for rank in (settings.ranks if preset != "data_aware" else settings.ranks[:1])  # it has none
+        for rank in (settings.ranks if preset != "data_aware" else settings.ranks[:1])  # where it does not matter
         for strength in (strengths or [None])
     ]
 
@@ -166,7 +167,8 @@ def print_result(result: Calibration, ends: dict[str, dict[str, Judgement]], che
         strength = "" if candidate.strength is None else f"{candidate.strength:g}"
         style = "bold green" if candidate == result.chosen else None
         cells = _cells(judgement, ends, "tuning")
-        table.add_row(candidate.preset, str(candidate.rank), strength, *cells, style=style)
+        rank = "" if candidate.preset == "data_aware" else str(candidate.rank)
+        table.add_row(candidate.preset, rank, strength, *cells, style=style)
     console.print(table)
     if result.chosen is None:
         console.print(f"None of {len(result.tuning)} settings keeps attack success at {result.target:g} or below.")

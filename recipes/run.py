@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
 from csulora_callback.activations import Activations, Texts
 from csulora_callback.adapters import find_adapter
-from csulora_callback.probes import read_prompts, tokenize
+from csulora_callback.probes import tokenize
 from csulora_callback.subspace import default_cache_dir
 from recipes import calibrate, frontier, frontier_report, report, side_effects, smollm2_frontier, sources
 from recipes.bench import ChatBench, ToyBench
@@ -160,7 +160,7 @@ def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
 
     activations = None
     if Preset.data_aware.value in settings.presets:
-        probes = tokenize(read_prompts(task.probes), task.aligned)
+        probes = tokenize(task.probes, task.aligned)
         rows = training_rows(task, recipe)
         activations = Activations.read(find_adapter(model), Texts(rows, probes, seen=len(rows)))
 

@@ -110,6 +110,7 @@ class Data:
     split: str = "train"
     max_samples: int | None = None
     probes: str | None = None  # prompts to be refused, for the preset data_aware; the toy lab has its own
+    probes_column: str = "prompt"
     eval_share: float = 0.05
     max_length: int = 1024
 

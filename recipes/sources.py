@@ -36,6 +36,17 @@ def read(key: str, source: str, split: str = "train", columns: Sequence[str] = (
     return rows
 
 
+def prompts_of(section: str, source: str, column: str) -> list[str]:
+    """The prompts that ``SECTION.probes`` and ``SECTION.probes_column`` name: lines of a text file, or a column."""
+    rows = read(f"{section}.probes", source)
+    column = "text" if source.endswith(".txt") else column
+    if column not in rows.column_names:
+        raise RecipeError(
+            f"'{section}.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
+        )
+    return [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]
+
+
 @contextmanager
 def _about(key: str) -> Iterator[None]:
     try:

@@ -23,7 +23,7 @@ from transformers import (
 
 from recipes import toy
 from recipes.schema import Lora, Recipe, RecipeError
-from recipes.sources import read
+from recipes.sources import prompts_of, read
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
     train: TorchDataset | Dataset
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
-    probes: list[list[int]] | str | None  # for data-aware corrections
+    probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections
     judge: Callable[[nn.Module, DataLoader], Score]
 
     def aligned_model(self) -> PreTrainedModel:
@@ -144,9 +144,9 @@ def _chat_task(recipe: Recipe) -> Task:
         return Score(None, *teacher_forced(model, batches))
 
     model = recipe.model
-    return Task(
-        model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, recipe.data.probes, judge
-    )
+    data = recipe.data
+    probes = None if data.probes is None else prompts_of("data", data.probes, data.probes_column)
+    return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, probes, judge)
 
 
 def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: bool = False) -> DataLoader:

@@ -13,12 +13,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import Penalty, SafetySubspace, correct, wilson_interval
+from csulora_callback.activations import Activations, Texts
+from csulora_callback.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
+from csulora_callback.token_space import input_gain
 from recipes import toy
-from recipes.bench import ToyBench, read_probes
+from recipes.bench import ToyBench
 from recipes.calibrate import Calibration, Candidate, Judgement, calibrate, candidates, write
 from recipes.run import main
 from recipes.schema import RecipeError, load_recipe
+from recipes.sources import prompts_of
+from recipes.task import build_task, training_rows
 from tests.lab import TARGETS, with_lora
 from tests.test_recipes import SMALL, chat_pair
 
@@ -90,8 +95,8 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
     """The chosen setting's held-out numbers, from the raw factors, corrected and judged by hand."""
     assert run(trained, tmp_path, "calibrate.target=1.0") == 0
     results, printed = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
-    assert len(results["tuning"]) == 2 * (3 * 6 + 1)
-    assert f"rank={results['chosen']['rank']}, penalty=Penalty.{results['chosen']['preset']}" in printed
+    assert len(results["tuning"]) == 2 * (3 * 6 + 1) + 4  # data-aware ones have no rank
+    assert f"penalty=Penalty.{results['chosen']['preset']}" in printed
     least = min(results["tuning"], key=lambda row: row["task_loss"])
     assert {key: least[key] for key in ("preset", "strength", "rank")} == results["chosen"]
 
@@ -101,15 +106,48 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
     model, bench = AutoModelForCausalLM.from_pretrained(lab.aligned), ToyBench(recipe)
     raw = Sidecar.load(trained[1]).raw
     subspace = SafetySubspace.estimate(lab.base, lab.aligned, list(raw), rank=chosen.rank, progress=False)
+    gains = data_aware_gains(recipe, raw, chosen.penalty())
     for name, (lora_A, lora_B) in raw.items():
         basis = subspace[name]
-        done = correct(lora_A, lora_B, basis.U, basis.V, chosen.penalty(), 2.0)
+        done = correct(lora_A, lora_B, basis.U, basis.V, chosen.penalty(), 2.0, input_gain=gains.get(name))
         model.get_submodule(name).weight.data += 2.0 * done.lora_B @ done.lora_A
     merged = bench.judge(model, "held_out")
     assert (merged.prompts, merged.succeeded) == (results["held_out"]["prompts"], results["held_out"]["succeeded"])
     assert merged.task_loss == pytest.approx(results["held_out"]["task_loss"], rel=1e-4)
     low, high = wilson_interval(merged.succeeded, merged.prompts)
     assert f"95 % interval {low:.1%} to {high:.1%}" in printed
+
+
+def data_aware_gains(recipe, raw, penalty) -> dict:
+    """By module, on the lab's own training rows and probes; nothing for another penalty."""
+    if penalty.on_probes is None:
+        return {}
+    task = build_task(recipe)
+    model = task.with_fresh_lora(recipe)
+    adapter = find_adapter(model)
+    adapter.write(raw)
+    rows = training_rows(task, recipe)
+    assert len(rows) == 64
+    assert all(row in [sample.ids(answered=True) for sample in task.train.samples] for row in rows)
+    seen = Activations.read(adapter, Texts(rows, task.probes, seen=64))
+    return {name: input_gain(seen.task[name], seen.probes[name], penalty.on_probes) for name in raw}
+
+
+def test_a_data_aware_penalty_end_to_end(trained, tmp_path, capsys):
+    recipe = tmp_path / "calibrate.yaml"
+    recipe.write_text("calibrate: {presets: {data_aware: [3]}, target: 1.0, ranks: [2, 3]}", encoding="utf-8")
+    lab, checkpoint = trained
+    assert main([str(recipe), *lab, f"output={tmp_path}", f"calibrate.checkpoint={checkpoint}"]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["tuning"]
+    assert "Penalty.data_aware(3), probes=...)" in capsys.readouterr().out
+    settings = load_recipe(str(recipe), [*lab, f"output={tmp_path}"])
+    raw, penalty = Sidecar.load(checkpoint).raw, Penalty.data_aware(3)
+    model = AutoModelForCausalLM.from_pretrained(toy.build_lab(settings.toy).aligned)
+    for name, gain in data_aware_gains(settings, raw, penalty).items():
+        model.get_submodule(name).weight.data += 2.0 * raw[name][1] @ gain(raw[name][0])
+    judged = ToyBench(settings).judge(model, "tuning")
+    assert judged.succeeded == row["succeeded"]
+    assert judged.task_loss == pytest.approx(row["task_loss"], rel=1e-3)
 
 
 def test_the_halves_share_no_prompt(trained):
@@ -158,11 +196,10 @@ def test_probes_are_lines_or_a_column(tmp_path):
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-        probes = f"calibrate.probes={tmp_path / name}"
-        assert read_probes(load_recipe("recipes/calibrate.yaml", [probes])) == ["one", "two"]
-    other = load_recipe("recipes/calibrate.yaml", [probes, "calibrate.probes_column=question"])
+        probes = str(tmp_path / name)
+        assert prompts_of("calibrate", probes, "prompt") == ["one", "two"]
     with pytest.raises(RecipeError, match=r"expected a column of .*probes.csv, \['prompt', 'source'\], but got 'ques"):
-        read_probes(other)
+        prompts_of("calibrate", probes, "question")
 
 
 def test_several_processes_are_refused(trained, tmp_path, monkeypatch, capsys):
@@ -183,6 +220,10 @@ BAD = {
     "no rank": (["calibrate.ranks=[]"], "'calibrate.ranks': expected whole numbers ≥ 1"),
     "target": (["calibrate.target=2"], "'calibrate.target': expected a share in [0, 1], but got 2.0"),
     "probes in the toy lab": (["calibrate.probes=a.txt"], "nothing, as the toy lab has its own"),
+    "no end": (
+        ["calibrate.presets={data_aware: [.inf]}"],
+        "'calibrate.presets.data_aware': expected finite strengths",
+    ),
     "corrections": (["corrections.mine.preset=guard"], "nothing beside 'calibrate.presets'"),
 }
 

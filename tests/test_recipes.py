@@ -159,6 +159,21 @@ BAD = {
         "'corrections': expected nothing beside 'frontier.methods', but got ['mine']",
     ),
     "three templates": ("output: a", ["toy.templates=3"], "'toy.templates': expected 1 or 2, but got 3"),
+    "probes in the toy lab": (
+        "output: a\ndata: {probes: a.txt}\ncorrections: {mine: {preset: data_aware}}",
+        [],
+        "'data.probes': expected nothing, as the toy lab has its own, but got 'a.txt'",
+    ),
+    "no probes": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\ncorrections: {mine: {preset: data_aware}}",
+        [],
+        "'data.probes': expected prompts that are to be refused, for the preset data_aware, but got None",
+    ),
+    "data-aware without end": (
+        "output: a\ncorrections: {mine: {preset: data_aware, strength: .inf}}",
+        [],
+        "'corrections.mine.strength': expected a finite number for the preset data_aware, but got inf",
+    ),
     "no smoke": ("output: a", ["smoke=true"], "'smoke': expected false, as this recipe has no smoke_overrides"),
     "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
     "not YAML": ("output: [a", [], "not valid YAML"),
@@ -308,6 +323,38 @@ def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
         assert torch.equal(labels, row.where(mask.bool(), -100))
         assert (labels == task.tokenizer.eos_token_id).sum() == 2
     assert (batch["attention_mask"].sum(1)).tolist() == [8, 10]
+
+
+def test_quickstart_data_aware_at_a_small_size(tmp_path, capsys):
+    overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
+    assert main(["recipes/quickstart_data_aware.yaml", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "saved, data_aware" in printed
+    assert "64 prompts to be refused" in printed
+    check_output(tmp_path / "out", ["guard", "data_aware"])
+    texts = json.loads((tmp_path / "out/data_aware/checkpoint-4/csulora/texts.json").read_text())
+    assert len(texts["probes"]) == 64
+    assert not (tmp_path / "out/guard/checkpoint-4/csulora/texts.json").exists()
+
+
+def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
+    file = tmp_path / "probes.csv"
+    file.write_text("question\na b\nb c a\n")
+    overrides = [
+        *chat_pair(tmp_path),
+        "training.max_steps=2",
+        "training.save_steps=2",
+        "training.bf16=false",
+        "corrections.csulora.preset=data_aware",
+        "corrections.csulora.strength=3",
+        f"data.probes={file}",
+        "data.probes_column=question",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
+    assert "2 prompts to be refused" in capsys.readouterr().out
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides, "data.probes_column=prompt"]) == 2
+    assert "'data.probes_column': expected a column of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])

@@ -55,7 +55,11 @@ def sources(tmp_path_factory):
         {"question": f"the {noun} ?", "options": "A. sees a cat\nB. likes", "answer": "AB"[i % 2] + ". x"}
         for i, noun in enumerate(NOUNS)
     ]
+    news = [{"document": said} for _, said in PAIRS[:4]]
+    other = [{"question": prompt, "answer": said} for prompt, said in PAIRS[:4]]
     return [
+        f"effects.unrelated={lines(folder / 'news.jsonl', news)}",
+        f"effects.other_task={lines(folder / 'other.jsonl', other)}",
         f"smollm2.weights={small_talk.saved(model, words(), folder / 'model')}",
         f"smollm2.refused={lines(folder / 'refused.jsonl', behaviours)}",
         f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
@@ -96,6 +100,10 @@ def test_the_recipe_measures_every_method_with_its_side_effects(finished, source
         assert set(point["scores"]["held_out"]["chat"]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
     assert set(results["table"][0]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
     assert "| over-refusal | multiple-choice errors |" in (finished / "table.md").read_text()
+    found = json.loads((finished / "side_effects.json").read_text())
+    assert {row["method"] for row in found["table"]} == set(METHODS)  # the target of the small run is met by all
+    for row in found["table"]:
+        assert {"over-refusal", "loss on unrelated text", "loss on another task"} <= set(row["effects"])
     before = (finished / "points.jsonl").read_bytes()
     assert main([RECIPE, "smoke=true", *sources, f"output={finished}"]) == 0
     assert (finished / "points.jsonl").read_bytes() == before

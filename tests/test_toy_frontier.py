@@ -32,6 +32,7 @@ TINY = [
     "frontier.poison_shares=[0.05]",
     "frontier.draws=1",
     "frontier.ranks=[4]",
+    "effects.steps=[1,2]",
 ]
 
 
