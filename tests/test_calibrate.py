@@ -59,6 +59,10 @@ def test_candidates_are_presets_by_ranks_by_strengths_and_their_code_makes_them(
     for candidate in [*tried, Candidate("guard", float("inf"), 3)]:
         made = eval(f"dict({candidate.code()})", {"Penalty": Penalty, "float": float, "dict": dict})
         assert made == {"rank": candidate.rank, "penalty": candidate.penalty()}
+    settings.presets = {"data_aware": [1.0, 3.0]}  # which has no rank
+    assert [candidate.code() for candidate in candidates(settings)] == [
+        f"penalty=Penalty.data_aware({strength}), probes=..." for strength in (1, 3)
+    ]
 
 
 def test_a_truncated_subspace_is_that_of_the_smaller_rank(pair):
@@ -95,7 +99,7 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
     """The chosen setting's held-out numbers, from the raw factors, corrected and judged by hand."""
     assert run(trained, tmp_path, "calibrate.target=1.0") == 0
     results, printed = json.loads((tmp_path / "results.json").read_text()), capsys.readouterr().out
-    assert len(results["tuning"]) == 2 * (3 * 6 + 1) + 4  # data-aware ones have no rank
+    assert len(results["tuning"]) == 2 * (3 * 6 + 1)
     assert f"penalty=Penalty.{results['chosen']['preset']}" in printed
     least = min(results["tuning"], key=lambda row: row["task_loss"])
     assert {key: least[key] for key in ("preset", "strength", "rank")} == results["chosen"]
@@ -106,10 +110,9 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
     model, bench = AutoModelForCausalLM.from_pretrained(lab.aligned), ToyBench(recipe)
     raw = Sidecar.load(trained[1]).raw
     subspace = SafetySubspace.estimate(lab.base, lab.aligned, list(raw), rank=chosen.rank, progress=False)
-    gains = data_aware_gains(recipe, raw, chosen.penalty())
     for name, (lora_A, lora_B) in raw.items():
         basis = subspace[name]
-        done = correct(lora_A, lora_B, basis.U, basis.V, chosen.penalty(), 2.0, input_gain=gains.get(name))
+        done = correct(lora_A, lora_B, basis.U, basis.V, chosen.penalty(), 2.0)
         model.get_submodule(name).weight.data += 2.0 * done.lora_B @ done.lora_A
     merged = bench.judge(model, "held_out")
     assert (merged.prompts, merged.succeeded) == (results["held_out"]["prompts"], results["held_out"]["succeeded"])
@@ -119,9 +122,7 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
 
 
 def data_aware_gains(recipe, raw, penalty) -> dict:
-    """By module, on the lab's own training rows and probes; nothing for another penalty."""
-    if penalty.on_probes is None:
-        return {}
+    """By module, on the lab's own training rows and probes."""
     task = build_task(recipe)
     model = task.with_fresh_lora(recipe)
     adapter = find_adapter(model)
@@ -220,10 +221,7 @@ BAD = {
     "no rank": (["calibrate.ranks=[]"], "'calibrate.ranks': expected whole numbers ≥ 1"),
     "target": (["calibrate.target=2"], "'calibrate.target': expected a share in [0, 1], but got 2.0"),
     "probes in the toy lab": (["calibrate.probes=a.txt"], "nothing, as the toy lab has its own"),
-    "no end": (
-        ["calibrate.presets={data_aware: [.inf]}"],
-        "'calibrate.presets.data_aware': expected finite strengths",
-    ),
+    "no end": (["calibrate.presets.data_aware=[.inf]"], "'calibrate.presets.data_aware': expected finite strengths"),
     "corrections": (["corrections.mine.preset=guard"], "nothing beside 'calibrate.presets'"),
 }
 
