@@ -48,7 +48,12 @@ class CorrectedAdapter:
 
     @property
     def sidecar(self) -> Sidecar:
-        """What is written beside the corrected adapter."""
+        """What is written beside the corrected adapter, wherever it is saved."""
+        return Sidecar(self.raw, self.record)
+
+    @property
+    def sidecar_of_checkpoint(self) -> Sidecar:
+        """The same with the texts: training goes on from a checkpoint, and what is shipped must not hold its data."""
         return Sidecar(self.raw, self.record, self.texts)
 
 

@@ -107,7 +107,7 @@ class HuggingFaceEvents(TrainerCallback):
         """The checkpoint is written: close the window."""
         folder = _checkpoint_folder(args, state)
         if _saves_shards_only() and state.is_world_process_zero and folder.is_dir():
-            self._corrector.compute().sidecar.save(folder)  # no save_pretrained was there to do it
+            self._corrector.compute().sidecar_of_checkpoint.save(folder)  # no save_pretrained was there to do it
         self._corrector.restore()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
@@ -200,7 +200,8 @@ class HuggingFaceEvents(TrainerCallback):
 
         def write_sidecar(adapter: CorrectedAdapter, save_directory: str | os.PathLike, kwargs: dict) -> None:
             if kwargs.get("is_main_process", True):
-                adapter.sidecar.save(save_directory)
+                checkpoint = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+                (adapter.sidecar_of_checkpoint if checkpoint else adapter.sidecar).save(save_directory)
             self._record_save(adapter, state)
 
         save_pretrained.uncorrected = original

@@ -96,6 +96,10 @@ def test_evaluation_and_what_follows_the_last_step_see_what_ships(pair, tmp_path
     assert_same(live(trainer.model), saved(Path(trainer.state.best_model_checkpoint)))
     trainer.save_model(tmp_path / "shipped")
     assert_same(saved(tmp_path / "shipped"), live(trainer.model))
+    assert {file.name for file in (tmp_path / "shipped/csulora").iterdir()} == {
+        "correction.json",
+        "raw_adapter.safetensors",
+    }
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path):
@@ -128,7 +132,7 @@ def test_a_save_by_hand_is_corrected_by_what_was_read_last(pair, tmp_path):
     assert any(
         not torch.equal(saved(tmp_path / "by-hand")[key], value) for key, value in raw(tmp_path / "by-hand").items()
     )
-    assert Sidecar.load(tmp_path / "by-hand").texts.seen in (16, 20, 24)
+    assert Sidecar.load(tmp_path / "by-hand").texts is None  # training data stays in checkpoints
 
 
 def test_correcting_every_few_steps_goes_on_from_the_corrected_weights(pair, tmp_path):
@@ -244,7 +248,7 @@ def test_in_lightning(pair, tmp_path):
         assert texts.seen == 4 * step
         assert_corrected(pair, state, factors, texts)
         assert_same(saved(file.with_suffix(".adapter")), state)
-        assert Sidecar.load(file.with_suffix(".adapter")).texts == texts
+        assert Sidecar.load(file.with_suffix(".adapter")).texts is None  # training data stays in checkpoints
     # Lightning keeps no generator, so that dropout draws anew after a resume: the run without us is the measure.
     again, twin = (
         [*mine, checkpoints(tmp_path / name, "{step}", every_n_train_steps=4, save_top_k=-1)]
