@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from peft import PeftModel
@@ -57,6 +58,11 @@ class Activations:
         """Have the model read them, as :func:`vectors_of` does."""
         return cls(vectors_of(adapter, texts.task), vectors_of(adapter, texts.probes), texts)
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether no vector holds NaN or Inf."""
+        return all(bool(v.isfinite().all()) for kind in (self.task, self.probes) for v in kind.values())
+
 
 @torch.no_grad()
 def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVectors:
@@ -86,6 +92,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         >>> query.shape, query is key  # they get the same input
         (torch.Size([5, 8]), True)
     """
+    rows = [row for row in rows if len(row)]
     if not rows:
         return {}
     model, listener = running_model(adapter), _Listener()

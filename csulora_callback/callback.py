@@ -49,9 +49,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: \\( k \\), the number of singular vectors on each side.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
-        probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
-            file (lines of .txt, or the column ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset.
-            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none.
         strength: of the default penalty; ``0`` corrects nothing.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
@@ -64,10 +61,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             lie in its output folder. Lightning's checkpoints hold everything themselves.
         export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
             folder ``NAME.adapter``.
+        probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
+            file (lines of .txt, or the column ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset.
+            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none.
 
     Raises:
-        ValueError: for arguments out of range, and when training begins for anything that cannot be corrected:
-            unsupported adapters, checkpoints that do not fit, a base equal to the aligned model.
+        ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
+            that cannot be corrected: unsupported adapters, checkpoints that do not fit, a base equal to the aligned
+            model.
 
     Example:
         >>> from csulora_callback import CSULoRACallback
@@ -84,13 +85,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         energy: float | None = None,
         penalty: Penalty | None = None,
         strength: float = 10.0,
-        probes: Probes | None = None,
         every_n_steps: int | None = None,
         evaluate_corrected: bool = True,
         log_every_n_steps: int | None = None,
         cache_dir: str | os.PathLike | None = None,
         resume_from: str | os.PathLike | None = None,
         export_adapter: bool = True,
+        probes: Probes | None = None,
     ) -> None:
         HuggingFaceEvents.__init__(self)
         if (base_model is None) == (subspace is None):
@@ -123,13 +124,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.rank = rank
         self.energy = energy
         self.penalty = Penalty.csulora(strength) if penalty is None else penalty
-        self.probes = None if probes is None else read_prompts(probes)
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
         self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
+        self.probes = None if probes is None else read_prompts(probes)
 
     def __new__(cls, *args: object, **kwargs: object) -> CSULoRACallback:
         return super().__new__(_also_lightnings(cls))

@@ -131,7 +131,7 @@ class SafetyCorrector:
         for known in (self.swapped_in, self._applied):
             if known is not None and digest(live) == known.record["corrected_digest"]:
                 return known
-        if not all_finite(live):
+        if not all_finite(live) or not (self._activations is None or self._activations.finite):
             self._warn_not_finite()
             record = partial(self._record, live, live, {}, {})
             return CorrectedAdapter(live, live, {}, record, self._texts)
@@ -203,8 +203,8 @@ class SafetyCorrector:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "The LoRA factors hold NaN or Inf and are left as they are: a checkpoint saved now holds the raw "
-                "adapter, not a corrected one, and its record says so."
+                "The LoRA factors, or activations with them, hold NaN or Inf and are left as they are: a checkpoint "
+                "saved now holds the raw adapter, not a corrected one, and its record says so."
             )
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:

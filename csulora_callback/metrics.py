@@ -25,7 +25,8 @@ class SafetyDrift(Metric):
     ``csulora/update_norm``              ``‖Δ‖``
     ===================================  =====================================================================
 
-    All but the last are dimensionless; for ``Δ = 0`` everything is 0.
+    All but the last are dimensionless; for ``Δ = 0`` everything is 0. Under a data-aware penalty the update may grow
+    in directions that nothing excites: ``attenuation`` can be negative, and ``relative_change`` above 1.
 
     Example:
         >>> import torch

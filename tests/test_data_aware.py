@@ -260,3 +260,19 @@ def test_in_lightning(pair, tmp_path):
     assert_same(factors, in_lightning.factors_in(tmp_path / "d/step=8.ckpt")[0])
     assert Texts(**torch.load(tmp_path / "c/step=8.ckpt", weights_only=True)["csulora"]["texts"]) == texts
     assert_corrected(pair, state, factors, texts)
+
+
+def test_nan_in_the_factors_saves_the_raw_adapter_and_does_not_stop_the_run(pair, tmp_path, caplog):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 3:
+                next(p for n, p in model.named_parameters() if "lora_B" in n).data.fill_(math.nan)
+
+    with caplog.at_level(logging.WARNING):
+        train(pair, tmp_path, [callback(pair), Break()])
+    assert "hold NaN or Inf" in caplog.text
+    folder = tmp_path / "checkpoint-4"
+    record = Sidecar.load(folder).record
+    assert record["status"].startswith("not corrected")
+    for key, value in saved(folder).items():
+        assert torch.equal(value.nan_to_num(7.0), raw(folder)[key].nan_to_num(7.0))
