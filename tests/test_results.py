@@ -1,12 +1,13 @@
 """The results that are kept follow from the recipe as it is, and the README quotes what they say."""
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from recipes import frontier
+from recipes import frontier, side_effects
 from recipes.baselines import METHODS
 from recipes.frontier_report import make_table, retained, to_markdown
 from recipes.points import key_of, plain
@@ -44,6 +45,40 @@ def test_the_readme_quotes_what_the_results_say():
                 assert cell == quoted(row), (label, target)
                 seen += 1
     assert seen >= 2 * 3 * 17
+
+
+@pytest.mark.parametrize("name", ["frontier", "smollm2_frontier"])
+def test_the_side_effects_that_are_kept_are_those_of_the_chosen_settings(name):
+    recipe, kept = load_recipe(f"recipes/{name}.yaml", []), Path("recipes/results") / name
+    results, found = read(kept), json.loads((kept / "side_effects.json").read_text())
+    assert found["effects"] == plain(asdict(recipe.effects))
+    settings = side_effects.chosen(results["table"], recipe.frontier.seeds, recipe.effects)
+    assert [key_of(point) for point in found["points"]] == [key_of(setting.to_json()) for setting in settings]
+    table = side_effects.make_table(side_effects.with_scores(found["points"], results["points"]))
+    assert table == found["table"]
+    assert side_effects.to_markdown(table, recipe.effects) == (kept / "side_effects.md").read_text()
+
+
+def test_the_readme_quotes_the_side_effects():
+    text, seen = Path("README.md").read_text(), 0
+    labels = {method.label: name for name, method in METHODS.items()}
+    for name, table in re.findall(r"<!-- side effects: (\w+) -->\n((?:\|.*\n)+)", text):
+        found = json.loads((Path("recipes/results") / name / "side_effects.json").read_text())
+        rows = {row["method"]: row for row in found["table"]}
+        head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        for label, *cells in lines:
+            for column, said in zip(head[1:], cells, strict=True):
+                assert said == cell(rows[labels[label]], column, found["effects"]["steps"]), (label, column)
+                seen += 1
+    assert seen >= 2 * 6 * 6
+
+
+def cell(row: dict, column: str, steps: list[int]) -> str:
+    """The mean, as the README says it: losses and changes as numbers, shares in percent."""
+    if column.startswith("after "):
+        return f"{100 * row['again'][steps.index(int(column.split()[1]))]['mean']:.0f}"
+    mean = row["effects"][column]["mean"]
+    return f"{mean:.2f}" if "loss" in column or column == "relative change" else f"{100 * mean:.0f}"
 
 
 @pytest.mark.parametrize("strength", [10.0, 3.0])
