@@ -93,7 +93,7 @@ class Penalty:
         return cls("projection", {}, _projection)
 
     @classmethod
-    def data_aware(cls, strength: float = 3.0) -> Penalty:
+    def data_aware(cls, strength: float = 10.0) -> Penalty:
         """Measures by activations: what the update does to the task is kept, what it does to the probes attenuated.
 
         ``argmin_X ‖(X − Δ) C_T^½‖² + strength · ‖X C_H^½‖²``, with ``C_T`` and ``C_H`` the second moments of a
