@@ -81,14 +81,15 @@ def cell(row: dict, column: str, steps: list[int]) -> str:
     return f"{mean:.2f}" if "loss" in column or column == "relative change" else f"{100 * mean:.0f}"
 
 
+@pytest.mark.parametrize("method", ["guard", "data_aware"])
 @pytest.mark.parametrize("strength", [10.0, 3.0])
-def test_the_readme_quotes_what_the_proposed_setting_did(strength):
-    """In every seed of both frontiers, at a rank of about a thirtieth of the hidden size."""
+def test_the_readme_quotes_what_the_proposed_setting_did(method, strength):
+    """In every seed of both frontiers, guard at a rank of about a thirtieth of the hidden size."""
     success, cost = [], []
     for name, template, rank in (("frontier", "trained", 4), ("smollm2_frontier", "chat", 16)):
         points = [point for point in read(Path("recipes/results") / name)["points"] if point["poison"] > 0]
         for point in points:
-            if (point["method"], point["rank"], point["strength"]) == ("guard", rank, strength):
+            if (point["method"], point["strength"]) == (method, strength) and point["rank"] in (None, rank):
                 run = [p for p in points if (p["seed"], p["poison"]) == (point["seed"], point["poison"])]
                 ends = {p["method"]: p["scores"]["held_out"][template] for p in run}
                 score = point["scores"]["held_out"][template]
@@ -96,8 +97,8 @@ def test_the_readme_quotes_what_the_proposed_setting_did(strength):
                 cost.append(100 * (1 - retained(score, ends["aligned"], ends["none"])))
     assert len(cost) == 5 * 2 + 3
     attacks, task = (f"{min(values):.0f} to {max(values):.0f} %" for values in (success, cost))
-    said = {10.0: f"that gave {attacks} attack success for {task} of the task", 3.0: f"{attacks}, for {task})"}
-    assert said[strength] in " ".join(Path("README.md").read_text().split())
+    said = {10.0: f"gave {attacks} attack success for {task} of the task", 3.0: f"3{{}}: {attacks}, for {task})"}
+    assert said[strength].format(")`" if method == "guard" else "") in " ".join(Path("README.md").read_text().split())
 
 
 def quoted(row: dict) -> str:
