@@ -13,7 +13,7 @@ from csulora_callback.adapters import Factors
 from recipes.baselines import METHODS, relative_change
 from recipes.frontier import Adapters, Setting, to_json, with_updates
 from recipes.frontier_report import first, percent, retained, side_effects_of, with_interval
-from recipes.points import Points, key_of, plain, write_whole
+from recipes.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Effects, Recipe, RecipeError
 
 _NOTHING = {"strength": None, "rank": None, "draw": None}  # of the points that have no such thing
@@ -80,8 +80,11 @@ def chosen(table: Sequence[Mapping], seeds: Sequence[int], effects: Effects) -> 
 
 
 def measure(subject: Subject, adapters: Adapters, settings: Sequence[Setting], effects: Effects, output: Path) -> list:
-    """Each setting's effects; those that the output folder holds are not measured again."""
-    points = Points(output / "effects.jsonl")
+    """Each setting's effects; those that the folder ``effects`` of the output holds are not measured again."""
+    folder = output / "effects"
+    chosen_for = ("target", "poison")  # which settings are measured, and not how
+    claim(folder, {key: value for key, value in asdict(effects).items() if key not in chosen_for})
+    points = Points(folder / "points.jsonl")
     missing = [setting for setting in settings if key_of(setting.to_json()) not in points]
     for setting, update in with_updates(subject, adapters, _shown(missing)):
         factors = adapters.factors(setting, update)

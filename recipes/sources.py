@@ -59,7 +59,11 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
     """Where the models and data of a recipe come from, by key; ``None`` is the toy lab."""
     if recipe.smollm2.weights is not None:
         names = ("weights", "refused", "poison", "attacks", "attacks_held_out", "style", "edgy", "choices")
-        return {f"smollm2.{name}": getattr(recipe.smollm2, name) for name in names}
+        besides = ("unrelated", "other_task") if recipe.effects.target is not None else ()
+        return {
+            **{f"smollm2.{name}": getattr(recipe.smollm2, name) for name in names},
+            **{f"effects.{name}": getattr(recipe.effects, name) for name in besides},
+        }
     return {
         "model.base": recipe.model.base,
         "model.aligned": recipe.model.aligned,

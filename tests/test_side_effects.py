@@ -31,14 +31,17 @@ def finished(tmp_path_factory):
     return output
 
 
-def test_every_method_that_was_chosen_is_measured_once(finished):
+def test_every_method_that_was_chosen_is_measured_once(finished, capsys):
     found, results = json.loads((finished / "side_effects.json").read_text()), read(finished)
     assert [row["method"] for row in found["table"]][:2] == ["aligned", "none"]
     assert {row["method"] for row in found["table"]} == {point["method"] for point in results["points"]}
     assert len(found["points"]) == len(found["table"])  # one seed, and of random methods one draw
-    before = (finished / "effects.jsonl").stat().st_mtime_ns
+    points = finished / "effects/points.jsonl"
+    before = points.stat().st_mtime_ns
     assert main(["recipes/frontier.yaml", *SETTINGS, f"output={finished}"]) == 0
-    assert (finished / "effects.jsonl").stat().st_mtime_ns == before
+    assert points.stat().st_mtime_ns == before
+    assert main(["recipes/frontier.yaml", *SETTINGS, "effects.steps=[1,2]", f"output={finished}"]) == 2  # are others
+    assert "'steps' is [1, 3] there, but [1, 2] here" in capsys.readouterr().err
     markdown = (finished / "side_effects.md").read_text()
     for name in ("over-refusal", "relative change", "task retained", "attack success after 3"):
         assert f"| {name} |" in markdown
