@@ -58,8 +58,6 @@ def sources(tmp_path_factory):
     news = [{"document": said} for _, said in PAIRS[:4]]
     other = [{"question": prompt, "answer": said} for prompt, said in PAIRS[:4]]
     return [
-        f"effects.unrelated={lines(folder / 'news.jsonl', news)}",
-        f"effects.other_task={lines(folder / 'other.jsonl', other)}",
         f"smollm2.weights={small_talk.saved(model, words(), folder / 'model')}",
         f"smollm2.refused={lines(folder / 'refused.jsonl', behaviours)}",
         f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
@@ -68,6 +66,8 @@ def sources(tmp_path_factory):
         f"smollm2.style={lines(folder / 'style.jsonl', style)}",
         f"smollm2.edgy={lines(folder / 'edgy.jsonl', [{'text': prompt} for prompt, _ in PAIRS[::7]])}",
         f"smollm2.choices={lines(folder / 'choices.jsonl', questions)}",
+        f"effects.unrelated={lines(folder / 'news.jsonl', news)}",
+        f"effects.other_task={lines(folder / 'other.jsonl', other)}",
         "smollm2.align_rate=1e-3",
         "training.learning_rate=2e-2",
         "frontier.ranks=[3]",
