@@ -154,7 +154,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
         self._recorder = self._record(adapter, processes)
-        activations = None if self._recorder is None else self._recorder.activations()
+        activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, self.penalty, activations)
         if self.subspace is not None:
             _check_origin(subspace, aligned, processes)

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from csulora_callback.token_space import InputGain
+from csulora_callback.token_space import MAX_STRENGTH, InputGain
 
 BLOCKS = ("aligned", "output", "input", "off")
 
@@ -98,11 +98,13 @@ class Penalty:
 
         ``argmin_X ‖(X − Δ) C_T^½‖² + strength · ‖X C_H^½‖²``, with ``C_T`` and ``C_H`` the second moments of a
         module's inputs on the task and on prompts that are to be refused (:mod:`csulora_callback.token_space`).
-        ``strength`` has to be finite. Nothing is taken from the displacement; rank is kept.
+        Nothing is taken from the displacement; rank is kept. ``strength`` is at most 1e6.
         """
         strength = _checked_multiplier("strength", strength)
-        if not math.isfinite(strength):
-            raise ValueError(f"`strength`: expected a finite number for a data-aware penalty, but got {strength!r}.")
+        if strength > MAX_STRENGTH:
+            raise ValueError(
+                f"`strength`: expected at most {MAX_STRENGTH:g} for a data-aware penalty, but got {strength!r}."
+            )
         return cls("data_aware", {"strength": strength}, _nothing, on_probes=strength)
 
     @classmethod

@@ -119,6 +119,12 @@ class SafetyCorrector:
     def _texts(self) -> Texts | None:
         return None if self._activations is None else self._activations.texts
 
+    def is_live(self) -> bool:
+        """Whether the live factors are the result of a correction. Collective where they are sharded."""
+        if self.swapped_in is not None:
+            return True
+        return self._applied is not None and digest(self.adapter.read()) == self._applied.record["corrected_digest"]
+
     def compute(self, factors: Factors | None = None) -> CorrectedAdapter:
         """The correction of the adapter as it stands, or of ``factors`` taken from it, without touching the model.
 
@@ -215,10 +221,13 @@ class SafetyCorrector:
     def _input_gain(self, name: str, device: torch.device) -> InputGain | None:
         if self.penalty.on_probes is None:
             return None
-        probes = self.activations.probes[name]
-        task = self.activations.task.get(name, probes[:0])  # nothing is known of the task before its first step
+        nothing = torch.empty(0, self.adapter.layers[name].shape[2])
+        task, probes = (kind.get(name, nothing) for kind in (self.activations.task, self.activations.probes))
+        if probes is nothing:
+            return input_gain(nothing, nothing, self.penalty.on_probes)
         if id(probes) not in self._input_gains:  # modules that share an input share the gain
-            self._input_gains[id(probes)] = input_gain(task.to(device), probes.to(device), self.penalty.on_probes)
+            gain = input_gain(task.to(device), probes.to(device), self.penalty.on_probes)
+            self._input_gains[id(probes)] = InputGain(gain.probes.cpu(), gain.response.cpu())  # all of them are large
         return self._input_gains[id(probes)]
 
     def _record(

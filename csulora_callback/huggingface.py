@@ -70,7 +70,8 @@ class HuggingFaceEvents(TrainerCallback):
         self._state = state
         if state.global_step > 0:
             self._restore_raw(args, state)
-        self._wrap_save_pretrained(model)
+        self._renew()
+        self._wrap_save_pretrained(model, args)
         self._training = True
         if args.eval_on_start and self.evaluate_corrected:
             self._corrector.swap_in()
@@ -136,8 +137,9 @@ class HuggingFaceEvents(TrainerCallback):
     def _open_window(self, control: TrainerControl) -> None:
         # With save_strategy="best" the save is decided only after the evaluation. Where evaluations are to see raw
         # weights, a save that follows one is left to the wrapped save_pretrained.
-        if self.evaluate_corrected if control.should_evaluate else control.should_save:
+        if control.should_evaluate or control.should_save:
             self._renew()
+        if self.evaluate_corrected if control.should_evaluate else control.should_save:
             self._corrector.swap_in()
 
     def _renew(self, if_doubled: bool = False) -> None:
@@ -171,9 +173,9 @@ class HuggingFaceEvents(TrainerCallback):
                 "trainer.train() got."
             )
 
-    def _wrap_save_pretrained(self, model: nn.Module) -> None:
+    def _wrap_save_pretrained(self, model: nn.Module, args: TrainingArguments) -> None:
         # Held by the wrapper: the callback itself may be on to another model by the time this one is saved again.
-        corrector, state = self._corrector, self._state
+        corrector, recorder, state, arguments = self._corrector, self._recorder, self._state, args
         original = model.save_pretrained
         if hasattr(original, "uncorrected"):  # a callback of an earlier run wrapped it: correct once, not twice
             original = original.uncorrected
@@ -183,6 +185,8 @@ class HuggingFaceEvents(TrainerCallback):
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
             if kwargs.get("state_dict") is not None:
                 return save_state_dict(save_directory, *args, **kwargs)
+            if recorder is not None and recorder.processes.size == 1:  # of several, one alone may be here
+                recorder.renew(corrector)
             with corrector.corrected() as adapter:
                 write_sidecar(adapter, save_directory, kwargs)
                 return original(save_directory, *args, **kwargs)
@@ -200,7 +204,7 @@ class HuggingFaceEvents(TrainerCallback):
 
         def write_sidecar(adapter: CorrectedAdapter, save_directory: str | os.PathLike, kwargs: dict) -> None:
             if kwargs.get("is_main_process", True):
-                checkpoint = Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+                checkpoint = Path(save_directory).resolve() == _checkpoint_folder(arguments, state).resolve()
                 (adapter.sidecar_of_checkpoint if checkpoint else adapter.sidecar).save(save_directory)
             self._record_save(adapter, state)
 

@@ -68,6 +68,7 @@ class LightningEvents:
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the subspace and refuse what cannot be corrected, before the first step."""
         self._begin(trainer, pl_module)
+        self._renew()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A data-aware penalty looks at the batches."""
@@ -123,7 +124,7 @@ class LightningEvents:
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
-            _wrap_saves(trainer, pl_module, self._corrector, self.export_adapter, self._renew)
+            _wrap_saves(trainer, pl_module, self._corrector, self._recorder, self.export_adapter)
 
     def _renew(self, if_doubled: bool = False) -> None:
         if self._recorder is not None:
@@ -134,8 +135,8 @@ def _wrap_saves(
     trainer: Trainer,
     pl_module: LightningModule,
     corrector: SafetyCorrector,
+    recorder: ActivationRecorder | None,
     export: bool,
-    renew: Callable[[], None],
 ) -> None:
     """Correct the dictionary that Lightning is about to write, and give each checkpoint a PEFT folder beside it."""
     strategy, saving = trainer.strategy, None
@@ -147,7 +148,8 @@ def _wrap_saves(
         if target is not pl_module:  # a deep copy took the attribute along
             return type(target).on_save_checkpoint(target, checkpoint)
         on_save(checkpoint)
-        renew()
+        if recorder is not None:
+            recorder.renew(corrector)
         saving = corrector.compute()
         _put_into(checkpoint, saving, corrector, pl_module)
 

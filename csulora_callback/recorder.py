@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from csulora_callback.activations import Activations, Rows, Texts, running_model
+from csulora_callback.activations import Activations, Rows, Texts, TokenVectors, running_model
 from csulora_callback.adapters import Adapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.processes import Processes
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 ROWS = 64
 """How many rows of the training data are kept."""
 
-_LENGTH = 512  # tokens of a row; the rest is not read
+LENGTH = 512
+"""How many tokens of a row are kept."""
 
 
 @dataclass
@@ -54,7 +55,7 @@ class TrainingRows:
             self.seen += 1
             if place < ROWS:
                 row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]
-                row = row[:_LENGTH].tolist()
+                row = row[:LENGTH].tolist()
                 self.rows[place : place + 1] = [row]
 
 
@@ -80,42 +81,55 @@ class ActivationRecorder:
         """Look at what the model reads until :meth:`end_step`; what it computes stays the same."""
         self.end_step()
         self._looked = True
-        if self.processes.rank == 0:
-            hook = running_model(self.adapter).register_forward_pre_hook(self._look, with_kwargs=True)
-            self._open.callback(hook.remove)
+        hook = running_model(self.adapter).register_forward_pre_hook(self._look, with_kwargs=True)
+        self._open.callback(hook.remove)
 
     def end_step(self) -> None:
         """Take the hook out of the model; nothing happens where there is none."""
         self._open.close()
 
-    def activations(self) -> Activations:
-        """Those of the model as it stands. Collective."""
+    def unread(self) -> Activations:
+        """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
+        return Activations({}, {}, Texts([], self.probes, 0))
+
+    def _read(self) -> Activations:
         if self._looked and not self._sample.rows and self.processes.rank == 0:
             logger.warning(
                 "No row of training data was seen, so the data-aware correction knows nothing of the task and costs "
                 "more of it. Is the model compiled, or called by another way than its forward?"
             )
         texts = self.processes.from_first(Texts(list(self._sample.rows), self.probes, self._sample.seen))
-        return self.processes.from_first(Activations.read(self.adapter, texts))
+        own = self.processes.together(lambda: Activations.read(self.adapter, texts))
+        return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
+
+    def _of_first(self, vectors: TokenVectors) -> TokenVectors:
+        """The first process's, so that all correct alike; one tensor at a time, as all together can be gigabytes."""
+        tensors = {id(tensor): tensor for tensor in vectors.values()}
+        tensors = {key: self.processes.from_first(tensor) for key, tensor in tensors.items()}
+        return {name: tensors[id(tensor)] for name, tensor in vectors.items()}
 
     def renew(self, corrector: SafetyCorrector, if_doubled: bool = False) -> None:
         """Give the corrector new activations; ``if_doubled``, only where the rows have doubled since the last time.
 
-        Nothing happens while corrected factors are live: what is measured is the raw model. Collective.
+        Nothing happens while the live factors are corrected ones: what is measured is the raw model. Collective.
         """
         seen = self.processes.from_first(self._sample.seen)
-        if corrector.swapped_in is None and not (if_doubled and seen < 2 * max(self._given, 1)):
-            corrector.activations, self._given = self.activations(), seen
+        if (if_doubled and seen < 2 * max(self._given, 1)) or corrector.is_live():
+            return
+        corrector.activations, self._given = self._read(), seen
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""
         self._sample = TrainingRows(list(texts.task), texts.seen)
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading
+            return
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError(
                 "`penalty`: a data-aware one needs a model that is trained on input_ids, but this one got "
                 f"{sorted(kwargs)}. Use another penalty."
             )
-        self._sample.offer(ids.detach(), kwargs.get("attention_mask"))
+        if self.processes.rank == 0:
+            self._sample.offer(ids.detach(), kwargs.get("attention_mask"))

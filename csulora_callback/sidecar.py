@@ -44,6 +44,7 @@ class Sidecar:
         target.mkdir(parents=True, exist_ok=True)
         state = to_peft_state_dict(self.raw)
         _write_whole(target / RAW_ADAPTER, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        (target / TEXTS).unlink(missing_ok=True)  # of an earlier checkpoint in this folder
         if self.texts is not None:
             texts = json.dumps(asdict(self.texts))
             _write_whole(target / TEXTS, lambda path: path.write_text(texts, encoding="utf-8"))

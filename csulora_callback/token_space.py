@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.1
+MAX_STRENGTH = 1e6
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,18 @@ class InputGain:
 def input_gain(task: Tensor, probes: Tensor, strength: float, ridge: float = RIDGE) -> InputGain:
     r"""The input side of the data-aware closest safe update, for one module.
 
-    Computes in float64 (float32 on devices without it); costs ``O(d_in · n² + n³)`` with ``n = max(n_T, n_H)``.
+    Computes in float64; costs ``O(d_in · n² + n³)`` with ``n = max(n_T, n_H)``.
 
     Args:
         task: ``T (n_T, d_in)``, token vectors of the task, any floating dtype and scale; ``n_T = 0``, nothing known of
             the task, leaves ``C_T = I``.
         probes: ``H (n_H, d_in)``, token vectors of the probes; without any, nothing is attenuated.
-        strength: ``λ``, finite; 0 gives the identity.
+        strength: ``λ``, at most ``MAX_STRENGTH``, beyond which float64 cannot tell; 0 gives the identity.
         ridge: ``ε``, the weight of closeness in directions that the task does not excite. The smaller it is, the more
             the update may grow there: ``‖X* − Δ‖`` is bounded by ``‖Δ‖`` as ``ε → ∞`` and is not for small ``ε``.
 
     Raises:
-        ValueError: if shapes do not fit together, values are NaN or Inf, ``strength`` is negative or infinite, or
+        ValueError: if shapes do not fit together, values are NaN or Inf, ``strength`` is negative or too large, or
             ``ridge`` is not positive.
 
     Example:
@@ -70,13 +71,13 @@ def input_gain(task: Tensor, probes: Tensor, strength: float, ridge: float = RID
         >>> task, probes = torch.eye(3)[:2], torch.eye(3)[1:]  # the second input is excited by both
         >>> gain = input_gain(task, probes, strength=1.0)
         >>> [round(value, 2) for value in gain(torch.ones(1, 3))[0].tolist()]
-        [1.0, 0.5, 0.0]
+        [1.0, 0.49, 0.06]
     """
     _check_arguments(task, probes, strength, ridge)
-    wide = torch.float32 if probes.device.type == "mps" else torch.float64
-    T, H = (_scaled(tokens.detach().to(probes.device, wide)) for tokens in (task, probes))
+    device = "cpu" if probes.device.type == "mps" else probes.device  # which has no float64, and that is needed here
+    T, H = (_scaled(tokens.detach().to(device, torch.float64)) for tokens in (task, probes))
     if len(T):
-        system = torch.linalg.cholesky(T @ T.T + ridge * torch.eye(len(T), dtype=wide, device=T.device))
+        system = torch.linalg.cholesky(T @ T.T + ridge * _identity(T))
         explained = torch.cholesky_solve(T @ H.T, system).T @ T
         whitened = (1.0 + ridge) / ridge * (H - explained)
     else:
@@ -84,9 +85,13 @@ def input_gain(task: Tensor, probes: Tensor, strength: float, ridge: float = RID
     if strength == 0.0:
         return InputGain(H[:0].float(), H[:0].float())
     inner = whitened @ H.T
-    inner = (inner + inner.T) / 2.0 + torch.eye(len(H), dtype=wide, device=H.device) / strength
+    inner = (inner + inner.T) / 2.0 + _identity(H) / strength
     response = torch.cholesky_solve(whitened, torch.linalg.cholesky(inner))
     return InputGain(H.float(), response.float())
+
+
+def _identity(tokens: Tensor) -> Tensor:
+    return torch.eye(len(tokens), dtype=tokens.dtype, device=tokens.device)
 
 
 def _scaled(tokens: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def _check_arguments(task: Tensor, probes: Tensor, strength: float, ridge: float
         raise ValueError(
             f"`probes`: expected vectors of d_in = {task.shape[1]} as `task` has, but got {probes.shape[1]}."
         )
-    if not 0.0 <= strength < math.inf:
-        raise ValueError(f"`strength`: expected a finite number ≥ 0, but got {strength!r}.")
+    if not 0.0 <= strength <= MAX_STRENGTH:
+        raise ValueError(f"`strength`: expected a number from 0 to {MAX_STRENGTH:g}, but got {strength!r}.")
     if not 0.0 < ridge < math.inf:
         raise ValueError(f"`ridge`: expected a finite number > 0, but got {ridge!r}.")

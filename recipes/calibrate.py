@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from csulora_callback import Penalty, wilson_interval
+from csulora_callback.token_space import MAX_STRENGTH
 from recipes.points import plain, write_whole
 from recipes.schema import Calibrate, Preset, Recipe, RecipeError, make_penalty
 
@@ -83,14 +83,16 @@ def check(recipe: Recipe) -> None:
             refuse("presets.projection", "no strengths, as this preset has none", strengths)
         if preset != "projection" and not (strengths and all(strength > 0 for strength in strengths)):
             refuse(f"presets.{preset}", "strengths > 0, at least one", strengths)
-        if preset == "data_aware" and math.inf in strengths:
-            refuse(f"presets.{preset}", "finite strengths", strengths)
+        if preset == "data_aware" and max(strengths) > MAX_STRENGTH:
+            refuse(f"presets.{preset}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
     if not settings.ranks or min(settings.ranks) < 1:
         refuse("ranks", "whole numbers ≥ 1, at least one", settings.ranks)
     if not 0.0 <= settings.target <= 1.0:
         refuse("target", "a share in [0, 1]", settings.target)
     if recipe.model.base is not None and settings.probes is None:
         refuse("probes", "a .txt or .jsonl file or a Hub dataset of prompts that are to be refused", None)
+    if recipe.data.probes is not None and recipe.data.probes == settings.probes:
+        refuse("probes", "other prompts than data.probes, which the correction has seen", settings.probes)
     if recipe.model.base is None and settings.probes is not None:
         refuse("probes", "nothing, as the toy lab has its own", settings.probes)
     if recipe.model.base is None and recipe.toy.eval_prompts < 2:

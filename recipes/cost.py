@@ -65,7 +65,7 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     probes = torch.randint(size.vocabulary, (size.probes, size.probe_length)).tolist()
     recorder = ActivationRecorder(find_adapter(model), probes, Processes())
-    corrector = SafetyCorrector(model, subspace, Penalty.data_aware(), recorder.activations())
+    corrector = SafetyCorrector(model, subspace, Penalty.data_aware(), recorder.unread())
 
     def step() -> None:
         model(**batch).loss.backward()

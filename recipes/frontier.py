@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from csulora_callback.adapters import Factors
+from csulora_callback.token_space import MAX_STRENGTH
 from recipes import frontier_report
 from recipes.baselines import METHODS, Update
 from recipes.points import SPLITS, Points, claim, key_of, plain, write_whole
@@ -105,6 +106,8 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", "no strengths, as this method has none", strengths)
         if METHODS[name].strengths and not (strengths and all(strength > 0 for strength in strengths)):
             refuse(f"methods.{name}", "strengths > 0, at least one", strengths)
+        if name.startswith("data_aware") and max(strengths) > MAX_STRENGTH:
+            refuse(f"methods.{name}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
         if name == "averaging" and max(strengths) >= 1:
             refuse(f"methods.{name}", "decays < 1", strengths)
         if name == "safe_lora_number" and any(strength % 1 for strength in strengths):

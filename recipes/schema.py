@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from csulora_callback import Penalty
+from csulora_callback.token_space import MAX_STRENGTH
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -395,8 +396,8 @@ def _check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
         if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
-        if correction.preset is Preset.data_aware and correction.strength == math.inf:
-            refuse(f"{key}.strength", "a finite number for the preset data_aware", correction.strength)
+        if correction.preset is Preset.data_aware and (correction.strength or 0.0) > MAX_STRENGTH:
+            refuse(f"{key}.strength", f"at most {MAX_STRENGTH:g} for the preset data_aware", correction.strength)
         if correction.rank < 1:
             refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
         if correction.every_n_steps is not None and correction.every_n_steps < 1:

@@ -22,7 +22,7 @@ from recipes.baselines import Update
 from recipes.chat import chat
 from recipes.lora_pair import LoraPair
 from recipes.points import write_whole
-from recipes.schema import Recipe
+from recipes.schema import Recipe, RecipeError
 from recipes.smollm2 import build_pair, encode
 from recipes.smollm2_data import Choice, Data, Exchange, load, poisoned
 from recipes.sources import read
@@ -60,6 +60,13 @@ def check(recipe: Recipe) -> None:
     data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)
+    effects = recipe.effects
+    if effects.target is None:
+        return
+    for name, columns in (("unrelated", ("document",)), ("other_task", ("question", "answer"))):
+        rows = read(f"effects.{name}", getattr(effects, name), columns=columns)
+        if len(rows) < effects.rows:
+            raise RecipeError(f"'effects.{name}': expected at least {effects.rows} rows, but got {len(rows)}")
 
 
 class SmolLM2Subject:

@@ -44,7 +44,10 @@ def prompts_of(section: str, source: str, column: str) -> list[str]:
         raise RecipeError(
             f"'{section}.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
         )
-    return [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]
+    prompts = [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]
+    if not prompts:
+        raise RecipeError(f"'{section}.probes': {source}: expected prompts, but there is none")
+    return prompts
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers import (
     default_data_collator,
 )
 
+from csulora_callback.recorder import LENGTH
 from recipes import toy
 from recipes.schema import Lora, Recipe, RecipeError
 from recipes.sources import prompts_of, read
@@ -164,11 +165,11 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: b
 
 
 def training_rows(task: Task, recipe: Recipe, count: int = 64) -> list[list[int]]:
-    """Token ids of some of the rows that the task trains on."""
+    """Token ids of some of the rows that the task trains on, as the callback would have kept them."""
     chosen = random.Random(recipe.training.seed).sample(range(len(task.train)), min(count, len(task.train)))
     rows = Subset(task.train, chosen) if task.tokenizer is None else task.train.select(chosen)
     return [
-        ids[mask.bool()].tolist()
+        ids[mask.bool()][:LENGTH].tolist()
         for batch in batches(task, recipe, rows)
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]

@@ -221,7 +221,10 @@ BAD = {
     "no rank": (["calibrate.ranks=[]"], "'calibrate.ranks': expected whole numbers ≥ 1"),
     "target": (["calibrate.target=2"], "'calibrate.target': expected a share in [0, 1], but got 2.0"),
     "probes in the toy lab": (["calibrate.probes=a.txt"], "nothing, as the toy lab has its own"),
-    "no end": (["calibrate.presets.data_aware=[.inf]"], "'calibrate.presets.data_aware': expected finite strengths"),
+    "no end": (
+        ["calibrate.presets.data_aware=[.inf]"],
+        "'calibrate.presets.data_aware': expected strengths of at most 1e+06",
+    ),
     "corrections": (["corrections.mine.preset=guard"], "nothing beside 'calibrate.presets'"),
 }
 

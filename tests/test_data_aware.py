@@ -112,6 +112,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path):
     assert_same(raw(one), raw(other))
     assert_same(saved(one), saved(other))
     assert Sidecar.load(one).texts == Sidecar.load(other).texts
+    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other)]
+    for mine, expected in zip(*histories, strict=True):
+        drift = {key: value for key, value in expected.items() if key.startswith(("csulora/", "loss", "eval_loss"))}
+        assert {key: mine[key] for key in drift} == drift
 
 
 class SaveByHand(TrainerCallback):
@@ -123,15 +127,46 @@ class SaveByHand(TrainerCallback):
             self.trainer.save_model(str(self.folder))
 
 
-def test_a_save_by_hand_is_corrected_by_what_was_read_last(pair, tmp_path):
+def test_where_evaluations_are_raw_a_save_is_corrected_by_what_the_model_reads_then(pair, tmp_path):
+    arguments = {"evaluate_corrected": False, "log_every_n_steps": 100}
+    train(pair, tmp_path, [callback(pair, **arguments)], eval_steps=4)
+    for step in (4, 8):
+        folder = tmp_path / f"checkpoint-{step}"
+        texts = Sidecar.load(folder).texts
+        assert texts.seen == 4 * step
+        assert_corrected(pair, saved(folder), raw(folder), texts)
+
+
+def test_only_what_is_trained_on_counts_as_the_task(pair, tmp_path):
+    class Read(TrainerCallback):
+        """Another callback that has the model read, and generate, in the middle of a step."""
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            with torch.no_grad():
+                model(input_ids=torch.full((2, 5), 3))
+            model.generate(input_ids=torch.full((1, 4), 3), max_new_tokens=2)
+
+    train(pair, tmp_path, [Read(), callback(pair)])
+    texts = Sidecar.load(tmp_path / "checkpoint-8").texts
+    assert sorted(texts.task) == sorted(Tokens().tokens.tolist())
+
+
+def test_an_earlier_checkpoints_texts_do_not_stay_in_a_folder(pair, tmp_path):
+    train(pair, tmp_path, [callback(pair)])
+    assert (tmp_path / "checkpoint-8/csulora/texts.json").exists()
+    train(pair, tmp_path, [callback(pair, probes=None, penalty=Penalty.guard(1.0))])
+    assert not list(tmp_path.rglob("texts.json"))
+
+
+def test_a_save_by_hand_is_corrected(pair, tmp_path):
     by_hand_too = SaveByHand(tmp_path / "by-hand")
     model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
     by_hand_too.trainer = make_trainer(model, tmp_path / "run", [callback(pair), by_hand_too])
     by_hand_too.trainer.train()
-    assert raw(tmp_path / "by-hand").keys() == saved(tmp_path / "by-hand").keys()
-    assert any(
-        not torch.equal(saved(tmp_path / "by-hand")[key], value) for key, value in raw(tmp_path / "by-hand").items()
-    )
+    texts = Sidecar.load(tmp_path / "run/checkpoint-8").texts
+    assert len(texts.task) == texts.seen == 32  # in order, as no more than are kept
+    read = Texts(texts.task[:24], PROBES, 24)
+    assert_corrected(pair, saved(tmp_path / "by-hand"), raw(tmp_path / "by-hand"), read)
     assert Sidecar.load(tmp_path / "by-hand").texts is None  # training data stays in checkpoints
 
 

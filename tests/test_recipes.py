@@ -172,7 +172,7 @@ BAD = {
     "data-aware without end": (
         "output: a\ncorrections: {mine: {preset: data_aware, strength: .inf}}",
         [],
-        "'corrections.mine.strength': expected a finite number for the preset data_aware, but got inf",
+        "'corrections.mine.strength': expected at most 1e+06 for the preset data_aware, but got inf",
     ),
     "no smoke": ("output: a", ["smoke=true"], "'smoke': expected false, as this recipe has no smoke_overrides"),
     "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
