@@ -38,7 +38,7 @@ class Size:
     probes: int = 64
     probe_length: int = 32
     lora_rank: int = 8
-    steps: int = 20  # of each kind
+    steps: int = 10  # of each kind
 
 
 def main(overrides: list[str] | None = None) -> dict[str, float]:
