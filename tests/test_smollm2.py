@@ -66,6 +66,8 @@ def sources(tmp_path_factory):
         f"smollm2.style={lines(folder / 'style.jsonl', style)}",
         f"smollm2.edgy={lines(folder / 'edgy.jsonl', [{'text': prompt} for prompt, _ in PAIRS[::7]])}",
         f"smollm2.choices={lines(folder / 'choices.jsonl', questions)}",
+        "frontier.targets=[0.2,1.0]",  # the second is met by all
+        "effects.target=1.0",
         f"effects.unrelated={lines(folder / 'news.jsonl', news)}",
         f"effects.other_task={lines(folder / 'other.jsonl', other)}",
         "smollm2.align_rate=1e-3",
