@@ -172,6 +172,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                 )
         return corrector
 
+    def _renew(self, if_doubled: bool = False) -> None:
+        """Give the corrector what a data-aware penalty measures by, as the model is now."""
+        if self._recorder is not None:
+            self._recorder.renew(self._corrector, if_doubled)
+
     def _record(self, adapter: Adapter, processes: Processes) -> ActivationRecorder | None:
         if self.probes is None:
             return None

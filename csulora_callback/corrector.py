@@ -19,7 +19,7 @@ from csulora_callback.correction import Correction, Penalty, correct
 from csulora_callback.metrics import SafetyDrift
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
-from csulora_callback.token_space import InputGain, input_gain
+from csulora_callback.token_space import InputGain, input_gains
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class SafetyCorrector:
         self.subspace = subspace
         self.penalty = penalty
         self._activations = activations
-        self._input_gains: dict[int, InputGain] = {}
+        self._input_gains: dict[str, InputGain] | None = None
         self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
         self.swapped_in: CorrectedAdapter | None = None  # what swap_in put into the model, until restore
         self._before_swap: Factors | None = None
@@ -113,7 +113,7 @@ class SafetyCorrector:
 
     @activations.setter
     def activations(self, activations: Activations) -> None:
-        self._activations, self._input_gains = activations, {}
+        self._activations, self._input_gains = activations, None
 
     @property
     def _texts(self) -> Texts | None:
@@ -221,14 +221,11 @@ class SafetyCorrector:
     def _input_gain(self, name: str, device: torch.device) -> InputGain | None:
         if self.penalty.on_probes is None:
             return None
-        nothing = torch.empty(0, self.adapter.layers[name].shape[2])
-        task, probes = (kind.get(name, nothing) for kind in (self.activations.task, self.activations.probes))
-        if probes is nothing:
-            return input_gain(nothing, nothing, self.penalty.on_probes)
-        if id(probes) not in self._input_gains:  # modules that share an input share the gain
-            gain = input_gain(task.to(device), probes.to(device), self.penalty.on_probes)
-            self._input_gains[id(probes)] = InputGain(gain.probes.cpu(), gain.response.cpu())  # all of them are large
-        return self._input_gains[id(probes)]
+        if self._input_gains is None:
+            seen, strength = self.activations, self.penalty.on_probes
+            self._input_gains = input_gains(seen.task, seen.probes, strength, device=device)
+        unread = torch.empty(0, self.adapter.layers[name].shape[2])  # nothing to attenuate by
+        return self._input_gains.get(name, InputGain(unread, unread))
 
     def _record(
         self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]

@@ -51,6 +51,9 @@ class HuggingFaceEvents(TrainerCallback):
     @abstractmethod
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
 
+    @abstractmethod
+    def _renew(self, if_doubled: bool = False) -> None: ...
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
     ) -> None:
@@ -115,7 +118,6 @@ class HuggingFaceEvents(TrainerCallback):
         """Leave the corrected model in memory; the best checkpoint, if one was loaded, is corrected already."""
         corrector = self._corrector
         corrector.restore()
-        self._renew()
         self._training = False
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             live = corrector.adapter.read()
@@ -124,6 +126,7 @@ class HuggingFaceEvents(TrainerCallback):
                 corrector.mark_applied(
                     CorrectedAdapter(saved.raw, live, saved.record["metrics"], lambda: saved.record, saved.texts)
                 )
+        self._renew()  # of the raw model only: nothing is read where the best checkpoint is live
         corrector.apply()
 
     def _after_step(self, state: TrainerState, control: TrainerControl) -> None:
@@ -141,10 +144,6 @@ class HuggingFaceEvents(TrainerCallback):
             self._renew()
         if self.evaluate_corrected if control.should_evaluate else control.should_save:
             self._corrector.swap_in()
-
-    def _renew(self, if_doubled: bool = False) -> None:
-        if self._recorder is not None:
-            self._recorder.renew(self._corrector, if_doubled)
 
     def _restore_raw(self, args: TrainingArguments, state: TrainerState) -> None:
         """On resume the corrected adapter was loaded: find its sidecar by the digest of the live factors.

@@ -47,6 +47,9 @@ class LightningEvents:
     @abstractmethod
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector: ...
 
+    @abstractmethod
+    def _renew(self, if_doubled: bool = False) -> None: ...
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew: the adapter may only be made later, in ``configure_model``."""
         if stage == "fit":
@@ -125,10 +128,6 @@ class LightningEvents:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
             _wrap_saves(trainer, pl_module, self._corrector, self._recorder, self.export_adapter)
-
-    def _renew(self, if_doubled: bool = False) -> None:
-        if self._recorder is not None:
-            self._recorder.renew(self._corrector, if_doubled)
 
 
 def _wrap_saves(

@@ -21,6 +21,7 @@ penalties (:mod:`csulora_callback.correction`) know weights only.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,33 @@ def input_gain(task: Tensor, probes: Tensor, strength: float, ridge: float = RID
     inner = (inner + inner.T) / 2.0 + _identity(H) / strength
     response = torch.cholesky_solve(whitened, torch.linalg.cholesky(inner))
     return InputGain(H.float(), response.float())
+
+
+def input_gains(
+    task: Mapping[str, Tensor],
+    probes: Mapping[str, Tensor],
+    strength: float,
+    ridge: float = RIDGE,
+    device: torch.device | str = "cpu",
+) -> dict[str, InputGain]:
+    """:func:`input_gain` of every module in ``probes``, kept on the CPU, as all together are large.
+
+    Modules that share a tensor of probes, because they get the same input, share the gain. Of a module that is not in
+    ``task`` nothing is known of the task.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.eye(3)
+        >>> gains = input_gains({}, {"q_proj": tokens, "k_proj": tokens}, strength=1.0)
+        >>> gains["q_proj"] is gains["k_proj"]
+        True
+    """
+    by_input: dict[int, InputGain] = {}
+    for name, own in probes.items():
+        if id(own) not in by_input:
+            gain = input_gain(task.get(name, own[:0]).to(device), own.to(device), strength, ridge)
+            by_input[id(own)] = InputGain(gain.probes.cpu(), gain.response.cpu())
+    return {name: by_input[id(own)] for name, own in probes.items()}
 
 
 def _identity(tokens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from csulora_callback import Correction, Penalty, correct
 from csulora_callback.activations import Activations, TokenVectors
 from csulora_callback.adapters import Factors
-from csulora_callback.token_space import RIDGE, input_gain
+from csulora_callback.token_space import RIDGE, input_gains
 
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -57,14 +57,13 @@ def data_aware(
     update: Update, strength: float, task: TokenVectors, probes: TokenVectors, ridge: float = RIDGE
 ) -> Factors:
     """The data-aware correction of every module, by these activations; without any of the task, ``C_T = I``."""
-    penalty, gains, done = Penalty.data_aware(strength), {}, {}
-    for name, (A, B) in update.factors.items():
-        shared = id(probes[name])  # by modules that get the same input
-        if shared not in gains:
-            gains[shared] = input_gain(task.get(name, probes[name][:0]), probes[name], strength, ridge)
-        gain, bases = gains[shared], update.bases[name]
-        done[name] = correct(A, B, *bases, penalty, update.scaling[name], input_gain=gain)
-    return _factors(done)
+    penalty, gains = Penalty.data_aware(strength), input_gains(task, probes, strength, ridge)
+    return _factors(
+        {
+            name: correct(A, B, *update.bases[name], penalty, update.scaling[name], input_gain=gains[name])
+            for name, (A, B) in update.factors.items()
+        }
+    )
 
 
 def everywhere(vectors: TokenVectors) -> TokenVectors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 
 import torch
@@ -86,6 +87,21 @@ class LoraPair:
                 yield self.adapter.read()
         finally:  # whoever asks may stop early
             self.model.eval()
+
+    def factors_after(
+        self,
+        start: Factors,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        counts: Sequence[int],
+    ) -> list[Factors]:
+        """Those of :meth:`steps` after so many steps each; ``counts`` rise."""
+        return [
+            live
+            for done, live in enumerate(islice(self.steps(start, draw, training, seed), counts[-1]), start=1)
+            if done in counts
+        ]
 
 
 def _average(average: Factors, live: Factors, decay: float) -> Factors:

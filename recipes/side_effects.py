@@ -70,11 +70,11 @@ def chosen(table: Sequence[Mapping], seeds: Sequence[int], effects: Effects) -> 
     for place, seed in enumerate(seeds):
         settings += [Setting(seed, effects.poison, name, None, None, None) for name in ("aligned", "none")]
         for row in rows:
-            first = row["chosen"][place][0]
-            if first is None or row["method"] == "none":
+            pick = row["chosen"][place][0]
+            if pick is None or row["method"] == "none":
                 continue
-            strength = None if "strength" not in first else float(first["strength"])
-            rank, draw = first.get("rank"), first.get("draw")
+            strength = None if "strength" not in pick else float(pick["strength"])
+            rank, draw = pick.get("rank"), pick.get("draw")
             settings.append(Setting(seed, effects.poison, row["method"], strength, rank, draw))
     return settings
 

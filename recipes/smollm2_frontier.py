@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -118,12 +117,10 @@ class SmolLM2Subject:
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """Side effects, on held-out prompts only: over-refusal, and errors in the multiple-choice set."""
         at, settings = self._at(seed), self.recipe.smollm2
-        model, prompts = at.merged(factors), at.data.attacks[split]
-        attacks = AttackSuccessRate()
-        attacks.update(prompts, chat(model, at.tokenizer, prompts, settings.new_tokens, settings.eval_batch))
+        model = at.merged(factors)
         score = {
-            "prompts": len(prompts),
-            "succeeded": attacks.compute()["count"],
+            "prompts": len(at.data.attacks[split]),
+            "succeeded": self._attack(at, model, split)["count"],
             "task_loss": teacher_forced(model, self._batches(at, at.data.task[split]))[0],
         }
         if split == "held_out":
@@ -152,16 +149,14 @@ class SmolLM2Subject:
         }
 
     def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
-        at, settings, shares = self._at(seed), self.recipe.smollm2, []
-        prompts = at.data.attacks["held_out"]
-        fine_tune = at.pair.steps(factors, self._draw(seed, poison), self.recipe.training, seed)
-        for done, live in enumerate(islice(fine_tune, max(steps)), start=1):
-            if done in steps:
-                said = chat(at.merged(live), at.tokenizer, prompts, settings.new_tokens, settings.eval_batch)
-                attacks = AttackSuccessRate()
-                attacks.update(prompts, said)
-                shares.append(attacks.compute()["rate"])
-        return shares
+        at = self._at(seed)
+        after = at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps)
+        return [self._attack(at, at.merged(live), "held_out")["rate"] for live in after]
+
+    def _attack(self, at: _SmolLM2, model: PreTrainedModel, split: str) -> dict[str, float]:
+        settings, prompts, attacks = self.recipe.smollm2, at.data.attacks[split], AttackSuccessRate()
+        attacks.update(prompts, chat(model, at.tokenizer, prompts, settings.new_tokens, settings.eval_batch))
+        return attacks.compute()
 
     def _batches(self, at: _SmolLM2, exchanges: list[Exchange]) -> list[dict[str, Tensor]]:
         size, answer_tokens = self.recipe.smollm2.eval_batch, self.recipe.smollm2.answer_tokens

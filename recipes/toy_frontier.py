@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -107,12 +106,9 @@ class ToySubject:
     def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
         at, shares = self._at(seed), []
         attacks, _ = at.prompts["held_out", "trained"]
-        fine_tune = at.pair.steps(factors, self._draw(seed, poison), self.recipe.training, seed)
-        for done, _ in enumerate(islice(fine_tune, max(steps)), start=1):
-            if done in steps:
-                at.pair.model.eval()
-                shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
-                at.pair.model.train()
+        for live in at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps):
+            at.pair.adapter.write(live)
+            shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
         return shares
 
     def _toy(self, seed: int, poison: float = 0.0) -> toy.Toy:
