@@ -4,10 +4,11 @@ from importlib.metadata import version
 
 from csulora_callback.callback import CSULoRACallback
 from csulora_callback.coherence import CoherenceJudge
-from csulora_callback.correction import Correction, Penalty, correct
+from csulora_callback.correction import Correction, correct
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.intervals import wilson_interval
 from csulora_callback.metrics import SafetyDrift
+from csulora_callback.penalty import Penalty
 from csulora_callback.refusal import RefusalPhrases
 from csulora_callback.refusal_models import RefusalClassifier, RefusalJudge
 from csulora_callback.safety_metrics import AttackSuccessRate, Coherence, OverRefusalRate

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import nn
 
 from csulora_callback.adapters import Adapter, find_adapter
-from csulora_callback.correction import Penalty
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.huggingface import HuggingFaceEvents
 from csulora_callback.lightning import LightningEvents
+from csulora_callback.penalty import Penalty
 from csulora_callback.probes import Probes, read_prompts, tokenize
 from csulora_callback.processes import Processes
 from csulora_callback.recorder import ActivationRecorder

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from csulora_callback.activations import Activations, Texts
 from csulora_callback.adapters import Adapter, Factors, all_finite, digest, find_adapter
-from csulora_callback.correction import Correction, Penalty, correct
+from csulora_callback.correction import Correction, correct
 from csulora_callback.metrics import SafetyDrift
+from csulora_callback.penalty import Penalty
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.token_space import InputGain, input_gains

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from csulora_callback.correction import BLOCKS, Correction
+from csulora_callback.correction import Correction
+from csulora_callback.penalty import BLOCKS
 
 
 class SafetyDrift(Metric):
