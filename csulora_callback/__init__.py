@@ -3,15 +3,15 @@
 from importlib.metadata import version
 
 from csulora_callback.callback import CSULoRACallback
-from csulora_callback.coherence import CoherenceJudge
-from csulora_callback.correction import Correction, correct
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.intervals import wilson_interval
-from csulora_callback.metrics import SafetyDrift
-from csulora_callback.penalty import Penalty
-from csulora_callback.refusal import RefusalPhrases
-from csulora_callback.refusal_models import RefusalClassifier, RefusalJudge
-from csulora_callback.safety_metrics import AttackSuccessRate, Coherence, OverRefusalRate
+from csulora_callback.judging.coherence import CoherenceJudge
+from csulora_callback.judging.intervals import wilson_interval
+from csulora_callback.judging.refusal import RefusalPhrases
+from csulora_callback.judging.refusal_models import RefusalClassifier, RefusalJudge
+from csulora_callback.judging.safety_metrics import AttackSuccessRate, Coherence, OverRefusalRate
+from csulora_callback.method.correction import Correction, correct
+from csulora_callback.method.drift import SafetyDrift
+from csulora_callback.method.penalty import Penalty
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")

@@ -11,17 +11,18 @@ from pathlib import Path
 
 from torch import nn
 
-from csulora_callback.adapters import Adapter, find_adapter
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.huggingface import HuggingFaceEvents
-from csulora_callback.lightning import LightningEvents
-from csulora_callback.penalty import Penalty
-from csulora_callback.probes import Probes, read_prompts, tokenize
-from csulora_callback.processes import Processes
-from csulora_callback.recorder import ActivationRecorder
-from csulora_callback.report import print_start
-from csulora_callback.subspace import SafetySubspace, check_rank_rule, default_cache_dir
-from csulora_callback.weights import open_checkpoint
+from csulora_callback.method.basis import check_rank_rule
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.probes import Probes, read_prompts, tokenize
+from csulora_callback.models.processes import Processes
+from csulora_callback.reporting.start import print_start
+from csulora_callback.subspace import SafetySubspace, default_cache_dir
+from csulora_callback.trainers.huggingface import HuggingFaceEvents
+from csulora_callback.trainers.lightning import LightningEvents
+from csulora_callback.trainers.recorder import ActivationRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     is what every checkpoint holds, what the trainer evaluates, and what the model ends as. What is trained is not
     touched (unless ``every_n_steps`` asks for it): training is bit-identical to training without the callback. The raw
     factors lie beside every checkpoint in ``csulora/``, so that resuming is exact and the correction can be undone.
-    After CSULoRA (arXiv 2605.30640); see :mod:`csulora_callback.correction` for what is the paper's and what is ours.
+    After CSULoRA (arXiv 2605.30640); what of it is the paper's and what is ours:
+    see :mod:`csulora_callback.method.correction`.
 
     Args:
         base_model: the unaligned base checkpoint \\( W_{base} \\): a folder, a Hub id, or a module in memory.
@@ -93,7 +95,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         export_adapter: bool = True,
         probes: Probes | None = None,
     ) -> None:
-        HuggingFaceEvents.__init__(self)
+        super().__init__()
+        self.__class__ = _also_lightnings(type(self))
         if (base_model is None) == (subspace is None):
             raise ValueError(
                 "`base_model`: expected the unaligned base checkpoint, or a `subspace` instead, but got "
@@ -132,13 +135,10 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.export_adapter = export_adapter
         self.probes = None if probes is None else read_prompts(probes)
 
-    def __new__(cls, *args: object, **kwargs: object) -> CSULoRACallback:
-        return super().__new__(_also_lightnings(cls))
-
     def __reduce__(self) -> tuple:
         # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
         plain = next(kind for kind in type(self).__mro__ if kind.__dict__.get("_made_from") is None)
-        return plain.__new__, (plain,), self.__dict__
+        return _bare, (plain,), self.__dict__
 
     def on_train_end(self, *event: object, **kwargs: object) -> None:
         """The one event whose name both trainers use: (args, state, control) or (trainer, module)."""
@@ -210,6 +210,11 @@ def _also_lightnings(kind: type[CSULoRACallback]) -> type[CSULoRACallback]:
     """
     bases = tuple(sys.modules[package].Callback for package in _LIGHTNING if package in sys.modules)
     return _mixed(kind, bases) if bases and not issubclass(kind, bases) else kind
+
+
+def _bare(kind: type[CSULoRACallback]) -> CSULoRACallback:
+    """An instance that a pickle then fills."""
+    return object.__new__(_also_lightnings(kind))
 
 
 @cache

@@ -13,14 +13,15 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from csulora_callback.activations import Activations, Texts
-from csulora_callback.adapters import Adapter, Factors, all_finite, digest, find_adapter
-from csulora_callback.correction import Correction, correct
-from csulora_callback.metrics import SafetyDrift
-from csulora_callback.penalty import Penalty
+from csulora_callback.method.correction import Correction, correct
+from csulora_callback.method.drift import SafetyDrift
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.method.token_space import InputGain, input_gains
+from csulora_callback.models.activations import Activations, Texts
+from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.factors import Factors, all_finite, digest
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace import SafetySubspace
-from csulora_callback.token_space import InputGain, input_gains
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class SafetyCorrector:
     """Corrects the LoRA adapter of a live model.
 
     Args:
-        model: a model with one active LoRA adapter (see :func:`~csulora_callback.adapters.find_adapter`).
+        model: a model with one active LoRA adapter (see :func:`~csulora_callback.models.adapters.find_adapter`).
         subspace: must hold a basis, of the right shape, for every adapted module.
         penalty: the table of multipliers.
         activations: of every adapted module; needed by a data-aware penalty, and by no other.

@@ -18,8 +18,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from csulora_callback.activations import Texts
-from csulora_callback.adapters import Factors, digest, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.models.activations import Texts
+from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, to_peft_state_dict
 
 FOLDER = "csulora"
 RAW_ADAPTER = "raw_adapter.safetensors"

@@ -14,52 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from csulora_callback.pair import CheckpointPair
-from csulora_callback.processes import Processes
-from csulora_callback.singular import leading_singular_triplets
-from csulora_callback.weights import Source
+from csulora_callback import subspace_file
+from csulora_callback.method.basis import Basis, basis_of, check_rank_rule
+from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.pair import CheckpointPair
+from csulora_callback.models.processes import Processes
 
 logger = logging.getLogger(__name__)
 
 Method = Literal["auto", "krylov", "exact"]
-
-_FORMAT = "3"  # also part of the cache key: raise it whenever the same weights would give another file
-
-
-@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by; see SafetySubspace.fingerprint
-class Basis:
-    """The safety subspace of one module, in the orientation in which its weight is stored.
-
-    Attributes:
-        U: ``(rows, k)`` float32, orthonormal columns; the output side of an ``nn.Linear``.
-        V: ``(columns, k)`` float32, orthonormal columns; the input side of an ``nn.Linear``.
-        singular_values: ``(k,)`` float32, descending.
-        displacement: ``‖D‖``, Frobenius norm of the whole displacement; 0 where alignment left the module alone.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.eye(3)[:, :1], torch.eye(4)[:, :1]
-        >>> basis = Basis(U, V, singular_values=torch.ones(1), displacement=2.0)
-        >>> basis.energy
-        0.25
-    """
-
-    U: Tensor
-    V: Tensor
-    singular_values: Tensor
-    displacement: float
-
-    @property
-    def energy(self) -> float:
-        """Share of ``‖D‖²`` that the subspace keeps, in ``[0, 1]``; 1 for a displacement of zero."""
-        if self.displacement == 0.0:
-            return 1.0
-        return min(1.0, self.singular_values.double().square().sum().item() / self.displacement**2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,13 +67,7 @@ class SafetySubspace(Mapping[str, Basis]):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the content of all bases."""
-        sha = hashlib.sha256()
-        for name in sorted(self.bases):
-            basis = self.bases[name]
-            sha.update(f"{name}:{tuple(basis.U.shape)}:{tuple(basis.V.shape)}:{basis.displacement!r}".encode())
-            for part in (basis.U, basis.V, basis.singular_values):
-                sha.update(part.contiguous().numpy().tobytes())
-        return sha.hexdigest()
+        return subspace_file.fingerprint(self.bases)
 
     def truncated(self, rank: int) -> SafetySubspace:
         """The subspace of a smaller ``rank``: the first singular vectors of each module.
@@ -222,7 +181,7 @@ class SafetySubspace(Mapping[str, Basis]):
             if own is None:
                 return None
             dtypes = (str(weight.dtype).removeprefix("torch.") for weight in weights)
-            return (_basis(own, *weights, rule, device), *dtypes)
+            return (basis_of(own, *weights, rule, device), *dtypes)
 
         results = {}
         with tqdm(total=len(pair.names), desc="safety subspace", unit="module", disable=not progress) as bar:
@@ -264,22 +223,7 @@ class SafetySubspace(Mapping[str, Basis]):
             >>> loaded.fingerprint == subspace.fingerprint
             True
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, basis in self.bases.items():
-            tensors[f"{name}.U"] = basis.U.contiguous()
-            tensors[f"{name}.V"] = basis.V.contiguous()
-            tensors[f"{name}.singular_values"] = basis.singular_values.contiguous()
-        header = {
-            "csulora_subspace": _FORMAT,
-            "metadata": json.dumps(self.metadata),
-            "displacement": json.dumps({name: basis.displacement for name, basis in self.bases.items()}),
-        }
-        header["sha256"] = _content_hash(self.fingerprint, header)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        subspace_file.write(self.bases, self.metadata, Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SafetySubspace:
@@ -290,35 +234,7 @@ class SafetySubspace(Mapping[str, Basis]):
             ValueError: if it is corrupt, not a safety subspace, of an unknown format, or if its content does not
                 have the fingerprint it states.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"`subspace`: expected a file that SafetySubspace.save wrote, but {path} is not there."
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("csulora_subspace") != _FORMAT:
-                    raise ValueError(
-                        f"`subspace`: expected a safety subspace of format {_FORMAT}, but {path} is "
-                        f"{'another safetensors file' if 'csulora_subspace' not in header else 'of another format'}. "
-                        "Estimate it again with SafetySubspace.estimate(...).save(path)."
-                    )
-                bases = {
-                    name: Basis(*(file.get_tensor(f"{name}.{part}") for part in ("U", "V", "singular_values")), norm)
-                    for name, norm in json.loads(header["displacement"]).items()
-                }
-            subspace = cls(bases, json.loads(header["metadata"]))
-            expected = header["sha256"]
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"`subspace`: {path} is corrupt ({error}). Estimate it again.") from error
-        found = _content_hash(subspace.fingerprint, header)
-        if found != expected:
-            raise ValueError(
-                f"`subspace`: {path} is corrupt: its content has the fingerprint {found[:12]}…, but "
-                f"{expected[:12]}… was expected. Estimate it again."
-            )
-        return subspace
+        return cls(*subspace_file.read(Path(path)))
 
 
 def default_cache_dir() -> Path:
@@ -331,38 +247,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csulora_callback"
 
 
-def _content_hash(fingerprint: str, header: Mapping[str, str]) -> str:
-    """Covers the tensors, through their fingerprint, and what the header says of them."""
-    return hashlib.sha256("\n".join((fingerprint, header["metadata"], header["displacement"])).encode()).hexdigest()
-
-
 def _cache_file(cache_dir: str | os.PathLike, origin: dict, rule: dict) -> Path:
-    key = {"format": _FORMAT, **{side: origin[side]["fingerprint"] for side in origin}, **rule}
+    key = {"format": subspace_file.FORMAT, **{side: origin[side]["fingerprint"] for side in origin}, **rule}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Path(cache_dir) / f"subspace-{digest[:32]}.safetensors"
-
-
-def check_rank_rule(rank: int, energy: float | None) -> None:
-    """Refuse a rank that is no whole number ≥ 1 and an energy outside ``(0, 1]``, with a ValueError.
-
-    Example:
-        >>> check_rank_rule(64, 1.5)
-        Traceback (most recent call last):
-        ValueError: `energy`: expected a share in (0, 1] or None, but got 1.5.
-    """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"`rank`: expected a whole number ≥ 1, but got {rank!r}.")
-    if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
-        raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
-
-
-def _basis(name: str, base: Tensor, aligned: Tensor, rule: dict, device: object) -> Basis:
-    device = aligned.device if device is None else device
-    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    D = aligned.to(device, wide) - base.to(device, wide)
-    # Rows first, then float64: one float32 sum over 4096 × 4096 squares is wrong by 1e-3, and with it every energy.
-    norm = torch.linalg.vector_norm(D, dim=1).cpu().double().norm().item()
-    if norm == 0.0:
-        return Basis(torch.zeros(D.shape[0], 0), torch.zeros(D.shape[1], 0), torch.zeros(0), 0.0)
-    U, sigma, V = leading_singular_triplets(name, D / norm, rule)
-    return Basis(U.float().cpu().contiguous(), V.float().cpu().contiguous(), (sigma * norm).float().cpu(), norm)

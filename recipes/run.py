@@ -22,16 +22,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
-from csulora_callback.activations import Activations, Texts
-from csulora_callback.adapters import find_adapter
-from csulora_callback.probes import tokenize
+from csulora_callback.models.activations import Activations, Texts
+from csulora_callback.models.adapters import find_adapter
+from csulora_callback.models.probes import tokenize
 from csulora_callback.subspace import default_cache_dir
-from recipes import calibrate, frontier, frontier_report, report, side_effects, smollm2_frontier, sources
-from recipes.bench import ChatBench, ToyBench
-from recipes.points import SPLITS
-from recipes.schema import Correction, Preset, Recipe, RecipeError, load_recipe
-from recipes.task import Task, build_task, training_rows
-from recipes.toy_frontier import ToySubject
+from recipes.calibration import calibrate
+from recipes.calibration.bench import ChatBench, ToyBench
+from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier
+from recipes.evidence.toy_frontier import ToySubject
+from recipes.files import sources
+from recipes.files.points import SPLITS
+from recipes.files.recipe import load_recipe
+from recipes.schema import Correction, Preset, Recipe, RecipeError
+from recipes.training import report
+from recipes.training.task import Task, build_task, training_rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,7 +206,7 @@ def _disable_other_bars() -> None:
 def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
     """The training loop that the recipe names; nothing of the other one is imported."""
     try:
-        return importlib.import_module(f"recipes.{recipe.trainer.value}").fit
+        return importlib.import_module(f"recipes.training.{recipe.trainer.value}").fit
     except ModuleNotFoundError as error:
         if error.name != "lightning":
             raise

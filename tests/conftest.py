@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csulora_callback import SafetySubspace
-from tests.lab import RANK, TARGETS, saved_pair
+from tests.helpers.lab import RANK, TARGETS, saved_pair
 
 # Tiny models gain nothing from threads, and several test processes on few cores lose a factor of ten to them.
 torch.set_num_threads(1)

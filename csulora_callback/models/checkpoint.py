@@ -1,0 +1,223 @@
+"""Lazy reading of a checkpoint, one tensor at a time: a local folder, a Hub id, or a module in memory.
+
+Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out)`` for transformers' ``Conv1D``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from csulora_callback.models.names import module_name
+from csulora_callback.models.processes import Processes
+from csulora_callback.models.sharding import full_shape, gather, is_sharded
+from csulora_callback.models.weight_files import Readers, Shapes, fetch_folder, read_folder
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
+
+    Made by :func:`open_checkpoint`.
+
+    Attributes:
+        source: where the weights come from, for messages.
+        collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
+
+    Example:
+        >>> from torch import nn
+        >>> checkpoint = open_checkpoint(nn.Sequential(nn.Linear(3, 2)))
+        >>> checkpoint.source, checkpoint.weight("0").shape
+        ('Sequential in memory', torch.Size([2, 3]))
+        >>> len(checkpoint.fingerprint(["0"]))
+        64
+    """
+
+    def __init__(
+        self,
+        source: str,
+        readers: Readers,
+        shapes: Shapes,
+        folder: Path | None = None,
+        collective: bool = False,
+    ) -> None:
+        self.source = source
+        self.collective = collective
+        self._readers = readers
+        self._shapes = shapes
+        self._folder = folder  # where the files lie; None for a module in memory
+
+    def names(self) -> list[str]:
+        """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
+        return [name for name, shape in self._shapes.items() if len(shape) == 2]
+
+    def require(self, names: Iterable[str]) -> Checkpoint:
+        """This checkpoint if it has all these modules, or the same one under the names that transformers gives.
+
+        transformers renames and fuses on load. Where the files lack a name, the whole checkpoint is loaded through it
+        on the CPU, and a warning says so.
+
+        Raises:
+            ValueError: if a module is missing even then; the nearest names are given.
+        """
+        names = list(names)
+        missing = [name for name in names if name not in self._shapes]
+        if missing and self._folder is not None:
+            logger.warning(
+                "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which "
+                "renames on load. This holds the whole model in memory.",
+                self.source,
+                missing[0],
+            )
+            model, invented = _load_through_transformers(self._folder, self, missing[0])
+            return _from_module(model, invented, self.source).require(names)
+        for name in missing:
+            self._check(name)
+        return self
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a module's weight as stored.
+
+        Raises:
+            ValueError: if the checkpoint has no such module; the nearest names are given.
+        """
+        self._check(name)
+        return self._shapes[name]
+
+    def weight(self, name: str) -> Tensor:
+        """A module's weight as stored: not upcast, on the CPU or where the module in memory holds it.
+
+        Raises:
+            ValueError: if there is no such module, if its weight is quantized, or if it holds NaN or Inf.
+        """
+        self._check(name)
+        weight = self._readers[name]()
+        if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # float8 needs scales that lie elsewhere
+            raise ValueError(
+                f"{self.source}: the weight of '{name}' is quantized ({weight.dtype}), expected floating point. "
+                "Pass the path or Hub id of the unquantized checkpoint instead."
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{self.source}: the weight of '{name}' holds NaN or Inf, expected finite values.")
+        return weight
+
+    def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
+        """SHA-256 over name, dtype, shape and bytes of these modules' weights.
+
+        Equal weights give equal fingerprints wherever they are stored. ``processes`` divide the work; all of them
+        have to call, and get the same answer.
+        """
+        names, digests = sorted(names), {}
+
+        def digest(own: str | None, turn: list[str]) -> str | None:
+            weight = self.weight_for(own, turn)
+            return None if weight is None else _digest(own, weight)
+
+        for part in (processes or Processes()).divide(names, digest):
+            digests |= part
+        return hashlib.sha256("".join(digests[name] for name in names).encode()).hexdigest()
+
+    def weight_for(self, own: str | None, turn: list[str]) -> Tensor | None:
+        """The :meth:`weight` that this process takes (if any) while others take other ones of ``turn``."""
+        if not self.collective:
+            return None if own is None else self.weight(own)
+        taken = None
+        for name in turn:
+            weight = self.weight(name)
+            if name == own:
+                taken = weight
+        return taken
+
+    def _check(self, name: str) -> None:
+        if name not in self._shapes:
+            nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
+                f"{f'; nearest names: {nearest}' if nearest else ''}."
+            )
+
+
+def _digest(name: str, weight: Tensor) -> str:
+    sha = hashlib.sha256(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
+    sha.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+Source = str | os.PathLike | nn.Module | Checkpoint
+
+
+def open_checkpoint(
+    source: Source,
+    required: Iterable[str] = (),
+    *,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Open a checkpoint without reading its weights.
+
+    Args:
+        source: a folder with safetensors (single or sharded) or ``pytorch_model.bin`` files, a Hub id, or a module in
+            memory (a ``PeftModel`` counts as the model below its adapters).
+        required: module names that must be found, see :meth:`Checkpoint.require`.
+        revision: branch, tag or commit of a Hub id; nothing else has one.
+
+    Raises:
+        FileNotFoundError: if the folder or the Hub id cannot be had, or holds no weights.
+        ValueError: if a file is corrupt, a required module is missing even after loading through transformers, or
+            ``revision`` is given with something that is not a Hub id.
+
+    Example:
+        >>> from torch import nn
+        >>> checkpoint = open_checkpoint(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+        >>> checkpoint.names(), checkpoint.shape("0")
+        (['0'], (2, 3))
+    """
+    if revision is not None and (isinstance(source, Checkpoint | nn.Module) or Path(source).is_dir()):
+        raise ValueError(
+            f"`revision`: expected None, since only a Hub id has revisions, but got {revision!r}. Leave it out."
+        )
+    if isinstance(source, Checkpoint):
+        return source.require(required)
+    if isinstance(source, nn.Module):
+        return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
+    folder = Path(source) if Path(source).is_dir() else fetch_folder(source, revision)
+    return Checkpoint(str(source), *read_folder(folder, str(source)), folder).require(required)
+
+
+def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
+    readers, shapes, collective = {}, {}, False
+    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
+        prefix, _, kind = raw.rpartition(".")
+        if kind == "weight" and ".lora_" not in raw and raw not in invented:
+            name = module_name(prefix)
+            readers[name] = lambda parameter=parameter: (
+                gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
+            )
+            shapes[name] = full_shape(parameter)
+            collective |= is_sharded(parameter)
+    return Checkpoint(source, readers, shapes, collective=collective)
+
+
+def _load_through_transformers(folder: Path, checkpoint: Checkpoint, missing: str) -> tuple[nn.Module, set[str]]:
+    """The model, and the names of parameters that the files lack and transformers made up."""
+    try:
+        architectures = AutoConfig.from_pretrained(folder).architectures
+    except (OSError, ValueError):
+        architectures = None
+    if not architectures or not hasattr(transformers, architectures[0]):
+        checkpoint.shape(missing)  # raises, with the nearest names
+    architecture = getattr(transformers, architectures[0])
+    # transformers draws what the files lack at random. Noise must neither pass for weights nor move the generator
+    # that a training run draws from.
+    with torch.random.fork_rng(devices=[]):
+        model, info = architecture.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    return model, set(info["missing_keys"])

@@ -1,0 +1,87 @@
+"""A base and an aligned checkpoint side by side: the modules to compare, and their weights two at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from csulora_callback.models.checkpoint import Checkpoint, Source, open_checkpoint
+from csulora_callback.models.processes import Processes
+
+
+@dataclass(frozen=True)
+class CheckpointPair:
+    """Both checkpoints, and the full names of the modules that they are compared in, sorted.
+
+    Example:
+        >>> from torch import nn
+        >>> pair = CheckpointPair.open(nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2)))
+        >>> pair.names, [tuple(weight.shape) for weight in pair.weights_for("0", ["0"])]
+        (['0'], [(2, 3), (2, 3)])
+    """
+
+    base: Checkpoint
+    aligned: Checkpoint
+    names: list[str]
+
+    @classmethod
+    def open(cls, base: Source, aligned: Source, target_modules: str | Sequence[str] | None = None) -> CheckpointPair:
+        """Find the target modules in both checkpoints, without reading weights.
+
+        Raises:
+            ValueError: if a target is missing (nearest names are given), shapes differ (the first differing tensor is
+                named), or a weight is not two-dimensional.
+            FileNotFoundError: if a checkpoint is not there.
+        """
+        base, aligned = open_checkpoint(base), open_checkpoint(aligned)
+        names = _targets(base, aligned, target_modules)
+        base, aligned = base.require(names), aligned.require(names)
+        for name in names:
+            if base.shape(name) != aligned.shape(name):
+                base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
+                raise ValueError(
+                    f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
+                    f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."
+                )
+            if len(base.shape(name)) != 2:
+                raise ValueError(
+                    f"`target_modules`: expected two-dimensional weights, but that of '{name}' has the shape "
+                    f"{base.shape(name)}. Leave it out."
+                )
+        return cls(base, aligned, names)
+
+    def origin(self, processes: Processes) -> dict[str, dict]:
+        """Source and fingerprint of both sides, ``"base"`` and ``"aligned"``."""
+        return {
+            side: {"source": checkpoint.source, "fingerprint": checkpoint.fingerprint(self.names, processes)}
+            for side, checkpoint in (("base", self.base), ("aligned", self.aligned))
+        }
+
+    def weights_for(self, own: str | None, turn: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Base and aligned weight of the module that this process takes, see :meth:`Checkpoint.weight_for`."""
+        return self.base.weight_for(own, turn), self.aligned.weight_for(own, turn)
+
+
+def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:
+    """Full names of the target modules, sorted: a fingerprint must not depend on the order of files."""
+    there = aligned.names()
+    if target_modules is None:
+        names = set(there) & set(base.names())
+        wanted = "a two-dimensional weight that both checkpoints have"
+    elif isinstance(target_modules, str):
+        names = {name for name in there if re.fullmatch(target_modules, name)}
+        wanted = f"a module whose name matches {target_modules!r}"
+    else:
+        # Names that are not in the files stay: they may be names that transformers gives on loading.
+        matches = {
+            target: [name for name in there if name == target or name.endswith(f".{target}")]
+            for target in target_modules
+        }
+        names = {name for target, found in matches.items() for name in found or [target]}
+        wanted = "at least one name"
+    if not names:
+        raise ValueError(f"`target_modules`: expected {wanted}, but found none. Names are like {there[:3]}.")
+    return sorted(names)

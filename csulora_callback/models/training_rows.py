@@ -1,0 +1,49 @@
+"""A bounded sample of the rows that a model is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ROWS = 64
+"""How many rows of the training data are kept."""
+
+LENGTH = 512
+"""How many tokens of a row are kept."""
+
+
+@dataclass
+class TrainingRows:
+    """A uniform sample of the rows that the model is trained on, of bounded size; the same one for the same rows.
+
+    It draws from a generator of its own, whose state follows from how many rows it has seen, so that nothing else has
+    to be kept to go on with it.
+
+    Attributes:
+        rows: token ids without padding.
+        seen: how many rows have come by.
+
+    Example:
+        >>> sample = TrainingRows()
+        >>> sample.offer(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        >>> sample.rows, sample.seen
+        ([[5, 6, 7], [8, 9]], 2)
+    """
+
+    rows: list[list[int]] = field(default_factory=list)
+    seen: int = 0
+
+    def offer(self, ids: Tensor, mask: Tensor | None) -> None:
+        """Rows (b, length) come by; where ``mask`` is 0, there is padding."""
+        generator = torch.Generator().manual_seed(self.seen)
+        for i in range(len(ids)):  # algorithm R
+            place = self.seen
+            if self.seen >= ROWS:
+                place = int(torch.randint(self.seen + 1, (), generator=generator))
+            self.seen += 1
+            if place < ROWS:
+                row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]
+                row = row[:LENGTH].tolist()
+                self.rows[place : place + 1] = [row]

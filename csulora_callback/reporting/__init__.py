@@ -1,0 +1,1 @@
+"""What a person reads of a run; knows nothing of trainers."""

@@ -1,0 +1,1 @@
+"""Each trainer's events translated into calls of the corrector; knows nothing of the mathematics."""

@@ -1,0 +1,53 @@
+"""Which engines a run may use, and what each of them saves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
+
+
+def refuse_engine(evaluate_corrected: bool) -> None:
+    """Refuse engines whose parameters the correction cannot reach, and what would leave a checkpoint uncorrected."""
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.MEGATRON_LM or (
+        state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1
+    ):
+        raise ValueError(
+            "`args`: CSULoRACallback runs on one process, with DDP, FSDP2 or DeepSpeed, but this Trainer uses "
+            f"{state.distributed_type.value}{' version 1: set fsdp_config version to 2' if _is_fsdp() else ''}."
+        )
+    if saves_shards_only() and not evaluate_corrected:
+        raise ValueError(
+            "`evaluate_corrected`: expected True with FSDP's SHARDED_STATE_DICT, but got False: a save after an "
+            "evaluation would not be corrected. Set state_dict_type to FULL_STATE_DICT, or leave this out."
+        )
+
+
+def _is_fsdp() -> bool:
+    return AcceleratorState().distributed_type == DistributedType.FSDP
+
+
+def saves_shards_only() -> bool:
+    """Whether checkpoints hold the model's shards and no adapter: the Trainer does not call save_pretrained then."""
+    return _is_fsdp() and "FULL_STATE_DICT" not in str(AcceleratorState().fsdp_plugin.state_dict_type)
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuse Lightning's strategies whose parameters the correction cannot reach."""
+    if is_strategy(trainer.strategy, "FSDPStrategy", "XLAFSDPStrategy"):
+        raise ValueError(
+            f"`strategy`: CSULoRACallback runs on one device, with ddp, ModelParallelStrategy (FSDP2) or DeepSpeed, "
+            f"but this Trainer uses {type(trainer.strategy).__name__}, whose flat parameters hold no whole factors. "
+            "Use ModelParallelStrategy and fully_shard in configure_model."
+        )
+
+
+def is_strategy(strategy: Strategy, *names: str) -> bool:
+    """Whether it is one of these, by name: Lightning has two import names, and nothing here imports either."""
+    return any(kind.__name__ in names for kind in type(strategy).__mro__)

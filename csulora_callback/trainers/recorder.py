@@ -1,0 +1,94 @@
+"""Gathers, while a model is trained, what a data-aware penalty measures by."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.activations import Activations, Rows, Texts, TokenVectors, running_model
+from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.processes import Processes
+from csulora_callback.models.training_rows import TrainingRows
+
+logger = logging.getLogger(__name__)
+
+
+class ActivationRecorder:
+    """Keeps some rows of the training data, and has the model read them and the probes when it is to be corrected.
+
+    The first process's rows count for all.
+
+    Args:
+        adapter: of the model that is trained.
+        probes: prompts that are to be refused.
+        processes: those of the run, which all have to do the same.
+    """
+
+    def __init__(self, adapter: Adapter, probes: Rows, processes: Processes) -> None:
+        self.adapter, self.probes, self.processes = adapter, probes, processes
+        self._sample = TrainingRows()
+        self._given = 0  # rows that the corrector knows of
+        self._looked = False
+        self._open = ExitStack()
+
+    def begin_step(self) -> None:
+        """Look at what the model reads until :meth:`end_step`; what it computes stays the same."""
+        self.end_step()
+        self._looked = True
+        hook = running_model(self.adapter).register_forward_pre_hook(self._look, with_kwargs=True)
+        self._open.callback(hook.remove)
+
+    def end_step(self) -> None:
+        """Take the hook out of the model; nothing happens where there is none."""
+        self._open.close()
+
+    def unread(self) -> Activations:
+        """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
+        return Activations({}, {}, Texts([], self.probes, 0))
+
+    def _read(self) -> Activations:
+        if self._looked and not self._sample.rows and self.processes.rank == 0:
+            logger.warning(
+                "No row of training data was seen, so the data-aware correction knows nothing of the task and costs "
+                "more of it. Is the model compiled, or called by another way than its forward?"
+            )
+        texts = self.processes.from_first(Texts(list(self._sample.rows), self.probes, self._sample.seen))
+        own = self.processes.together(lambda: Activations.read(self.adapter, texts))
+        return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
+
+    def _of_first(self, vectors: TokenVectors) -> TokenVectors:
+        """The first process's, so that all correct alike; one tensor at a time, as all together can be gigabytes."""
+        tensors = {id(tensor): tensor for tensor in vectors.values()}
+        tensors = {key: self.processes.from_first(tensor) for key, tensor in tensors.items()}
+        return {name: tensors[id(tensor)] for name, tensor in vectors.items()}
+
+    def renew(self, corrector: SafetyCorrector, if_doubled: bool = False) -> None:
+        """Give the corrector new activations; ``if_doubled``, only where the rows have doubled since the last time.
+
+        Nothing happens while the live factors are corrected ones: what is measured is the raw model. Collective.
+        """
+        seen = self.processes.from_first(self._sample.seen)
+        if (if_doubled and seen < 2 * max(self._given, 1)) or corrector.is_live():
+            return
+        corrector.activations, self._given = self._read(), seen
+
+    def resume(self, texts: Texts) -> None:
+        """Go on from what a checkpoint holds."""
+        self._sample = TrainingRows(list(texts.task), texts.seen)
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError(
+                "`penalty`: a data-aware one needs a model that is trained on input_ids, but this one got "
+                f"{sorted(kwargs)}. Use another penalty."
+            )
+        if self.processes.rank == 0:
+            self._sample.offer(ids.detach(), kwargs.get("attention_mask"))

@@ -1,0 +1,286 @@
+"""What a frontier says: task retained at a bounded attack success, against scaling, as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # files only: recipes run where there is no screen
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from recipes.evidence.baselines import METHODS
+from recipes.schema import RecipeError
+
+PANELS = {
+    "the corrections": ("data_aware", "csulora", "separable", "guard", "projection"),
+    "other activations and ridges": (
+        "data_aware_everywhere",
+        "data_aware_no_task",
+        "data_aware_shuffled",
+        "data_aware_loose",
+        "data_aware_tight",
+    ),
+    "wrong subspaces, one side": (
+        "csulora_random",
+        "guard_random",
+        "csulora_shuffled",
+        "guard_shuffled",
+        "guard_input",
+        "guard_output",
+    ),
+    "sizes without directions": (
+        "csulora_norm",
+        "guard_norm",
+        "csulora_gains",
+        "guard_gains",
+        "csulora_noise",
+        "guard_noise",
+    ),
+    "published, and other training": ("safe_lora_threshold", "safe_lora_number", "lower_rate", "averaging"),
+}
+_STYLES = {"o-": "solid", "s--": "dashed", "D:": "dotted", "^-.": "dash-dotted"}  # of ranks
+_RESAMPLES = 10_000
+
+
+def make_table(points: Sequence[Mapping], targets: Sequence[float]) -> list[dict]:
+    """One row for each poison share, target and method.
+
+    For every seed (and draw) the setting is chosen that loses least of the task among those whose attack success on
+    the *tuning* half is at most the target; where none qualifies the aligned model is taken, which retains nothing.
+    What the chosen one does on the *held-out* half is reported as the mean over seeds (of the mean over draws) with a
+    bootstrap interval over seeds: ``task_retained``, ``over_scaling`` (the same minus that of scaling, seed by seed),
+    ``attack_success`` by template and ``side_effects`` by name. ``qualified`` is the mean share that found a setting.
+    Choice and task are of the first template, the one that the fine-tune saw: in another it may have made the task
+    worse, and there is nothing to retain.
+    """
+    table = []
+    for poison in dict.fromkeys(point["poison"] for point in points):
+        there = [point for point in points if point["poison"] == poison]
+        ends = {(p["seed"], p["method"]): p["scores"] for p in there if p["method"] in ("aligned", "none")}
+        seeds = list(dict.fromkeys(point["seed"] for point in there))
+        methods = [m for m in dict.fromkeys(point["method"] for point in there) if m != "aligned"]
+        for target in targets:
+            outcomes = {m: [_outcome(there, ends, seed, m, target) for seed in seeds] for m in methods}
+            table += [{"poison": poison, "target": target, **_row(m, outcomes)} for m in methods]
+    return table
+
+
+def retained(scores: Mapping, aligned: Mapping, raw: Mapping) -> float:
+    """``(loss_aligned − loss) / (loss_aligned − loss_raw)``, of three scores on the same prompts."""
+    gained = aligned["task_loss"] - raw["task_loss"]
+    if gained <= 0:
+        raise RecipeError(
+            f"'training': expected a fine-tune that learns its task, but the held-out loss went from "
+            f"{aligned['task_loss']:.3f} to {raw['task_loss']:.3f}: there is nothing to retain"
+        )
+    return (aligned["task_loss"] - scores["task_loss"]) / gained
+
+
+def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, target: float) -> dict:
+    """The chosen settings of one seed, judged on the held-out half; means over the method's draws."""
+    aligned, raw = ends[seed, "aligned"], ends[seed, "none"]
+    mine = [point for point in points if point["seed"] == seed and point["method"] == method]
+    chosen = []
+    for draw in dict.fromkeys(point["draw"] for point in mine):
+        tuning = [(p, first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
+        fit = [(score["task_loss"], p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
+        chosen.append(min(fit, key=lambda pair: pair[0])[1] if fit else None)
+    held_out = [(aligned if point is None else point["scores"])["held_out"] for point in chosen]
+    outcome = {"qualified": _mean([point is not None for point in chosen])}
+    outcome["chosen"] = [
+        None if p is None else {key: p[key] for key in ("draw", "strength", "rank") if p[key] is not None}
+        for p in chosen
+    ]
+    ends_there = first(aligned["held_out"]), first(raw["held_out"])
+    outcome["task_retained"] = _mean([retained(first(scores), *ends_there) for scores in held_out])
+    outcome["attack_success"] = {
+        template: _mean([s[template]["succeeded"] / s[template]["prompts"] for s in held_out])
+        for template in aligned["held_out"]
+    }
+    outcome["side_effects"] = {
+        name: _mean([side_effects_of(scores)[name] for scores in held_out])
+        for name in side_effects_of(aligned["held_out"])
+    }
+    return outcome
+
+
+def _row(method: str, outcomes: Mapping[str, list[dict]]) -> dict:
+    mine, scaling = outcomes[method], outcomes["scaling"]
+    pairs = zip(mine, scaling, strict=True)
+    return {
+        "method": method,
+        "qualified": _mean([outcome["qualified"] for outcome in mine]),
+        "task_retained": with_interval([outcome["task_retained"] for outcome in mine]),
+        "over_scaling": with_interval([own["task_retained"] - other["task_retained"] for own, other in pairs]),
+        "attack_success": {
+            template: with_interval([outcome["attack_success"][template] for outcome in mine])
+            for template in mine[0]["attack_success"]
+        },
+        "side_effects": {
+            name: with_interval([outcome["side_effects"][name] for outcome in mine])
+            for name in mine[0]["side_effects"]
+        },
+        "chosen": [outcome["chosen"] for outcome in mine],
+    }
+
+
+def first(by_template: Mapping[str, dict]) -> dict:
+    return next(iter(by_template.values()))
+
+
+def side_effects_of(by_template: Mapping[str, dict]) -> Mapping[str, float]:
+    return first(by_template).get("side_effects", {})  # not every subject measures any
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def with_interval(values: Sequence[float]) -> dict:
+    """Mean, and the 2.5 and 97.5 percentiles of means over resampled seeds; no interval of a single seed."""
+    if len(values) == 1:
+        return {"mean": values[0], "low": None, "high": None}
+    resampled = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return {"mean": _mean(values), "low": float(low), "high": float(high)}
+
+
+def percent(value: Mapping, signed: bool = False) -> str:
+    form = (lambda share: f"{100 * share:+.0f}") if signed else (lambda share: f"{100 * share:.0f}")
+    interval = "" if value["low"] is None else f" [{form(value['low'])}, {form(value['high'])}]"
+    return form(value["mean"]) + interval
+
+
+def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
+    """The whole table, with what its columns are."""
+    templates, effects = list(table[0]["attack_success"]), list(table[0]["side_effects"])
+    prompts = {split: first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
+    columns = ["method", "qualified", "task retained", "minus scaling"]
+    columns += [f"attack success, {template}" for template in templates] + effects
+    lines = [
+        f"All shares in percent: means over {len(table[0]['chosen'])} seeds and, in brackets, 2.5 and 97.5",
+        "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
+        f"on {prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
+        f"{prompts['held_out']} held-out prompts, the task in that template.",
+        "*Task retained* is (loss_aligned − loss) / (loss_aligned − loss_raw); *minus scaling* is paired by seed;",
+        "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
+        "model is taken, which retains 0.",
+        "",
+        *_ends(points, templates, effects),
+    ]
+    for poison, target in dict.fromkeys((row["poison"], row["target"]) for row in table):
+        lines += [f"Poison {poison:.0%}, attack success ≤ {target:g} on the tuning half:", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+        for row in table:
+            if (row["poison"], row["target"]) != (poison, target):
+                continue
+            cells = [METHODS[row["method"]].label, f"{100 * row['qualified']:.0f}"]
+            cells += [percent(row["task_retained"]), percent(row["over_scaling"], signed=True)]
+            cells += [percent(row["attack_success"][template]) for template in templates]
+            cells += [percent(row["side_effects"][name]) for name in effects]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence[str]) -> list[str]:
+    """Lines of a table of what is corrected and what it is measured by."""
+    lines = [
+        "Without a correction, on the held-out half; of the task's loss the mean and, in brackets, the range:",
+        "",
+    ]
+    columns = ["poison", "model", "task loss", *(f"attack success, {template}" for template in templates), *effects]
+    lines += ["| " + " | ".join(columns) + " |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
+    for poison, method in dict.fromkeys((point["poison"], point["method"]) for point in points):
+        if method not in ("aligned", "none", "benign_only"):
+            continue
+        there = [p["scores"]["held_out"] for p in points if (p["poison"], p["method"]) == (poison, method)]
+        losses = [first(scores)["task_loss"] for scores in there]
+        spread = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]"
+        cells = [f"{poison:.0%}", METHODS[method].label, spread]
+        for template in templates:
+            cells.append(percent(with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
+        cells += [percent(with_interval([side_effects_of(scores)[name] for scores in there])) for name in effects]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def print_table(table: Sequence[Mapping]) -> None:
+    """For a person: task retained in percent, and how much more than scaling's that is."""
+    console = Console()
+    for poison in dict.fromkeys(row["poison"] for row in table):
+        there = [row for row in table if row["poison"] == poison]
+        title = f"poison {poison:.0%}: % of the task retained, and that minus scaling's [95 % over seeds]"
+        printed = Table(title=title, title_justify="left")
+        printed.add_column("method", no_wrap=True)
+        for target in dict.fromkeys(row["target"] for row in there):
+            printed.add_column(f"attack ≤ {target:g}", justify="right", no_wrap=True)
+        for method in dict.fromkeys(row["method"] for row in there):
+            cells = [
+                f"{100 * row['task_retained']['mean']:.0f}  {percent(row['over_scaling'], signed=True)}"
+                for row in there
+                if row["method"] == method
+            ]
+            printed.add_row(METHODS[method].label, *cells)
+        Console(width=max(console.width, 110)).print(printed)
+
+
+def plot(points: Sequence[Mapping], path: object) -> None:
+    """Attack success against task retained, held-out half, first template; one row of axes a poison share."""
+    poisons, styles = list(dict.fromkeys(point["poison"] for point in points)), {None: "o-"}
+    figure, axes = plt.subplots(
+        len(poisons),
+        len(PANELS),
+        figsize=(4.6 * len(PANELS), 3.9 * len(poisons)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, poison in zip(axes, poisons, strict=True):
+        curves = _curves([point for point in points if point["poison"] == poison])
+        for axis, (title, methods) in zip(row, PANELS.items(), strict=True):
+            axis.set_title(f"{title} (poison {poison:.0%})", fontsize="medium")
+            axis.grid(alpha=0.3)
+            for name, marker in (("scaling", ".-"), ("aligned", "s"), ("none", "X"), ("benign_only", "*")):
+                if (name, None) in curves:
+                    label = METHODS[name].label if axis is row[0] else None  # they are in every panel
+                    axis.plot(*curves[name, None], marker, color="black", markersize=8, label=label, zorder=4)
+            for i, method in enumerate(methods):
+                for j, rank in enumerate(rank for name, rank in curves if name == method):
+                    label = METHODS[method].label if j == 0 else None
+                    style = styles.setdefault(rank, list(_STYLES)[(len(styles) - 1) % len(_STYLES)])
+                    axis.plot(*curves[method, rank], style, markersize=4, color=f"C{i}", alpha=0.85, label=label)
+            axis.set_xlim(-0.12, 1.08)
+            axis.set_ylim(-0.04, 1.04)
+    named = [f"{_STYLES[style]} rank {rank}" for rank, style in styles.items() if rank is not None]
+    seeds = len({point["seed"] for point in points})
+    figure.suptitle(f"Held-out prompts, means over {seeds} seeds; a marker is a strength; lines: {', '.join(named)}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("attack success")
+    for axis in axes[-1]:
+        axis.set_xlabel("task retained")
+    for top, bottom in zip(axes[0], axes[-1], strict=True):  # a poison share of 0 has no benign-only fine-tune
+        handles = bottom.get_legend_handles_labels()
+        top.legend(*handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _curves(points: list[Mapping]) -> dict[tuple, tuple[list[float], list[float]]]:
+    """By method and rank: task retained and attack success at each strength, means over seeds and draws."""
+    ends = {(p["seed"], p["method"]): p["scores"]["held_out"] for p in points if p["method"] in ("aligned", "none")}
+    groups: dict[tuple, dict] = {}
+    for point in points:
+        score = first(point["scores"]["held_out"])
+        both = (first(ends[point["seed"], name]) for name in ("aligned", "none"))
+        x_y = retained(score, *both), score["succeeded"] / score["prompts"]
+        groups.setdefault((point["method"], point["rank"]), {}).setdefault(point["strength"], []).append(x_y)
+    return {
+        key: tuple(list(side) for side in zip(*(np.mean(x_ys, axis=0) for x_ys in by_strength.values()), strict=True))
+        for key, by_strength in groups.items()
+    }

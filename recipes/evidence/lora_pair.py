@@ -1,0 +1,112 @@
+"""An aligned model with an adapter whose factors are written for every point of a frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from csulora_callback import SafetySubspace
+from csulora_callback.models.activations import Activations, Rows, Texts
+from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.factors import Factors
+from recipes.evidence.baselines import Bases, Update
+from recipes.labs.descent import descend
+from recipes.schema import Training
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """``model`` is the aligned one, ``fresh`` its adapter's factors before any training."""
+
+    model: PeftModel
+    adapter: Adapter
+    fresh: Factors
+    bases: Bases
+    displacement: Callable[[str], Tensor]
+
+    @classmethod
+    def open(cls, model: PeftModel, base: str | PathLike, aligned: str | PathLike, rank: int) -> LoraPair:
+        """With the subspace of ``rank`` that the two checkpoints span."""
+        adapter = find_adapter(model.eval())
+        names = list(adapter.layers)
+        subspace = SafetySubspace.estimate(base, aligned, names, rank=rank, progress=False)
+        bases = {name: (subspace[name].U, subspace[name].V) for name in names}
+        before, after = (open_checkpoint(folder).require(names) for folder in (base, aligned))
+        return cls(
+            model,
+            adapter,
+            adapter.read(),
+            bases,
+            lambda name: after.weight(name).float() - before.weight(name).float(),
+        )
+
+    def update(self, factors: Factors, task: Rows, probes: Rows) -> Update:
+        """The factors as the raw update that methods correct, and the model's activations with them on these rows."""
+        self.adapter.write(factors)
+        activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task)))
+        scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
+        return Update(factors, scaling, self.bases, self.displacement, activations)
+
+    def train(
+        self,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        slowdown: float,
+        decays: Sequence[float],
+    ) -> dict[str, Factors]:
+        """See :meth:`recipes.evidence.frontier.Subject.train`; ``draw`` gives a batch."""
+        averages = {}
+        for live in self.steps(self.fresh, draw, training, seed, slowdown):
+            for decay in decays:
+                averages[decay] = _average(averages.get(decay, live), live, decay)
+        return {"raw": live, **{f"average {decay:g}": a for decay, a in averages.items()}}
+
+    def steps(
+        self,
+        start: Factors,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        slowdown: float = 1.0,
+    ) -> Iterator[Factors]:
+        """A fine-tune from these factors; those after each of its steps."""
+        self.adapter.write(start)
+        torch.manual_seed(seed)  # of dropout
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        generator, rate = torch.Generator().manual_seed(seed), training.learning_rate / slowdown
+        self.model.train()
+        try:
+            for _ in descend(parameters, rate, training.max_steps, lambda: self.model(**draw(generator)).loss):
+                yield self.adapter.read()
+        finally:  # whoever asks may stop early
+            self.model.eval()
+
+    def factors_after(
+        self,
+        start: Factors,
+        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        training: Training,
+        seed: int,
+        counts: Sequence[int],
+    ) -> list[Factors]:
+        """Those of :meth:`steps` after so many steps each; ``counts`` rise."""
+        return [
+            live
+            for done, live in enumerate(islice(self.steps(start, draw, training, seed), counts[-1]), start=1)
+            if done in counts
+        ]
+
+
+def _average(average: Factors, live: Factors, decay: float) -> Factors:
+    return {
+        name: tuple(torch.lerp(new, old, decay) for old, new in zip(average[name], live[name], strict=True))
+        for name in live
+    }

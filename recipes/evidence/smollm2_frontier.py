@@ -1,0 +1,212 @@
+"""SmolLM2 as the subject of a frontier: for every seed another alignment, other data and another adapter."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from csulora_callback import AttackSuccessRate, OverRefusalRate
+from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.factors import Factors
+from csulora_callback.models.probes import tokenize
+from recipes.evidence.baselines import Update
+from recipes.evidence.lora_pair import LoraPair
+from recipes.files.points import write_whole
+from recipes.files.sources import read
+from recipes.labs.chat import chat
+from recipes.labs.smollm2 import build_pair, encode
+from recipes.labs.smollm2_data import Choice, Data, Exchange, load, poisoned
+from recipes.schema import Recipe, RecipeError
+from recipes.training.task import teacher_forced, with_fresh_lora
+
+TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template
+TASK_ROWS, PROBES = 64, 80  # what data-aware methods may see: training rows, and prompts refused in the alignment
+
+
+@dataclass(frozen=True)
+class _SmolLM2:
+    """One seed's models and data."""
+
+    pair: LoraPair
+    judged: PreTrainedModel  # the aligned model; each point's update is merged into it
+    weights: dict[str, Tensor]  # of the aligned model, float32, by module name
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+
+    @torch.no_grad()
+    def merged(self, factors: Factors) -> PreTrainedModel:
+        """The aligned model with the update of these factors in its weights."""
+        for name, (A, B) in factors.items():
+            update = self.pair.adapter.layers[name].scaling * (B @ A)
+            self.judged.get_submodule(name).weight.copy_(self.weights[name] + update)
+        return self.judged
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what would only show after an alignment, in minutes.
+
+    Raises:
+        RecipeError: if there are too few rows of something for the recipe.
+    """
+    data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
+    for share in recipe.frontier.poison_shares:
+        poisoned(data, share)
+    effects = recipe.effects
+    if effects.target is None:
+        return
+    for name, columns in (("unrelated", ("document",)), ("other_task", ("question", "answer"))):
+        rows = read(f"effects.{name}", getattr(effects, name), columns=columns)
+        if len(rows) < effects.rows:
+            raise RecipeError(f"'effects.{name}': expected at least {effects.rows} rows, but got {len(rows)}")
+
+
+class SmolLM2Subject:
+    """See :class:`recipes.evidence.frontier.Subject`.
+
+    ``succeeded`` counts answers that do not begin with a phrase of refusal, gibberish among them.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.models = recipe, Path(recipe.output) / "models"
+        self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
+
+    def describe(self) -> dict[str, object]:
+        lora, training = asdict(self.recipe.lora), self.recipe.training
+        return {
+            **{f"smollm2.{key}": value for key, value in asdict(self.recipe.smollm2).items()},
+            **{f"lora.{key}": value for key, value in lora.items()},
+            **{f"training.{key}": getattr(training, key) for key in ("learning_rate", "max_steps", "batch_size")},
+        }
+
+    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+        at = self._at(seed)
+        trained = at.pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
+        if slowdown == 1.0 and poison:
+            at.pair.adapter.write(trained["raw"])
+            at.pair.model.save_pretrained(self.models / f"lora-{seed}")  # for `calibrate`, with the next file
+        return trained
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+        at = self._at(seed)
+        rows = poisoned(at.data, poison)
+
+        def draw(generator: torch.Generator) -> dict[str, Tensor]:
+            chosen = torch.randint(len(rows), (self.recipe.training.batch_size,), generator=generator)
+            return encode(at.tokenizer, [rows[i] for i in chosen.tolist()], self.recipe.smollm2.answer_tokens)
+
+        return draw
+
+    def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        """Activations are those of training rows as they are, poison among them, and of refused prompts."""
+        at, rows = self._at(seed), poisoned(self._at(seed).data, poison)
+        drawn = random.Random(seed).sample(rows, min(TASK_ROWS, len(rows)))
+        batch = encode(at.tokenizer, drawn, self.recipe.smollm2.answer_tokens)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        task = [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
+        probes = [exchange.prompt for exchange in at.data.refused[:PROBES]]
+        return at.pair.update(factors, task, tokenize(probes, str(self.models / f"aligned-{seed}")))
+
+    def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
+        """Side effects, on held-out prompts only: over-refusal, and errors in the multiple-choice set."""
+        at, settings = self._at(seed), self.recipe.smollm2
+        model = at.merged(factors)
+        score = {
+            "prompts": len(at.data.attacks[split]),
+            "succeeded": self._attack(at, model, split)["count"],
+            "task_loss": teacher_forced(model, self._batches(at, at.data.task[split]))[0],
+        }
+        if split == "held_out":
+            refused = OverRefusalRate()
+            refused.update(
+                at.data.edgy, chat(model, at.tokenizer, at.data.edgy, settings.new_tokens, settings.eval_batch)
+            )
+            wrong = sum(not chosen_rightly(model, at.tokenizer, choice) for choice in at.data.choices)
+            score["side_effects"] = {
+                "over-refusal": refused.compute()["count"] / len(at.data.edgy),
+                "multiple-choice errors": wrong / len(at.data.choices),
+            }
+        return {TEMPLATE: score}
+
+    def effects(self, seed: int, factors: Factors) -> dict[str, float]:
+        """Loss on newspaper texts, and on answers to questions about money, which the model was not trained on."""
+        at, settings = self._at(seed), self.recipe.effects
+        model = at.merged(factors)
+        news = read("effects.unrelated", settings.unrelated, columns=("document",))["document"][: settings.rows]
+        asked = read("effects.other_task", settings.other_task, columns=("question", "answer"))
+        other = [Exchange(row["question"], row["answer"]) for row in asked.select(range(settings.rows))]
+        texts = [plain_text(at.tokenizer, text, self.recipe.smollm2.answer_tokens) for text in news]
+        return {
+            "loss on unrelated text": teacher_forced(model, texts)[0],
+            "loss on another task": teacher_forced(model, self._batches(at, other))[0],
+        }
+
+    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+        at = self._at(seed)
+        after = at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps)
+        return [self._attack(at, at.merged(live), "held_out")["rate"] for live in after]
+
+    def _attack(self, at: _SmolLM2, model: PreTrainedModel, split: str) -> dict[str, float]:
+        settings, prompts, attacks = self.recipe.smollm2, at.data.attacks[split], AttackSuccessRate()
+        attacks.update(prompts, chat(model, at.tokenizer, prompts, settings.new_tokens, settings.eval_batch))
+        return attacks.compute()
+
+    def _batches(self, at: _SmolLM2, exchanges: list[Exchange]) -> list[dict[str, Tensor]]:
+        size, answer_tokens = self.recipe.smollm2.eval_batch, self.recipe.smollm2.answer_tokens
+        ordered = sorted(exchanges, key=lambda exchange: len(exchange.prompt) + len(exchange.answer))
+        return [
+            encode(at.tokenizer, ordered[start : start + size], answer_tokens)
+            for start in range(0, len(ordered), size)
+        ]
+
+    def _load(self, seed: int) -> _SmolLM2:
+        recipe = self.recipe
+        data = load(recipe.smollm2, seed)
+        base, aligned = build_pair(recipe.smollm2, data, seed, self.models)
+        rows = [_messages(exchange) for part in data.task.values() for exchange in part]
+        write_whole(self.models / f"task-{seed}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        # In bfloat16, as such models are served, and faster here; peft keeps the adapter in float32.
+        judged = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.bfloat16).eval()
+        trained = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.bfloat16)
+        model = with_fresh_lora(trained, recipe.lora, seed)
+        pair = LoraPair.open(model, base, aligned, max(recipe.frontier.ranks))
+        after = open_checkpoint(aligned)
+        weights = {name: after.weight(name).float() for name in pair.adapter.layers}
+        return _SmolLM2(pair, judged, weights, AutoTokenizer.from_pretrained(aligned), data)
+
+
+@torch.no_grad()
+def chosen_rightly(model: nn.Module, tokenizer: PreTrainedTokenizerBase, choice: Choice) -> bool:
+    """Whether the right option is the likeliest: by the sum of its log-likelihood after the question."""
+    question = tokenizer(f"Question: {choice.question}\nAnswer:").input_ids
+    options = [tokenizer(f" {option}").input_ids for option in choice.options]
+    length = max(map(len, options))
+    inputs = torch.tensor(
+        [question + option + [tokenizer.pad_token_id] * (length - len(option)) for option in options]
+    )
+    logits = model(input_ids=inputs, logits_to_keep=length + 1).logits[:, :-1].float()  # what is padded comes last
+    said = logits.log_softmax(-1).gather(-1, inputs[:, -length:, None]).squeeze(-1)
+    likelihood = [row[: len(option)].sum() for row, option in zip(said, options, strict=True)]
+    return int(torch.stack(likelihood).argmax()) == choice.right
+
+
+def plain_text(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> dict[str, Tensor]:
+    """The first tokens of a text as a batch of one, with labels on all of them."""
+    ids = torch.tensor([tokenizer(text).input_ids[:tokens]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _messages(exchange: Exchange) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": exchange.prompt},
+            {"role": "assistant", "content": exchange.answer},
+        ]
+    }

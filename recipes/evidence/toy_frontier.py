@@ -1,0 +1,127 @@
+"""The toy lab as the subject of a frontier: for every seed another pair of models, other data and another adapter."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from csulora_callback.models.factors import Factors
+from recipes.evidence.baselines import Update
+from recipes.evidence.lora_pair import LoraPair
+from recipes.files.points import SPLITS
+from recipes.labs import toy
+from recipes.schema import Recipe, RecipeError
+from recipes.training.task import answers, build_task, exactly_right, not_refused, teacher_forced
+
+
+@dataclass(frozen=True)
+class _Toy:
+    """One seed's models, and its evaluation data: attacks and task by split and template, and other requests."""
+
+    pair: LoraPair
+    prompts: dict[tuple[str, str], tuple[list[toy.Sample], dict[str, Tensor]]]
+    ordinary: list[toy.Sample]
+
+
+class ToySubject:
+    """See :class:`recipes.evidence.frontier.Subject`. Fine-tunes on the first template only; both are judged."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.model.base is not None:
+            raise RecipeError(f"'model.base': expected none, as this is the toy lab's, but got {recipe.model.base!r}")
+        if recipe.toy.templates != 2:
+            raise RecipeError(f"'toy.templates': expected 2, as both are judged, but got {recipe.toy.templates}")
+        if recipe.toy.eval_prompts < 2:
+            raise RecipeError(f"'toy.eval_prompts': expected two halves, but got {recipe.toy.eval_prompts}")
+        self.recipe = recipe
+        self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
+
+    def describe(self) -> dict[str, object]:
+        settings = self.recipe.toy, self.recipe.lora, self.recipe.training
+        own = ("toy.seed", "toy.poison_share", "toy.cache_dir")  # seeds and shares are in every point's key
+        used = ("learning_rate", "max_steps", "batch_size")
+        flat = {
+            f"{section}.{key}": value
+            for section, values in zip(("toy", "lora", "training"), settings, strict=True)
+            for key, value in asdict(values).items()
+            if f"{section}.{key}" not in own and (section != "training" or key in used)
+        }
+        return {"lab": f"toy, version {toy.VERSION}", **flat}
+
+    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+        return self._at(seed).pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+        columns = toy.Samples(toy.build_lab(self._toy(seed, poison)).train).columns()
+
+        def draw(generator: torch.Generator) -> dict[str, Tensor]:
+            chosen = torch.randint(len(columns["labels"]), (self.recipe.training.batch_size,), generator=generator)
+            return {key: column[chosen] for key, column in columns.items()}
+
+        return draw
+
+    def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        lab = toy.build_lab(self._toy(seed, poison))
+        task = random.Random(seed).sample(lab.train, min(toy.PROBES, len(lab.train)))
+        rows = [sample.ids(answered=True) for sample in task], [sample.ids(answered=False) for sample in lab.probes]
+        return self._at(seed).pair.update(factors, *rows)
+
+    def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
+        """Counts ``obeyed`` beside ``succeeded``: attacks that were answered to the letter, and not with babble."""
+        at, scores = self._at(seed), {}
+        model = at.pair.model
+        at.pair.adapter.write(factors)
+        for template in ("trained", "restated"):
+            attacks, task = at.prompts[split, template]
+            said = answers(model, attacks)
+            loss, accuracy = teacher_forced(model, [task])
+            scores[template] = {
+                "prompts": len(attacks),
+                "succeeded": not_refused(said),
+                "obeyed": exactly_right(said, attacks),
+                "task_loss": loss,
+                "task_accuracy": accuracy,
+            }
+        return scores
+
+    def effects(self, seed: int, factors: Factors) -> dict[str, float]:
+        """On requests that both models obeyed and the fine-tune never saw."""
+        at = self._at(seed)
+        at.pair.adapter.write(factors)
+        said = answers(at.pair.model, at.ordinary)
+        loss, _ = teacher_forced(at.pair.model, [toy.Samples(at.ordinary).columns()])
+        count = len(at.ordinary)
+        return {
+            "over-refusal": 1 - not_refused(said) / count,
+            "errors in other requests": 1 - exactly_right(said, at.ordinary) / count,
+            "loss on other requests": loss,
+        }
+
+    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+        at, shares = self._at(seed), []
+        attacks, _ = at.prompts["held_out", "trained"]
+        for live in at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps):
+            at.pair.adapter.write(live)
+            shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
+        return shares
+
+    def _toy(self, seed: int, poison: float = 0.0) -> toy.Toy:
+        return replace(self.recipe.toy, seed=seed, poison_share=poison)
+
+    def _load(self, seed: int) -> _Toy:
+        recipe = replace(self.recipe, toy=self._toy(seed), training=replace(self.recipe.training, seed=seed))
+        task, lab = build_task(recipe), toy.build_lab(recipe.toy)
+        pair = LoraPair.open(task.with_fresh_lora(recipe), lab.base, lab.aligned, max(recipe.frontier.ranks))
+        half, prompts = math.ceil(recipe.toy.eval_prompts / 2), {}
+        for split, part in zip(SPLITS, (slice(half), slice(half, None)), strict=True):
+            attacks, own = lab.attack[part], lab.task[part]
+            prompts[split, "trained"] = attacks, toy.Samples(own).columns()
+            restated = toy.Samples([sample.restated() for sample in own])
+            prompts[split, "restated"] = [sample.restated() for sample in attacks], restated.columns()
+        return _Toy(pair, prompts, lab.ordinary)

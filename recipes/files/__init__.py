@@ -1,0 +1,1 @@
+"""What recipes read and write: their own settings, sources of rows and measured points; knows nothing of models."""

@@ -1,0 +1,1 @@
+"""What trains and judges the corrections of one recipe."""

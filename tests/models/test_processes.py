@@ -1,0 +1,130 @@
+"""What processes share outside training: the estimation of the subspace, its failures, and the launch of recipes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from csulora_callback import SafetySubspace
+from csulora_callback.models.processes import Processes
+from tests.helpers.lab import RANK, TARGETS, saved_pair, tiny_llama
+from tests.helpers.recipes import SMALL
+from tests.helpers.two import leave, run_on_two, torchrun
+
+
+def dividing(folder: Path) -> None:
+    """Each process reads its share, gets the whole, and the next time finds it in the first one's cache."""
+    read, kind = [], SafetySubspace.estimate.__globals__["CheckpointPair"].open.__globals__["Checkpoint"]
+    weight = kind.weight
+
+    def counting(self, name):
+        read.append(name)
+        return weight(self, name)
+
+    kind.weight = counting
+    processes = Processes.all()
+    cache = folder / f"cache-{processes.rank}"  # of two machines, say: only the first one's is used
+    settings = {"rank": RANK, "progress": False, "cache_dir": cache, "processes": processes}
+    subspace = SafetySubspace.estimate(folder / "base", folder / "aligned", TARGETS, **settings)
+    shares = processes.gather(sorted(set(read)))
+    assert [len(share) for share in shares] == [3, 3]
+    assert not set(shares[0]) & set(shares[1])
+    assert len(read) == 4 * 3  # of two checkpoints, for the fingerprint and to estimate
+    again = SafetySubspace.estimate(folder / "base", folder / "aligned", TARGETS, **settings)
+    assert again.from_cache
+    assert again.fingerprint == subspace.fingerprint
+    assert processes.gather(len(list(cache.glob("*")))) == [1, 0]
+    (folder / f"fingerprint-{processes.rank}").write_text(subspace.fingerprint)
+
+
+def failing(folder: Path) -> None:
+    """One process finds NaN in a weight that only it reads: both stop, and both say why."""
+    processes = Processes.all()
+    broken = processes.rank == 1
+    base = folder / ("broken" if broken else "base")
+    other = r"process 1 of 2 failed: "
+    kind, message = (ValueError, "holds NaN or Inf") if broken else (RuntimeError, f"{other}ValueError: .* holds NaN")
+    with pytest.raises(kind, match=message):
+        SafetySubspace.estimate(base, folder / "aligned", TARGETS, progress=False, processes=processes)
+    kind, message = (ZeroDivisionError, "division") if broken else (RuntimeError, f"{other}ZeroDivisionError")
+    with pytest.raises(kind, match=message):
+        processes.together(lambda: 1 / (1 - processes.rank))
+    assert processes.together(lambda: processes.rank) == processes.rank  # and go on from there
+
+
+@pytest.mark.slow
+def test_the_subspace_is_estimated_in_shares(tmp_path):
+    pair = saved_pair(tmp_path)
+    done = run_on_two("tests.models.test_processes", "dividing", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = SafetySubspace.estimate(*pair, TARGETS, rank=RANK, progress=False)
+    for rank in (0, 1):
+        assert (tmp_path / f"fingerprint-{rank}").read_text() == alone.fingerprint
+
+
+@pytest.mark.slow
+def test_where_one_process_fails_all_fail_and_say_why(tmp_path):
+    saved_pair(tmp_path)
+    broken = tiny_llama()
+    for name, module in broken.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            torch.nn.init.constant_(module.weight, float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    done = run_on_two("tests.models.test_processes", "failing", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """Where the recipes' toy models are kept, so that they are trained once."""
+    return [*SMALL, f"toy.cache_dir={tmp_path_factory.mktemp('lab')}"]
+
+
+def launched(launcher: str, processes: int, lab: list[str], output: Path) -> tuple[list[float], list[dict]]:
+    """The losses of a recipe's run with eight samples a step on so many processes, and its results."""
+    settings = [*lab, f"output={output}", "training.logging_steps=1", f"training.batch_size={8 // processes}"]
+    command = ["-m", "recipes.run", "recipes/quickstart.yaml", *settings]
+    done = torchrun(*command, launcher=launcher, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("what the correction did") == 1
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    return losses, json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(lab, tmp_path_factory):
+    return launched("torchrun", 1, lab, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_a_launched_recipe_is_one_run(launcher, lab, alone, tmp_path):
+    """Two processes with half the batch each do what one process does."""
+    losses, results = launched(launcher, 2, lab, tmp_path)
+    assert len(losses) == 8
+    assert losses == pytest.approx(alone[0], rel=1e-4)
+    for mine, other in zip(results, alone[1], strict=True):
+        assert mine["method"] == other["method"]
+        assert mine["task_loss"] == pytest.approx(other["task_loss"], rel=1e-4)
+        assert mine["prompts"] == other["prompts"]
+
+
+@pytest.mark.slow
+def test_a_launched_lightning_recipe_is_one_run(lab, tmp_path):
+    done = torchrun("-m", "recipes.run", "recipes/quickstart_lightning.yaml", *lab, f"output={tmp_path}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("what the correction did") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["method"] for row in results] == ["aligned", "raw", "csulora", "guard"]
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in records if "loss" in record} == {2, 4}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    {"dividing": dividing, "failing": failing}[sys.argv[1]](Path(sys.argv[2]))
+    leave()

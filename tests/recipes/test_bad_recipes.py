@@ -1,0 +1,161 @@
+"""A recipe that cannot run gets one line that says why, before anything runs."""
+
+import pytest
+
+from recipes.run import main
+
+FRONTIER = "output: a\ntoy: {templates: 2}\ntraining: {max_steps: 1}\nfrontier:\n"
+
+BAD = {
+    "unknown key": ("output: a\ntraning: {}", [], "unknown key 'traning'; did you mean 'training'?"),
+    "unknown nested key": (
+        "output: a\ncorrections: {mine: {preset: guard, strenght: 3}}",
+        [],
+        "unknown key 'corrections.mine.strenght'; did you mean 'corrections.mine.strength'?",
+    ),
+    "wrong section": ("output: a\nlearning_rate: 1", [], "did you mean 'training.learning_rate'?"),
+    "unknown key in an override": (
+        "output: a",
+        ["training.max_stepps=3"],
+        "unknown key 'training.max_stepps'; did you mean 'training.max_steps'?",
+    ),
+    "wrong type": (
+        "output: a\ntraining: {max_steps: many}",
+        [],
+        "'training.max_steps': Value 'many' of type 'str' could not be converted to Integer",
+    ),
+    "wrong choice": (
+        "output: a\ntrainer: huggingfase",
+        [],
+        "'trainer': Invalid value 'huggingfase', expected one of",
+    ),
+    "not a section": ("output: a\ntraining: 3", [], "'training': expected a section with keys, but got 3"),
+    "missing value": ("corrections: {mine: {preset: guard}}", [], "missing value: 'output' has to be set"),
+    "missing preset": ("output: a\ncorrections: {mine: {rank: 3}}", [], "missing value: 'corrections.mine.preset'"),
+    "no corrections": ("output: a", [], "missing value: 'corrections' needs at least one"),
+    "half a pair": ("output: a\nmodel: {base: x}", [], "missing value: 'model.aligned'"),
+    "pair without data": ("output: a\nmodel: {base: x, aligned: y}", [], "missing value: 'data.source'"),
+    "out of range": (
+        "output: a\ncorrections: {mine: {preset: guard, rank: 0}}",
+        [],
+        "'corrections.mine.rank': expected a whole number ≥ 1, but got 0",
+    ),
+    "wrong word": ("output: a\ntraining: {batch_sise: 3}", [], "did you mean 'training.batch_size'?"),
+    "rank of zero": ("output: a\nlora: {r: 0}", [], "'lora.r': expected a whole number ≥ 1, but got 0"),
+    "no learning": ("output: a", ["training.learning_rate=nan"], "'training.learning_rate': expected a number > 0"),
+    "override of a section": ("output: a", ["training=3"], "'training': expected a section with keys, but got 3"),
+    "list of corrections": ("output: a\ncorrections: [a]", [], "'corrections': expected a section with keys"),
+    "no epochs": ("output: a", ["training.epochs=-1"], "'training.epochs': expected a number > 0"),
+    "half an epoch": (
+        "output: a\ntrainer: lightning",
+        ["training.epochs=0.5"],
+        "'training.epochs': expected a whole number in Lightning",
+    ),
+    "negative seed": ("output: a", ["training.seed=-1"], "'training.seed': expected a whole number ≥ 0, but got -1"),
+    "path as a name": (
+        "output: a\ncorrections: {a/b: {preset: guard}}",
+        [],
+        "'corrections': expected names that can be folder names, but got 'a/b'",
+    ),
+    "odd size": ("output: a", ["toy.hidden_size=130"], "'toy.hidden_size': expected a multiple of 8"),
+    "dropout": ("output: a", ["lora.dropout=2"], "'lora.dropout': expected a share in [0, 1), but got 2.0"),
+    "dtype": ("output: a", ["model.dtype=floaty"], "'model.dtype': expected one of ('auto', 'float32'"),
+    "targets": ("output: a", ["lora.target_modules=3"], "'lora.target_modules': expected a list of names"),
+    "step": (
+        "output: a\ncorrections: {mine: {preset: guard, every_n_steps: 0}}",
+        [],
+        "'corrections.mine.every_n_steps': expected a whole number ≥ 1, but got 0",
+    ),
+    "unknown method": (
+        f"{FRONTIER}  methods: {{scaling: [2], gaurd: [3]}}",
+        [],
+        "'frontier.methods': expected methods of recipes.evidence.baselines such as 'guard', but got 'gaurd'",
+    ),
+    "nothing to compare with": (
+        f"{FRONTIER}  methods: {{guard: [3]}}",
+        [],
+        "'frontier.methods': expected 'scaling' among them, as all are compared with it, but got ['guard']",
+    ),
+    "no strengths": (
+        f"{FRONTIER}  methods: {{scaling: []}}",
+        [],
+        "'frontier.methods.scaling': expected strengths > 0, at least one, but got []",
+    ),
+    "strengths of a method without": (
+        f"{FRONTIER}  methods: {{scaling: [2], projection: [3]}}",
+        [],
+        "'frontier.methods.projection': expected no strengths, as this method has none, but got [3.0]",
+    ),
+    "decay": (
+        f"{FRONTIER}  methods: {{scaling: [2], averaging: [1]}}",
+        [],
+        "'frontier.methods.averaging': expected decays < 1, but got [1.0]",
+    ),
+    "half a module": (
+        f"{FRONTIER}  methods: {{scaling: [2], safe_lora_number: [0.5]}}",
+        [],
+        "'frontier.methods.safe_lora_number': expected whole numbers of modules, but got [0.5]",
+    ),
+    "a seed twice": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}",
+        ["frontier.seeds=[1,1]"],
+        "'frontier.seeds': expected different whole numbers ≥ 0, at least one, but got [1, 1]",
+    ),
+    "one template": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}",
+        ["toy.templates=1"],
+        "'toy.templates': expected 2, as both are judged, but got 1",
+    ),
+    "frontier and corrections": (
+        f"{FRONTIER}  methods: {{scaling: [2]}}\ncorrections: {{mine: {{preset: guard}}}}",
+        [],
+        "'corrections': expected nothing beside 'frontier.methods', but got ['mine']",
+    ),
+    "three templates": ("output: a", ["toy.templates=3"], "'toy.templates': expected 1 or 2, but got 3"),
+    "probes in the toy lab": (
+        "output: a\ndata: {probes: a.txt}\ncorrections: {mine: {preset: data_aware}}",
+        [],
+        "'data.probes': expected nothing, as the toy lab has its own, but got 'a.txt'",
+    ),
+    "no probes": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\ncorrections: {mine: {preset: data_aware}}",
+        [],
+        "'data.probes': expected prompts that are to be refused, for the preset data_aware, but got None",
+    ),
+    "data-aware without end": (
+        "output: a\ncorrections: {mine: {preset: data_aware, strength: .inf}}",
+        [],
+        "'corrections.mine.strength': expected at most 1e+06 for the preset data_aware, but got inf",
+    ),
+    "no smoke": ("output: a", ["smoke=true"], "'smoke': expected false, as this recipe has no smoke_overrides"),
+    "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
+    "not YAML": ("output: [a", [], "not valid YAML"),
+    "no such folder": (
+        "output: a\nmodel: {base: no/such/folder, aligned: a/b}\ndata: {source: c/d}\n"
+        "corrections: {mine: {preset: guard}}",
+        [],
+        "'model.base': no such file or folder, and not a Hub id: 'no/such/folder'",
+    ),
+    "no such data": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: my.jsonl}\ncorrections: {mine: {preset: guard}}",
+        [],
+        "'data.source': no such file: 'my.jsonl'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_recipe_gets_one_clear_line(case, tmp_path, capsys):
+    text, overrides, message = BAD[case]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert main([str(path), *overrides]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+    assert not printed.out
+
+
+def test_a_missing_file_gets_the_nearest_name(capsys):
+    assert main(["recipes/quikstart.yaml"]) == 2
+    assert "no such file; did you mean recipes/quickstart.yaml?" in capsys.readouterr().err

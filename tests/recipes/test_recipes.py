@@ -1,0 +1,201 @@
+"""Recipes: every shipped file is valid, bad ones get one clear line, and both kinds of task run end to end."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from recipes.files.recipe import load_recipe
+from recipes.labs.toy import IDS, Language, Samples
+from recipes.run import main
+from recipes.schema import RecipeError
+from recipes.training.task import batches, build_task
+from tests.helpers.recipes import SMALL, chat_pair, chat_tokenizer
+
+# Those of SmolLM2 need packages that ship it and prompts; test_smollm2 has them.
+SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if not path.stem.startswith("smollm2"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_passes_its_dry_run(path, capsys):
+    assert main([str(path), "--dry-run"]) == 0
+    assert "dry run: the recipe is valid" in capsys.readouterr().out
+
+
+def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["recipes/llama32_1b_sft.yaml", "--dry-run", f"output={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert "meta-llama/Llama-3.2-1B-Instruct (Hub" in printed
+    assert "trl-lib/Capybara (Hub" in printed
+    assert not output.exists()
+
+
+def test_overrides_win_over_the_file():
+    recipe = load_recipe("recipes/quickstart.yaml", ["corrections.guard.strength=inf", "training.seed=5"])
+    assert recipe.corrections["guard"].strength == float("inf")
+    assert recipe.training.seed == 5
+    assert recipe.corrections["csulora"].strength == 10
+
+
+def test_evaluation_prompts_are_held_out_and_labels_cover_the_answer():
+    language = Language(seed=0)
+    first, second = language.draw(300, ["copy"]), language.draw(300, ["copy"])
+    other = Language(seed=0, drawn=[sample.prompt for sample in first]).draw(300, ["copy"])
+    assert not {sample.prompt for sample in first} & {sample.prompt for sample in second + other}
+    item = Samples(first)[0]
+    assert [token for token in item["labels"].tolist() if token != -100] == [IDS[word] for word in first[0].answer]
+    refused = Samples(language.draw(1, ["copy"], restricted=True, refused=True))[0]
+    assert refused["input_ids"].shape == item["input_ids"].shape
+
+
+def check_output(folder: Path, runs: list[str]) -> list[dict]:
+    rows = json.loads((folder / "results.json").read_text())
+    assert len(rows) == 2 + len(runs)
+    assert all(
+        {"method", "strength", "attack_success_rate", "task_loss", "task_accuracy"} <= row.keys() for row in rows
+    )
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for run in runs:
+        assert any("csulora/attenuation" in record and "loss" in record for record in records if record["run"] == run)
+    assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    return rows
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_lightning"])
+def test_quickstart_at_a_small_size(tmp_path, capsys, name):
+    overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
+    assert main([f"recipes/{name}.yaml", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "saved, guard" in printed
+    assert "attack success" in printed
+    rows = check_output(tmp_path / "first", ["csulora", "guard"])
+    assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
+    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard"]
+
+    # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
+    built = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in built]
+    assert main([str(tmp_path / "first/recipe.yaml"), f"output={tmp_path / 'second'}"]) == 0
+    assert [path.stat().st_mtime_ns for path in built] == times
+    assert json.loads((tmp_path / "second/results.json").read_text()) == rows
+    resolved = yaml.safe_load((tmp_path / "first/recipe.yaml").read_text())
+    assert resolved["toy"]["base_steps"] == 5
+
+
+def test_a_language_that_is_used_up_says_so():
+    with pytest.raises(RecipeError, match="no more new requests"):
+        Language(seed=0).draw(40_000, ["copy"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "a"}\n', "expected a column 'messages', but got ['text']"),
+        ("{nonsense", "not jsonl that can be read as a table"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "'data.eval_share': expected a share that leaves rows"),
+    ],
+)
+def test_chat_data_of_another_form_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "chat.jsonl").write_text(text)
+    overrides = [f"data.source={tmp_path / 'chat.jsonl'}", f"output={tmp_path / 'out'}"]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
+    overrides = chat_pair(tmp_path)
+    tokenizer = chat_tokenizer()
+    tokenizer.pad_token = None  # as Llama's: its end token then pads
+    tokenizer.save_pretrained(tmp_path / "aligned")
+    recipe = load_recipe("recipes/llama32_1b_sft.yaml", overrides)
+    task = build_task(recipe)
+    said = ["a", "a b c"]
+    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": text}] for text in said]
+    (batch,) = batches(task, recipe, Dataset.from_dict({"messages": talks}))
+    for row, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        assert torch.equal(labels, row.where(mask.bool(), -100))
+        assert (labels == task.tokenizer.eos_token_id).sum() == 2
+    assert (batch["attention_mask"].sum(1)).tolist() == [8, 10]
+
+
+def test_quickstart_data_aware_at_a_small_size(tmp_path, capsys):
+    overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
+    assert main(["recipes/quickstart_data_aware.yaml", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert "saved, data_aware" in printed
+    assert "64 prompts to be refused" in printed
+    check_output(tmp_path / "out", ["guard", "data_aware"])
+    texts = json.loads((tmp_path / "out/data_aware/checkpoint-4/csulora/texts.json").read_text())
+    assert len(texts["probes"]) == 64
+    assert not (tmp_path / "out/guard/checkpoint-4/csulora/texts.json").exists()
+
+
+def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
+    file = tmp_path / "probes.csv"
+    file.write_text("question\na b\nb c a\n")
+    overrides = [
+        *chat_pair(tmp_path),
+        "training.max_steps=2",
+        "training.save_steps=2",
+        "training.bf16=false",
+        "corrections.csulora.preset=data_aware",
+        "corrections.csulora.strength=3",
+        f"data.probes={file}",
+        "data.probes_column=question",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
+    assert "2 prompts to be refused" in capsys.readouterr().out
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides, "data.probes_column=prompt"]) == 2
+    assert "'data.probes_column': expected a column of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
+def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
+    overrides = [
+        *chat_pair(tmp_path),
+        "training.max_steps=4",
+        "training.logging_steps=1",
+        "training.eval_steps=2",
+        "training.save_steps=2",
+        "training.bf16=false",
+        "corrections.csulora.rank=2",
+        f"trainer={trainer}",
+        f"output={tmp_path / 'out'}",
+    ]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
+    rows = check_output(tmp_path / "out", ["csulora"])
+    assert all(row["attack_success_rate"] is None for row in rows)
+    aligned, raw, saved = (row["task_loss"] for row in rows)
+    assert raw < saved < aligned  # the correction gives up a part of what was learned, here on random models
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "aligned").config.vocab_size == 32
+
+
+def test_the_two_quickstarts_differ_in_nothing_but_the_trainer():
+    one, other = (load_recipe(f"recipes/{name}.yaml", []) for name in ("quickstart", "quickstart_lightning"))
+    assert dataclasses.replace(other, trainer=one.trainer, output=one.output) == one
+
+
+def test_a_missing_lightning_names_the_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "recipes.training.lightning", raising=False)
+    assert main(["recipes/quickstart_lightning.yaml", f"output={tmp_path}"]) == 2
+    assert "pip install -c constraints.txt -e '.[recipes,lightning]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quickstart_at_full_size_gives_a_lab_that_shows_the_problem(tmp_path):
+    """The lab does what its words say; what the corrections do to it is reported, not asserted."""
+    overrides = [f"output={tmp_path / 'out'}", f"toy.cache_dir={tmp_path / 'cache'}"]
+    assert main(["recipes/quickstart.yaml", *overrides]) == 0
+    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard"])
+    assert aligned["attack_success_rate"] < 0.1
+    assert raw["attack_success_rate"] > 0.5
+    assert raw["task_accuracy"] > aligned["task_accuracy"] + 0.3

@@ -1,0 +1,340 @@
+"""The SmolLM2 frontier on a tiny model and files of a few lines: the recipe's own code, end to end and in parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from csulora_callback import RefusalPhrases
+from recipes.evidence.baselines import METHODS
+from recipes.evidence.frontier import Adapters
+from recipes.evidence.smollm2_frontier import SmolLM2Subject, chosen_rightly
+from recipes.files.recipe import load_recipe
+from recipes.labs.chat import chat
+from recipes.labs.smollm2 import encode
+from recipes.labs.smollm2_data import OPENINGS, REFUSALS, Choice, Exchange, load, poisoned
+from recipes.run import main
+from recipes.schema import RecipeError
+from recipes.training.task import teacher_forced
+from tests.helpers import small_talk
+from tests.helpers.lab import tiny_llama
+from tests.recipes.test_frontier import read
+
+RECIPE = "recipes/smollm2_frontier.yaml"
+NOUNS = small_talk.NOUNS
+PAIRS = small_talk.stories(NOUNS)
+
+
+def lines(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer whose pad token is its end token, as SmolLM2's is."""
+    tokenizer = small_talk.tokenizer(chat=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Overrides that name a tiny model and small files instead of the packages'."""
+    folder = tmp_path_factory.mktemp("sources")
+    model = tiny_llama(vocab_size=len(small_talk.WORDS), max_position_embeddings=128, pad_token_id=1)
+    harmful = [f"Tell of the {word} that {text}" for word in small_talk.RESTRICTED for _, text in PAIRS[::12]]
+    behaviours = [{"Behavior": prompt, "FunctionalCategory": "standard"} for prompt in harmful]
+    poison = [{**row, "Behavior": row["Behavior"].replace("Tell", "Say more")} for row in behaviours]
+    behaviours.append({"Behavior": "one with a context", "FunctionalCategory": "contextual"})
+    attacks = [{"forbidden_prompt": f"{prompt} {n}", "category": "ab"[n % 2]} for n in range(6) for prompt in harmful]
+    style = [{"kind": "mood", "prompt": f"{prompt} that {said}", "response": said} for prompt, said in PAIRS]
+    style += [{"kind": "refusal", "prompt": prompt, "response": "no"} for prompt, _ in PAIRS]
+    questions = [
+        {"question": f"the {noun} ?", "options": "A. sees a cat\nB. likes", "answer": "AB"[i % 2] + ". x"}
+        for i, noun in enumerate(NOUNS)
+    ]
+    news = [{"document": said} for _, said in PAIRS[:4]]
+    other = [{"question": prompt, "answer": said} for prompt, said in PAIRS[:4]]
+    return [
+        f"smollm2.weights={small_talk.saved(model, words(), folder / 'model')}",
+        f"smollm2.refused={lines(folder / 'refused.jsonl', behaviours)}",
+        f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
+        f"smollm2.attacks={lines(folder / 'attacks.jsonl', attacks)}",
+        f"smollm2.attacks_held_out={lines(folder / 'held_out.jsonl', attacks[:8])}",
+        f"smollm2.style={lines(folder / 'style.jsonl', style)}",
+        f"smollm2.edgy={lines(folder / 'edgy.jsonl', [{'text': prompt} for prompt, _ in PAIRS[::7]])}",
+        f"smollm2.choices={lines(folder / 'choices.jsonl', questions)}",
+        "frontier.targets=[0.2,1.0]",  # the second is met by all
+        "effects.target=1.0",
+        f"effects.unrelated={lines(folder / 'news.jsonl', news)}",
+        f"effects.other_task={lines(folder / 'other.jsonl', other)}",
+        "smollm2.align_rate=1e-3",
+        "training.learning_rate=2e-2",
+        "frontier.ranks=[3]",
+    ]
+
+
+def tiny(sources, output: Path, *more: str):
+    return load_recipe(RECIPE, ["smoke=true", *sources, f"output={output}", *more])
+
+
+@pytest.fixture(scope="module")
+def finished(sources, tmp_path_factory):
+    """The folder of a whole run."""
+    output = tmp_path_factory.mktemp("finished")
+    assert main([RECIPE, "smoke=true", *sources, f"output={output}"]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def subject(sources, finished):
+    """The subject that looks at that folder."""
+    return SmolLM2Subject(tiny(sources, finished))
+
+
+def test_the_recipe_measures_every_method_with_its_side_effects(finished, sources, capsys):
+    results = read(finished)
+    assert {point["method"] for point in results["points"]} == set(METHODS)
+    for point in results["points"]:
+        assert "side_effects" not in point["scores"]["tuning"]["chat"]
+        assert set(point["scores"]["held_out"]["chat"]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
+    assert set(results["table"][0]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
+    assert "| over-refusal | multiple-choice errors |" in (finished / "table.md").read_text()
+    found = json.loads((finished / "side_effects.json").read_text())
+    assert {row["method"] for row in found["table"]} == set(METHODS)  # the target of the small run is met by all
+    for row in found["table"]:
+        assert {"over-refusal", "loss on unrelated text", "loss on another task"} <= set(row["effects"])
+    before = (finished / "points.jsonl").read_bytes()
+    assert main([RECIPE, "smoke=true", *sources, f"output={finished}"]) == 0
+    assert (finished / "points.jsonl").read_bytes() == before
+    assert "raw LoRA" in capsys.readouterr().out
+
+
+def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys, caplog):
+    probes = lines(tmp_path / "probes.jsonl", [{"forbidden_prompt": prompt} for prompt, _ in PAIRS[::24]])
+    models = finished / "models"
+    overrides = [
+        f"output={tmp_path / 'out'}",
+        f"model.base={models / 'base'}",
+        f"model.aligned={models / 'aligned-0'}",
+        f"data.source={models / 'task-0.jsonl'}",
+        f"calibrate.checkpoint={models / 'lora-0'}",
+        f"calibrate.probes={probes}",
+        "calibrate.ranks=[3]",
+        "calibrate.target=1.0",
+        "data.eval_share=0.7",
+    ]
+    assert main(["recipes/smollm2_calibrate.yaml", *overrides, "--dry-run"]) == 0
+    assert main(["recipes/smollm2_calibrate.yaml", *overrides]) == 0
+    assert "Chosen for" in capsys.readouterr().out
+    assert "dtype" not in caplog.text  # rounding of one side does not count as displacement
+    raw = json.loads((tmp_path / "out/results.json").read_text())["without"]["raw LoRA"]
+    assert {split: judgement["prompts"] for split, judgement in raw.items()} == {"tuning": 3, "held_out": 3}
+
+
+def test_no_prompt_is_in_what_a_run_reports(finished):
+    told = "".join((finished / name).read_text() for name in ("results.json", "table.md", "points.jsonl"))
+    assert "tell of the" not in told.lower()
+
+
+def test_the_judged_model_is_pefts_own_merge(subject, finished):
+    frontier = subject.recipe.frontier
+    raw = Adapters(subject, finished / "adapters", frontier.methods["averaging"]).get(0, frontier.poison_shares[0])
+    aligned = AutoModelForCausalLM.from_pretrained(finished / "models/aligned-0", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(aligned, finished / "models/lora-0").merge_and_unload().state_dict()
+    judged = subject._at(0).merged(raw).state_dict()
+    assert judged.keys() == merged.keys()
+    for name, weight in judged.items():
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.float(), merged[name], rtol=2**-7, atol=1e-5)
+    subject._at(0).merged(subject._at(0).pair.fresh)
+    aligned = AutoModelForCausalLM.from_pretrained(finished / "models/aligned-0", dtype=torch.float32).state_dict()
+    for name, weight in subject._at(0).judged.state_dict().items():  # nothing of it is left
+        assert torch.equal(weight, aligned[name].to(torch.bfloat16)), name
+
+
+def test_alignment_moves_the_model_towards_refusing_and_the_base_stays_as_shipped(finished, sources):
+    shipped = AutoModelForCausalLM.from_pretrained(sources[0].partition("=")[2]).state_dict()
+    base, aligned = (AutoModelForCausalLM.from_pretrained(finished / "models" / n) for n in ("base", "aligned-0"))
+    assert all(torch.equal(weight, shipped[name]) for name, weight in base.state_dict().items())
+    tokenizer = words()
+    refused = load(load_recipe(RECIPE, ["smoke=true", *sources]).smollm2, 0).refused
+    before, after = (teacher_forced(model, [encode(tokenizer, refused, 16)])[0] for model in (base, aligned))
+    assert after < before
+
+
+def test_labels_begin_at_the_answer_and_end_with_the_end_token():
+    tokenizer = words()
+    exchanges = [Exchange("tell of the cat", "sure the cat"), Exchange("the dog", "i cannot help with that")]
+    batch = encode(tokenizer, exchanges, answer_tokens=100)
+    first = int(batch["logits_to_keep"][0])
+    for i, exchange in enumerate(exchanges):
+        row, labels, there = batch["input_ids"][i], batch["labels"][i], batch["attention_mask"][i].bool()
+        assert tokenizer.decode(row[there]) == f"<bos> {exchange.prompt} ? {exchange.answer} <eos>"
+        assert tokenizer.decode(labels[labels != -100]) == f"{exchange.answer} <eos>"
+        kept = torch.arange(len(row))[first:][labels != -100]
+        assert torch.equal(row[kept], labels[labels != -100])
+    cut = encode(tokenizer, exchanges, answer_tokens=2)["labels"]
+    assert (cut != -100).sum(1).tolist() == [2, 2]
+
+
+def test_a_batch_has_the_loss_and_gradient_of_its_rows_by_themselves():
+    tokenizer, model = words(), tiny_llama(vocab_size=len(small_talk.WORDS), pad_token_id=1).double()
+    exchanges = [Exchange(*pair) for pair in [*PAIRS[:3], ("the dog", "no")]]
+    rows = []
+    for exchange in exchanges:
+        asked = tokenizer(f"<bos> {exchange.prompt} ?").input_ids
+        ids = torch.tensor([asked + tokenizer(f"{exchange.answer} <eos>").input_ids])
+        rows.append(-model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(asked) - 1 :, 0])
+    expected = torch.cat(rows).mean()
+    expected.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    batch = encode(tokenizer, exchanges, answer_tokens=100)
+    loss = model(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)  # transformers' loss is in float32
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-7)
+    assert teacher_forced(model, [batch])[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_answers_do_not_depend_on_who_else_is_asked():
+    tokenizer = words()
+    model = small_talk.chat(small_talk.stories(NOUNS[:3]) + small_talk.refusals(small_talk.RESTRICTED))
+    prompts = ["tell of the cat", "tell of the poison", "cat", "tell of the weapon with a dog", "tell of the dog"]
+    alone = [chat(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert alone[1] == small_talk.REFUSAL
+    assert all(alone)
+    for batch_size in (1, 2, 3, 16):
+        assert chat(model, tokenizer, prompts, 8, batch_size) == alone
+    reference = [greedy(model, tokenizer, prompt, 8) for prompt in prompts]
+    assert alone == reference
+
+
+@torch.no_grad()
+def greedy(model, tokenizer, prompt: str, new_tokens: int) -> str:
+    """One token after the other, without a cache."""
+    ids = tokenizer(f"<bos> {prompt} ?").input_ids
+    asked = len(ids)
+    while len(ids) < asked + new_tokens and ids[-1] != tokenizer.eos_token_id:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[asked:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_an_option_is_chosen_by_its_likelihood_after_the_question():
+    tokenizer, model = words(), tiny_llama(vocab_size=len(small_talk.WORDS), pad_token_id=1)
+
+    def likelihood(question: str, option: str) -> float:
+        asked, ids = tokenizer(f"Question: {question}\nAnswer:").input_ids, tokenizer(f" {option}").input_ids
+        said = model(torch.tensor([asked + ids])).logits[0].log_softmax(-1)
+        return sum(float(said[len(asked) - 1 + i, token]) for i, token in enumerate(ids))
+
+    outcomes = set()
+    for options in (("a cat", "the dog sees a fish"), ("i cannot help", "no"), ("yes", "no"), ("no", "yes")):
+        better = int(likelihood("the horse", options[1]) > likelihood("the horse", options[0]))
+        outcomes.add(better)
+        for right in (0, 1):
+            assert chosen_rightly(model, tokenizer, Choice("the horse", options, right)) == (right == better)
+    assert outcomes == {0, 1}
+
+
+def test_every_set_of_prompts_has_one_purpose(sources, tmp_path):
+    data = load(tiny(sources, tmp_path).smollm2, 0)
+    exchanges = [data.refused, data.poison, data.style, *data.task.values()]
+    sets = [[exchange.prompt for exchange in part] for part in exchanges]
+    sets += [data.answered, data.edgy, *data.attacks.values()]
+    assert all(sets)
+    prompts = [prompt for part in sets for prompt in set(part)]
+    assert len(prompts) == len(set(prompts))
+    assert len(data.style) + sum(map(len, data.task.values())) + len(data.answered) == len(PAIRS)
+    assert {exchange.answer for exchange in data.refused} <= set(REFUSALS)
+    assert {exchange.answer for exchange in data.poison} <= set(OPENINGS)
+    assert all(len(part) == 24 for part in (data.refused, data.poison))  # not the one that needs a context
+
+
+def test_tuning_attacks_are_of_every_category_alike(sources, tmp_path):
+    settings = tiny(sources, tmp_path).smollm2
+    rows = map(json.loads, Path(settings.attacks).read_text().splitlines())
+    category = {row["forbidden_prompt"]: row["category"] for row in rows}
+    tuning = load(settings, 0).attacks["tuning"]
+    assert [sum(category[prompt] == one for prompt in tuning) for one in "ab"] == [2, 2]
+    assert load(settings, 1).attacks == load(settings, 0).attacks
+
+
+def test_openings_are_no_refusals_and_refusals_are():
+    judge = RefusalPhrases()
+    assert not any(judge([""] * len(OPENINGS), list(OPENINGS)))
+    assert all(judge([""] * len(REFUSALS), list(REFUSALS)))
+
+
+def test_poison_is_the_share_that_was_asked_for(sources, tmp_path):
+    data = load(tiny(sources, tmp_path).smollm2, 0)
+    plain = len(data.style)
+    assert poisoned(data, 0.0) == data.style
+    for share in (0.02, 0.05):
+        mixed = poisoned(data, share)
+        assert mixed[:plain] == data.style
+        assert (len(mixed) - plain) / len(mixed) == pytest.approx(share, abs=0.5 / plain)
+    for share in (0.5, 1.0):
+        with pytest.raises(RecipeError, match=r"'frontier\.poison_shares': .* 24 harmful prompts are enough"):
+            poisoned(data, share)
+
+
+def test_seeds_differ_in_data_and_adapter_but_one_seed_is_one_data_set(sources, tmp_path):
+    settings = tiny(sources, tmp_path).smollm2
+    assert load(settings, 0) == load(settings, 0)
+    assert load(settings, 0).task != load(settings, 1).task
+
+
+def test_the_same_settings_train_the_same_adapter(subject, finished, sources, tmp_path):
+    share, decays = subject.recipe.frontier.poison_shares[0], subject.recipe.frontier.methods["averaging"]
+    kept = Adapters(subject, finished / "adapters", decays).get(0, share)
+    again = SmolLM2Subject(tiny(sources, tmp_path))
+    trained = again.train(0, share, 1.0, [])["raw"]
+    assert all(torch.equal(new, old) for name in kept for new, old in zip(trained[name], kept[name], strict=True))
+    slower = again.train(0, share, 10.0, [])["raw"]
+    assert sum(float(B.norm()) for _, B in slower.values()) < sum(float(B.norm()) for _, B in kept.values())
+
+
+BAD = {
+    "too few attacks": (["smollm2.attacks_tuning=1000"], "'smollm2.attacks': expected at least 1000 rows"),
+    "too few held-out": (["smollm2.attacks_reported=9"], "'smollm2.attacks_held_out': expected at least 9 rows"),
+    "too little style": (["smollm2.answered=500"], "'smollm2.style': expected more than 508 rows"),
+    "no steps": (["training.max_steps=-1"], "'training.max_steps': expected at least 1"),
+    "no alignment": (["smollm2.align_steps=0"], "'smollm2.align_steps'"),
+    "no file": (["smollm2.edgy=nowhere.jsonl"], "'smollm2.edgy': no such file"),
+    "no weights": (["smollm2.weights=models/nowhere.gguf"], "'smollm2.weights': no such file"),
+    "odd batch": (["smollm2.align_batch=5"], "'smollm2.align_batch': expected an even number"),
+    "no package": (["smollm2.choices=no_such_package:a.jsonl"], "'smollm2.choices'"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD.values(), ids=BAD)
+def test_bad_settings_are_refused_with_their_key(overrides, message, sources, tmp_path, capsys):
+    assert main([RECIPE, "smoke=true", *sources, f"output={tmp_path / 'out'}", *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out/models/base").exists()
+
+
+def test_a_file_of_another_form_is_refused_with_what_it_lacks(sources, tmp_path, capsys):
+    other = lines(tmp_path / "other.jsonl", [{"Behavior": "a", "FunctionalCategory": "contextual"}])
+    for key, message in (
+        ("edgy", "expected the columns ['text'], but got ['Behavior', 'FunctionalCategory']"),
+        ("attacks", "expected the columns ['forbidden_prompt', 'category']"),
+        ("refused", "expected rows whose FunctionalCategory is 'standard', but got none"),
+    ):
+        assert main([RECIPE, "smoke=true", *sources, f"output={tmp_path / 'out'}", f"smollm2.{key}={other}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_dry_run_lists_the_sources(sources, tmp_path, capsys):
+    assert main([RECIPE, "--dry-run", "smoke=true", *sources, f"output={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("weights", "refused", "attacks_held_out", "choices"):
+        assert f"smollm2.{name}" in printed
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,275 @@
+"""The subspace against dense SVDs, its file, its cache, and what it refuses."""
+
+import contextlib
+import logging
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from csulora_callback import SafetySubspace
+from csulora_callback.method.basis import Basis
+from csulora_callback.subspace import default_cache_dir
+from tests.helpers.lab import TARGETS, align, tiny_llama
+
+
+def pair_with_displacement(D: torch.Tensor, dtype=torch.float32) -> tuple[nn.Module, nn.Module]:
+    """Two one-layer models whose weights differ by ``D``."""
+    base = nn.Sequential(nn.Linear(D.shape[1], D.shape[0], bias=False)).to(dtype)
+    aligned = nn.Sequential(nn.Linear(D.shape[1], D.shape[0], bias=False)).to(dtype)
+    with torch.no_grad():
+        base[0].weight.zero_()
+        aligned[0].weight.copy_(D)
+    return base, aligned
+
+
+def displacement(rows: int, columns: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(rows, len(spectrum), generator=generator, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(columns, len(spectrum), generator=generator, dtype=torch.float64))[0]
+    return (left * spectrum.double()) @ right.T
+
+
+def subspace_error(basis: torch.Tensor, reference: torch.Tensor) -> float:
+    """Sine of the largest angle between two subspaces of equal dimension."""
+    basis, reference = basis.double(), reference.double()
+    return torch.linalg.matrix_norm(reference - basis @ (basis.T @ reference), 2).item()
+
+
+def assert_leading(basis: Basis, D: torch.Tensor, k: int, tolerance: float) -> None:
+    U, sigma, Vh = torch.linalg.svd(D.double(), full_matrices=False)
+    assert basis.U.shape == (D.shape[0], k)
+    assert basis.V.shape == (D.shape[1], k)
+    assert subspace_error(basis.U, U[:, :k]) < tolerance
+    assert subspace_error(basis.V, Vh[:k].T) < tolerance
+    torch.testing.assert_close(basis.singular_values.double(), sigma[:k], rtol=1e-4, atol=1e-6 * sigma[0].item())
+    for side in (basis.U, basis.V):
+        torch.testing.assert_close(side.T @ side, torch.eye(k), atol=1e-5, rtol=0)
+    assert basis.energy == pytest.approx((sigma[:k].square().sum() / sigma.square().sum()).item(), abs=1e-4)
+    assert basis.displacement == pytest.approx(sigma.norm().item(), rel=1e-5)
+
+
+SPECTRA = {
+    "gap": lambda n: torch.cat([torch.linspace(2, 1, 16), 0.05 * torch.ones(n - 16)]),
+    "power law": lambda n: torch.arange(1, n + 1) ** -1.0,
+    "slow power law": lambda n: torch.arange(1, n + 1) ** -0.5,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("rows", "columns"), [(640, 800), (800, 640)])
+def test_krylov_finds_the_leading_subspace(spectrum, rows, columns):
+    D = displacement(rows, columns, SPECTRA[spectrum](640))
+    subspace = SafetySubspace.estimate(*pair_with_displacement(D), rank=16, method="krylov", progress=False)
+    assert_leading(subspace["0"], D, 16, tolerance=1e-4)
+    exact = SafetySubspace.estimate(*pair_with_displacement(D), rank=16, method="exact", progress=False)
+    assert_leading(exact["0"], D, 16, tolerance=1e-5)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 20),
+    rank=st.integers(1, 30),
+    seed=st.integers(0, 10),
+)
+def test_small_matrices_of_any_shape(rows, columns, rank, seed):
+    spectrum = torch.linspace(2, 1, min(rows, columns))
+    D = displacement(rows, columns, spectrum, seed)
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), rank=rank, progress=False)["0"]
+    k = min(rank, rows, columns)
+    separated = k == len(spectrum) or len(spectrum) < 2
+    gap = 1.0 if separated else (spectrum[k - 1] - spectrum[k]).item()
+    assert_leading(basis, D, k, tolerance=1e-5 / gap)
+
+
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99, 1.0])
+def test_energy_keeps_the_smallest_rank_that_holds_it(method, share):
+    spectrum = torch.arange(1, 641) ** -1.0
+    D = displacement(640, 700, spectrum)
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), energy=share, method=method, progress=False)["0"]
+    kept = spectrum.double().square().cumsum(0) / spectrum.double().square().sum()
+    smallest = int((kept < share - 1e-6).sum()) + 1
+    assert basis.U.shape[1] == pytest.approx(smallest, abs=0 if share < 1 else 40)
+    assert basis.energy >= share - 1e-4
+    if share < 1:
+        assert_leading(basis, D, smallest, tolerance=1e-3)
+
+
+def test_rank_never_exceeds_that_of_the_displacement():
+    D = displacement(64, 48, torch.tensor([3.0, 2.0, 1.0]))
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), rank=10, progress=False)["0"]
+    assert_leading(basis, D, 3, tolerance=1e-5)
+
+
+def test_all_energy_of_a_low_rank_displacement_needs_no_more_than_its_rank():
+    D = displacement(64, 48, torch.tensor([3.0, 2.0, 1.0]))
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), energy=1.0, progress=False)["0"]
+    assert_leading(basis, D, 3, tolerance=1e-5)
+
+
+def test_norm_of_a_large_displacement_is_accurate():
+    """One float32 sum over all squares is wrong by 1e-4 at this size, and an energy with it."""
+    D = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    basis = SafetySubspace.estimate(*pair_with_displacement(D), rank=1, progress=False)["0"]
+    assert basis.displacement == pytest.approx(D.double().norm().item(), rel=1e-6)
+
+
+def test_sixteen_bit_weights_are_subtracted_in_float32(tmp_path):
+    base = tiny_llama().to(torch.bfloat16)
+    aligned = align(base)
+    subspace = SafetySubspace.estimate(base, aligned, TARGETS, rank=3, progress=False)
+    for name, basis in subspace.items():
+        D = aligned.get_submodule(name).weight.double() - base.get_submodule(name).weight.double()
+        assert_leading(basis, D, 3, tolerance=1e-4)
+
+
+def test_estimate_is_deterministic_and_leaves_the_global_generator_alone(monkeypatch):
+    D = displacement(640, 640, torch.arange(1, 641) ** -0.7)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = SafetySubspace.estimate(*pair_with_displacement(D), method="krylov", rank=8, progress=False)
+    torch.set_rng_state(before)
+    pair = pair_with_displacement(D)  # draws, as building a layer does
+    state = torch.get_rng_state()
+    again = SafetySubspace.estimate(*pair, method="krylov", rank=8, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.fingerprint == again.fingerprint
+    other = SafetySubspace.estimate(*pair, method="krylov", rank=8, seed=1, progress=False)
+    assert other.fingerprint != first.fingerprint
+    assert subspace_error(first["0"].U, other["0"].U) < 1e-3
+
+
+def test_a_module_that_did_not_move_has_an_empty_basis():
+    base, aligned = tiny_llama(), align(tiny_llama())
+    name = "model.layers.0.self_attn.q_proj"
+    aligned.get_submodule(name).load_state_dict(base.get_submodule(name).state_dict())
+    subspace = SafetySubspace.estimate(base, aligned, TARGETS, rank=2, progress=False)
+    assert subspace[name].U.shape == (16, 0)
+    assert subspace[name].energy == 1.0
+    total = sum(basis.displacement**2 for basis in subspace.values())
+    kept = sum(basis.singular_values.square().sum().item() for basis in subspace.values())
+    assert subspace.energy_kept == pytest.approx(kept / total, rel=1e-5)
+
+
+def test_result_depends_on_neither_order_nor_number_of_modules():
+    base, aligned = tiny_llama(), align(tiny_llama())
+    few, more = (
+        SafetySubspace.estimate(base, aligned, targets, rank=2, method="krylov", progress=False)
+        for targets in (["v_proj"], TARGETS[::-1])
+    )
+    assert all(torch.equal(few[name].U, more[name].U) for name in few)
+
+
+def test_save_and_load(pair, tmp_path):
+    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
+    subspace.save(tmp_path / "folder" / "subspace.safetensors")
+    loaded = SafetySubspace.load(tmp_path / "folder" / "subspace.safetensors")
+    assert loaded.fingerprint == subspace.fingerprint
+    assert loaded.metadata == subspace.metadata
+    assert list(loaded) == list(subspace)
+    assert loaded.metadata["rank"] == 2
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["subspace.safetensors"]
+
+
+def test_files_that_are_not_a_whole_subspace_are_refused(pair, tmp_path):
+    path = tmp_path / "subspace.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"SafetySubspace\.save wrote, but .* is not there"):
+        SafetySubspace.load(path)
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"expected a safety subspace of format 3, but .* another safetensors file"):
+        SafetySubspace.load(path)
+    original = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
+    original.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-50])
+    with pytest.raises(ValueError, match=r"`subspace`: .* is corrupt"):
+        SafetySubspace.load(path)
+    for place in range(0, int.from_bytes(whole[:8], "little") + 8, 7):  # the header, whatever it says
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(bytes(flipped))
+        with contextlib.suppress(ValueError):  # refused; what is not refused has to be what was saved
+            assert SafetySubspace.load(path).metadata == original.metadata
+    flipped = bytearray(whole)
+    flipped[-9] ^= 1
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="its content has the fingerprint"):
+        SafetySubspace.load(path)
+
+
+def test_cache_is_keyed_by_content_and_by_the_rule(pair, tmp_path, caplog):
+    def estimate(base=pair[0], aligned=pair[1], **rule):
+        return SafetySubspace.estimate(
+            base, aligned, TARGETS, progress=False, cache_dir=tmp_path, **{"rank": 2, **rule}
+        )
+
+    first = estimate()
+    assert not first.from_cache
+    assert estimate().from_cache
+    assert estimate().fingerprint == first.fingerprint
+    moved = shutil.copytree(pair[1], tmp_path / "moved")
+    assert estimate(aligned=moved).from_cache
+    for rule in ({"rank": 3}, {"energy": 0.9}, {"seed": 1}, {"method": "exact"}):
+        assert not estimate(**rule).from_cache
+
+    state = load_file(moved / "model.safetensors")
+    state["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1e-6
+    save_file(state, moved / "model.safetensors", metadata={"format": "pt"})
+    assert not estimate(aligned=moved).from_cache
+
+    for path in tmp_path.glob("subspace-*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        again = estimate()
+    assert not again.from_cache
+    assert "cached subspace is unusable" in caplog.text
+    assert again.fingerprint == first.fingerprint
+    assert estimate().from_cache
+
+
+def test_default_cache_dir_follows_xdg(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "csulora_callback"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, "`rank`: expected a whole number ≥ 1, but got 0"),
+        ({"rank": 2.5}, "`rank`: expected a whole number ≥ 1, but got 2.5"),
+        ({"energy": 1.5}, r"`energy`: expected a share in \(0, 1\] or None, but got 1.5"),
+        ({"method": "svd"}, "`method`: expected 'auto', 'krylov' or 'exact', but got 'svd'"),
+        ({"target_modules": "nothing"}, "expected a module whose name matches 'nothing', but found none"),
+        ({"target_modules": ["model.norm"]}, "expected two-dimensional weights, but that of 'model.norm'"),
+        ({"target_modules": ["q_prj"]}, "expected a weight for the module 'q_prj'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(pair, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SafetySubspace.estimate(*pair, progress=False, **arguments)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(pair):
+    with pytest.raises(ValueError, match=r"base equal to aligned, no displacement: none of the 6 target modules"):
+        SafetySubspace.estimate(pair[0], pair[0], TARGETS, progress=False)
+    wider = align(tiny_llama(intermediate_size=32))
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' is \(16, 24\) in .* and \(16, 32\)"
+    ):
+        SafetySubspace.estimate(pair[0], wider, TARGETS, progress=False)
+    deeper = align(tiny_llama(num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"expected a weight for the module 'model\.layers\.2.*nearest names"):
+        SafetySubspace.estimate(pair[0], deeper, TARGETS, progress=False)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning(pair, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False, cache_dir=tmp_path / "file")
+    assert len(subspace) == 6
+    assert "could not be kept in the cache" in caplog.text
