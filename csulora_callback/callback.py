@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import time
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
 from torch import nn
 
+from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
@@ -22,6 +24,7 @@ from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace, default_cache_dir
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
+from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 logger = logging.getLogger(__name__)
@@ -96,6 +99,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes: Probes | None = None,
     ) -> None:
         super().__init__()
+        self._corrector: SafetyCorrector | None = None
+        self._recorder: ActivationRecorder | None = None
+        self._fit: LightningRun | None = None
         self.__class__ = _also_lightnings(type(self))
         if (base_model is None) == (subspace is None):
             raise ValueError(
@@ -140,10 +146,29 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         plain = next(kind for kind in type(self).__mro__ if kind.__dict__.get("_made_from") is None)
         return _bare, (plain,), self.__dict__
 
+    def corrected(self) -> AbstractContextManager[CorrectedAdapter]:
+        """What ships is live in the model inside: ``with callback.corrected(): ...``, while training or after it.
+
+        Anywhere else the weights in memory are the raw ones until training ends. What is written into the model inside
+        stays there. Collective where parameters are sharded.
+
+        Raises:
+            RuntimeError: before training has begun.
+
+        Example:
+            >>> CSULoRACallback(base_model="org/base").corrected()
+            Traceback (most recent call last):
+            RuntimeError: expected training to have begun, but this callback has no model yet.
+        """
+        if self._corrector is None:
+            raise RuntimeError("expected training to have begun, but this callback has no model yet.")
+        self._renew()
+        return self._corrector.corrected()
+
     def on_train_end(self, *event: object, **kwargs: object) -> None:
-        """The one event whose name both trainers use: (args, state, control) or (trainer, module)."""
-        half = HuggingFaceEvents if len(event) == 3 else LightningEvents
-        half.on_train_end(self, *event, **kwargs)
+        """The one event whose name both trainers use, with other arguments; only Lightning's needs it."""
+        if len(event) == 2:
+            LightningEvents.on_train_end(self, *event)
 
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""

@@ -4,59 +4,41 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from importlib.metadata import version
+from functools import partial
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
 
+from csulora_callback.corrected import CorrectedAdapter, record_of
 from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain, input_gains
+from csulora_callback.models import sharding
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter, find_adapter
-from csulora_callback.models.factors import Factors, all_finite, digest
-from csulora_callback.sidecar import Sidecar
+from csulora_callback.models.factors import Factors, all_finite, digest, equal, equal_each, is_cast
+from csulora_callback.models.processes import Processes
 from csulora_callback.subspace import SafetySubspace
 
 logger = logging.getLogger(__name__)
 
-_VERSIONS = {package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")}
+# Others may save from a thread while corrected factors come and go. One for all: one of its own could not be pickled.
+_LOCK = RLock()
 
 
 @dataclass(frozen=True)
-class CorrectedAdapter:
-    """The adapter of one moment: its raw factors, the corrected ones, and the record for the sidecar.
+class _Swap:
+    """Corrected factors in the place of others; nothing is ``put`` where the live ones were corrected already."""
 
-    ``metrics`` holds the keys of :class:`~csulora_callback.SafetyDrift`; it is empty when the factors held NaN or Inf
-    and nothing could be corrected (then ``corrected`` is ``raw``). ``make_record`` is called when the record is asked
-    for: its digests cost more than everything else, and a log line needs none of it.
-    """
-
-    raw: Factors
-    corrected: Factors
-    metrics: dict[str, float]
-    make_record: Callable[[], dict]
-    texts: Texts | None = None
-
-    @cached_property
-    def record(self) -> dict:
-        """What ``correction.json`` says."""
-        return self.make_record()
-
-    @property
-    def sidecar(self) -> Sidecar:
-        """What is written beside the corrected adapter, wherever it is saved."""
-        return Sidecar(self.raw, self.record)
-
-    @property
-    def sidecar_of_checkpoint(self) -> Sidecar:
-        """The same with the texts: training goes on from a checkpoint, and what is shipped must not hold its data."""
-        return Sidecar(self.raw, self.record, self.texts)
+    adapter: CorrectedAdapter
+    before: list[Tensor]  # what this process held, in the order of the adapter's parameters
+    put: list[Tensor]
+    activations: Activations | None
 
 
 class SafetyCorrector:
@@ -103,8 +85,9 @@ class SafetyCorrector:
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
         self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
-        self.swapped_in: CorrectedAdapter | None = None  # what swap_in put into the model, until restore
-        self._before_swap: Factors | None = None
+        self._last: CorrectedAdapter | None = None  # the last correction that was computed
+        self._swap: _Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
+        self._inside: list[CorrectedAdapter] = []  # those that stand in the model now
         self._applied: CorrectedAdapter | None = None  # the last correction made for good
         self._warned = False
 
@@ -115,43 +98,65 @@ class SafetyCorrector:
 
     @activations.setter
     def activations(self, activations: Activations) -> None:
-        self._activations, self._input_gains = activations, None
+        self._activations, self._input_gains, self._last = activations, None, None
 
     @property
     def _texts(self) -> Texts | None:
         return None if self._activations is None else self._activations.texts
 
+    def known(self, factors: Factors) -> CorrectedAdapter | None:
+        """The correction that these factors are the result of, also after a cast; ``None`` where they are raw."""
+        for known in (*self._inside, self._applied):
+            if known is not None and is_cast(factors, known.corrected):
+                return known.held_as(factors)
+        return None
+
     def is_live(self) -> bool:
         """Whether the live factors are the result of a correction. Collective where they are sharded."""
-        if self.swapped_in is not None:
-            return True
-        return self._applied is not None and digest(self.adapter.read()) == self._applied.record["corrected_digest"]
+        return self.known(self.adapter.read()) is not None
 
     def compute(self, factors: Factors | None = None) -> CorrectedAdapter:
         """The correction of the adapter as it stands, or of ``factors`` taken from it, without touching the model.
 
-        Where the live factors are the result of a correction already, that correction is returned: none is ever
-        applied twice to the same weights.
+        Where they are the result of a correction already, that correction is returned: none is ever applied twice to
+        the same weights.
         """
-        if factors is None and self.swapped_in is not None:
-            return self.swapped_in
-        live = self.adapter.read() if factors is None else factors
-        for known in (self.swapped_in, self._applied):
-            if known is not None and digest(live) == known.record["corrected_digest"]:
-                return known
-        if not all_finite(live) or not (self._activations is None or self._activations.finite):
-            self._warn_not_finite()
-            record = partial(self._record, live, live, {}, {})
-            return CorrectedAdapter(live, live, {}, record, self._texts)
+        factors = self.adapter.read() if factors is None else factors
+        return self.known(factors) or self._compute(factors)
 
-        corrections = {name: self._correct(name, *live[name]) for name in live}
+    def _compute(self, raw: Factors) -> CorrectedAdapter:
+        last = self._last
+        if last is not None and equal(raw, last.raw):
+            return last
+        if not all_finite(raw) or not (self._activations is None or self._activations.finite):
+            self._warn_not_finite()
+            return CorrectedAdapter(raw, raw, {}, self._recorder(raw, raw, {}, {}), self._texts)
+
+        corrections = {name: self._correct(name, *raw[name]) for name in raw}
         drift = SafetyDrift()
         for correction in corrections.values():
             drift.update(correction)
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
-        record = partial(self._record, live, corrected, corrections, metrics)
-        return CorrectedAdapter(live, corrected, metrics, record, self._texts)
+        record = self._recorder(raw, corrected, corrections, metrics)
+        self._last = CorrectedAdapter(raw, corrected, metrics, record, self._texts)
+        return self._last
+
+    def taken(
+        self, state_dict: Callable[[], Mapping[str, Tensor]], module: nn.Module
+    ) -> tuple[dict[str, Tensor], Factors | None]:
+        """A state dict of ``module``, and copies of the factors in it, taken while none of them come or go.
+
+        ``None`` where it does not hold them all.
+        """
+        with _LOCK:
+            state = dict(state_dict())
+            factors = self.adapter.factors_in(state, module)
+            return state, None if factors is None else {n: tuple(sharding.gather(pair)) for n, pair in factors.items()}
+
+    def inside(self) -> CorrectedAdapter | None:
+        """The correction that stands in the model at the moment, within :meth:`corrected`."""
+        return self._inside[-1] if self._inside else None
 
     def measure(self) -> dict[str, float]:
         """The metrics of the correction as it would be made now; the model is not touched."""
@@ -159,8 +164,11 @@ class SafetyCorrector:
 
     def apply(self) -> CorrectedAdapter:
         """Correct the live factors in place, for good. Doing so again without training in between changes nothing."""
-        self.restore()
-        adapter = self.compute()
+        live = self.adapter.read()
+        known = self.known(live)
+        if known is not None:
+            return known
+        adapter = self._compute(live)
         self.adapter.write_trained(adapter.corrected)
         self._applied = adapter
         return adapter
@@ -170,7 +178,6 @@ class SafetyCorrector:
 
         A checkpoint saved right after it therefore records the corrected factors as the raw ones.
         """
-        self.restore()
         adapter = self.compute(self.adapter.read_trained())
         self.adapter.write_trained(adapter.corrected)
         live = self.adapter.read()  # may be of a narrower dtype than what is trained
@@ -182,30 +189,69 @@ class SafetyCorrector:
         """Tell the corrector that the live factors are the corrected ones of ``adapter``, loaded from a checkpoint."""
         self._applied = adapter
 
-    def swap_in(self) -> CorrectedAdapter:
-        """Put the corrected factors into the model and keep the live ones until :meth:`restore`; twice is once."""
-        if self.swapped_in is None:
-            before, adapter = self.adapter.read(), self.compute()
-            self.adapter.write(adapter.corrected)
-            self._before_swap, self.swapped_in = before, adapter
-        return self.swapped_in
-
-    def restore(self) -> None:
-        """Put back, bit for bit, what :meth:`swap_in` replaced; nothing happens where nothing is swapped in."""
-        if self.swapped_in is not None:
-            self.adapter.write(self._before_swap)
-            self._before_swap = self.swapped_in = None
-
     @contextmanager
     def corrected(self) -> Iterator[CorrectedAdapter]:
-        """Corrected factors inside, the live ones after, whatever happens. Inside a swap it changes nothing."""
-        nested = self.swapped_in is not None
-        adapter = self.swap_in()
+        """The correction of the live factors is live inside, and what was there before after it, whatever happens.
+
+        A factor that someone else writes inside is left as he wrote it. Where the live factors are corrected already,
+        nothing is written. After an exception sharded factors stay as they are: this may be the only process that
+        raised, and putting them back would wait for the others.
+        """
+        swap = self._swap_for_live()
         try:
-            yield adapter
-        finally:
-            if not nested:
-                self.restore()
+            self._begin(swap)
+            yield swap.adapter
+        except BaseException:
+            if not self.adapter.is_sharded:
+                self._end(swap)
+            raise
+        self._end(swap)
+
+    def _swap_for_live(self) -> _Swap:
+        with _LOCK:
+            before, swap = self.adapter.held(), self._swap
+            again = swap is not None and swap.activations is self._activations and _same(before, swap.before)
+            if self._everywhere(again):
+                return swap
+            live = self.adapter.read()
+            known = self.known(live)
+            if known is not None:
+                return _Swap(known, [], [], self._activations)
+            adapter = self._compute(live)
+            if adapter.corrected is adapter.raw:
+                return _Swap(adapter, [], [], self._activations)
+            self._swap = _Swap(adapter, before, self.adapter.as_held(adapter.corrected), self._activations)
+            return self._swap
+
+    def _begin(self, swap: _Swap) -> None:
+        if swap.put:
+            with _LOCK:
+                self._inside.append(swap.adapter)
+                self.adapter.hold(swap.put)
+
+    def _end(self, swap: _Swap) -> None:
+        if swap.put:
+            with _LOCK:
+                found = self.adapter.held()
+                ours = equal_each(found, swap.put)
+                kept = [old if own else new for old, new, own in zip(swap.before, found, ours, strict=True)]
+                self.adapter.hold(kept)
+                self._inside.remove(swap.adapter)
+
+    def _everywhere(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on every process, where they share the factors."""
+        return all(Processes.all().gather(flag)) if self.adapter.is_sharded else flag
+
+    def _recorder(
+        self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]
+    ) -> Callable[[], dict]:
+        scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
+        about = {
+            "adapter": self.adapter.name,
+            "penalty": self.penalty.to_json(),
+            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
+        }
+        return partial(record_of, raw, corrected, corrections, metrics, scalings, about)
 
     def _warn_not_finite(self) -> None:
         if not self._warned:
@@ -229,38 +275,9 @@ class SafetyCorrector:
         unread = torch.empty(0, self.adapter.layers[name].shape[2])  # nothing to attenuate by
         return self._input_gains.get(name, InputGain(unread, unread))
 
-    def _record(
-        self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]
-    ) -> dict:
-        modules = {
-            name: {
-                "scaling": self.adapter.layers[name].scaling,
-                **(_summary(corrections[name]) if name in corrections else {}),
-            }
-            for name in raw
-        }
-        return {
-            "format": 1,
-            "status": "corrected" if corrections else "not corrected: the factors hold NaN or Inf",
-            "adapter": self.adapter.name,
-            "penalty": self.penalty.to_json(),
-            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
-            "raw_digest": digest(raw),
-            "corrected_digest": digest(corrected),
-            "metrics": metrics,
-            "modules": modules,
-            "versions": _VERSIONS,
-        }
 
-
-def _summary(correction: Correction) -> dict:
-    return {
-        "energy": correction.energy,
-        "relative_energy": correction.relative_energy,
-        "gain": correction.gain,
-        "relative_change": correction.relative_change,
-        "truncation_error": correction.truncation_error,
-    }
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return [(x.shape, x.dtype) for x in left] == [(y.shape, y.dtype) for y in right] and all(equal_each(left, right))
 
 
 def _oriented_basis(adapter: Adapter, subspace: SafetySubspace, name: str) -> tuple[Tensor, Tensor]:

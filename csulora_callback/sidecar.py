@@ -1,55 +1,77 @@
-"""The folder ``csulora/`` beside every corrected adapter: the raw factors and a record of what was done.
+"""The folder ``csulora/`` beside every corrected adapter: the raw adapter and a record of what was done.
 
-Nothing is lost by a correction: ``raw_adapter.safetensors`` has the keys of a PEFT adapter file, so that it can take
-its place, and ``correction.json`` says which subspace and penalty were used and what they did to each module. Where
-the penalty is data-aware, ``texts.json`` holds what the model read for it: some rows of the training data, and the
-probes, as token ids.
+Nothing is lost by a correction: ``raw/`` is the adapter as it would have been saved without one, a folder that
+``PeftModel.from_pretrained`` loads, and ``correction.json`` says which subspace and penalty were used and what they
+did to each module. Where the penalty is data-aware, ``texts.json`` holds what the model read for it: some rows of the
+training data, and the probes, as token ids.
+
+The folder appears as a whole, after the adapter that it describes, and an older one goes before anything new is
+written. The record holds digests of itself, of the other files and of the adapter beside it: a folder that was
+damaged, or that stands beside another adapter than its own, is not believed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig
 
 from csulora_callback.models.activations import Texts
-from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.models.factors import Factors, digest, factor_keys, from_peft_state_dict
+from csulora_callback.models.peft_folder import WEIGHTS, adapter_folder, read_adapter, write_with_factors
+from csulora_callback.models.whole_files import discard_folder, put_folder
+from csulora_callback.record import checked, seal
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "csulora"
-RAW_ADAPTER = "raw_adapter.safetensors"
+RAW = "raw"
 TEXTS = "texts.json"
 RECORD = "correction.json"
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Raw factors, the JSON record of their correction, and the texts that a data-aware penalty measured by."""
+    """Raw factors, the JSON record of their correction, and the texts that a data-aware penalty measured by.
+
+    ``corrected`` are the factors of the adapter beside it, where there is one: beside shards there is none.
+    """
 
     raw: Factors
     record: dict
     texts: Texts | None = None
+    corrected: Factors | None = None
 
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write into ``folder/csulora/``; each file appears whole or not at all.
+    def save(self, folder: str | os.PathLike, config: PeftConfig) -> None:
+        """Write ``folder/csulora/`` beside the adapter that was just saved into ``folder``.
 
-        The record goes last: a folder that has it also has the factors it describes.
+        Where that is not the one that the record describes, because someone else has written there meanwhile, nothing
+        is written but a warning.
         """
-        target = Path(folder) / FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        state = to_peft_state_dict(self.raw)
-        _write_whole(target / RAW_ADAPTER, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        (target / TEXTS).unlink(missing_ok=True)  # of an earlier checkpoint in this folder
+        folder = Path(folder)
+        beside = adapter_folder(folder, self.record["adapter"])
+        found = _factors_beside(beside, list(self.raw))
+        if found is not None and digest(found) != self.record["corrected_digest"]:
+            logger.warning(
+                "%s holds another adapter than the one that was just saved there: someone else writes into the same "
+                "folder, and no %s/ was written beside it.",
+                beside,
+                FOLDER,
+            )
+            return
+        put_folder(folder / FOLDER, lambda target: self._write(beside, target, config))
+
+    def _write(self, beside: Path, target: Path, config: PeftConfig) -> None:
+        write_with_factors(beside, self.raw, target / RAW, config)
         if self.texts is not None:
-            texts = json.dumps(asdict(self.texts))
-            _write_whole(target / TEXTS, lambda path: path.write_text(texts, encoding="utf-8"))
-        text = json.dumps(self.record, indent=2, allow_nan=False)
-        _write_whole(target / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+            (target / TEXTS).write_text(json.dumps(asdict(self.texts)), encoding="utf-8")
+        (target / RECORD).write_text(seal(self.record, _files_in(target)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Sidecar:
@@ -57,29 +79,44 @@ class Sidecar:
 
         Raises:
             FileNotFoundError: if ``folder`` was not written with the callback.
-            ValueError: if one of the files is corrupt, or they do not belong together.
+            ValueError: if one of the files is corrupt, or they do not belong together or to the adapter beside them.
         """
-        record, raw_file = read_record(folder), Path(folder) / FOLDER / RAW_ADAPTER
-        try:
-            state = load_file(raw_file)
-        except SafetensorError as error:
-            raise ValueError(f"{raw_file}: expected a safetensors file, but it cannot be read ({error}).") from error
-        raw = from_peft_state_dict(state, list(record["modules"]), str(raw_file))
-        if digest(raw) != record["raw_digest"]:
+        folder = Path(folder)
+        record, place = read_record(folder), folder / FOLDER
+        if _files_in(place) != record["files"]:
             raise ValueError(
-                f"{raw_file}: expected the factors that {RECORD} beside it records, but their digest is another. "
-                "The file was changed; take both from a copy of the checkpoint."
+                f"{place}: expected the files that {RECORD} there records, but one of them was changed or is missing. "
+                "Take the folder from a copy of the checkpoint."
             )
-        return cls(raw, record, _read_texts(Path(folder) / FOLDER / TEXTS))
+        names = list(record["modules"])
+        raw = from_peft_state_dict(read_adapter(place / RAW), names, str(place / RAW / WEIGHTS))
+        beside = adapter_folder(folder, record["adapter"])
+        corrected = _factors_beside(beside, names)
+        if corrected is not None and digest(corrected) != record["corrected_digest"]:
+            raise ValueError(
+                f"{place}: expected the record of the adapter in {beside}, but that is another one: it was saved "
+                "later, without the callback or by someone else. Delete the folder, or take both from a copy."
+            )
+        return cls(raw, record, _read_texts(place / TEXTS), corrected)
+
+
+def discard(folder: str | os.PathLike) -> None:
+    """Remove ``folder/csulora/``, if there is one: what it says is about to become wrong."""
+    discard_folder(Path(folder) / FOLDER)
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy the sidecar of one folder, if it has one, into another; nothing but its two files, and not the texts."""
-    for name in (RAW_ADAPTER, RECORD):
-        file = Path(source) / FOLDER / name
-        if file.is_file():
-            (Path(target) / FOLDER).mkdir(parents=True, exist_ok=True)
-            _write_whole(Path(target) / FOLDER / name, lambda path, file=file: shutil.copyfile(file, path))
+    """Copy the sidecar of one folder, if it has one, into another, without the texts."""
+    place = Path(source) / FOLDER
+    if not (place / RECORD).is_file():
+        return discard(target)
+    record = read_record(source)
+
+    def make(unfinished: Path) -> None:
+        shutil.copytree(place / RAW, unfinished / RAW)
+        (unfinished / RECORD).write_text(seal(record, _files_in(unfinished)), encoding="utf-8")
+
+    put_folder(Path(target) / FOLDER, make)
 
 
 def read_record(folder: str | os.PathLike) -> dict:
@@ -87,27 +124,25 @@ def read_record(folder: str | os.PathLike) -> dict:
 
     Raises:
         FileNotFoundError: if the folder has none.
-        ValueError: if it is not JSON.
+        ValueError: if it is not what :meth:`Sidecar.save` wrote.
     """
     path = Path(folder) / FOLDER / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; expected a checkpoint folder written with CSULoRACallback.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, but it cannot be read ({error}).") from error
+    return checked(path.read_bytes(), str(path))
+
+
+def _files_in(place: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder by its path there, except the record."""
+    files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / RECORD)
+    return {path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _factors_beside(folder: Path, names: list[str]) -> Factors | None:
+    """The factors in the adapter that lies in a folder; ``None`` where it holds none."""
+    state = read_adapter(folder)
+    return from_peft_state_dict(state, names, str(folder)) if factor_keys(state) else None
 
 
 def _read_texts(path: Path) -> Texts | None:
-    if not path.is_file():
-        return None
-    try:
-        return Texts(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path}: expected texts as JSON, but it cannot be read ({error}).") from error
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    os.replace(temporary, path)
+    return Texts(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -102,6 +102,18 @@ class Adapter:
         """Like :meth:`write`, so that training goes on from there: into the optimizer's copies as well."""
         sharding.write_trained(self._parameters(), _flat(self.layers, factors))
 
+    def held(self) -> list[Tensor]:
+        """Copies of what this process holds of the factors, see :func:`sharding.held`."""
+        return sharding.held(self._parameters())
+
+    def as_held(self, factors: Factors) -> list[Tensor]:
+        """What this process would hold of ``factors``, see :func:`sharding.as_held`."""
+        return sharding.as_held(self._parameters(), _flat(self.layers, factors))
+
+    def hold(self, values: list[Tensor]) -> None:
+        """Write what :meth:`held` or :meth:`as_held` returned."""
+        sharding.hold(self._parameters(), values)
+
     def factors_in(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> Factors | None:
         """The factors out of a state dict of ``module``, which holds the model, if they are all there.
 

@@ -1,19 +1,14 @@
-"""An adapter's factors by module name, apart from any model, and as PEFT's files hold them."""
+"""An adapter's factors by module name, apart from any model, and under the keys of PEFT's files."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
-from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
+
+from csulora_callback.models.names import module_name
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """``(lora_A, lora_B)`` by module name, shapes ``(r, d_in)`` and ``(d_out, r)``."""
@@ -42,6 +37,66 @@ def all_finite(factors: Factors) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for pair in factors.values() for tensor in pair)
 
 
+def equal(left: Factors, right: Factors) -> bool:
+    """Whether both hold the same values, bit for bit in the same dtypes.
+
+    Example:
+        >>> factors = {"q_proj": (torch.ones(1, 2), torch.ones(3, 1))}
+        >>> equal(factors, {"q_proj": (torch.ones(1, 2), torch.ones(3, 1))})
+        True
+    """
+    if left.keys() != right.keys():
+        return False
+    pairs = [(x, y) for name in left for x, y in zip(left[name], right[name], strict=True)]
+    if any(x.shape != y.shape or x.dtype != y.dtype for x, y in pairs):
+        return False
+    return all(equal_each(*zip(*pairs, strict=True)))
+
+
+def equal_each(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[bool]:
+    """Which of the tensors hold the same values, with one wait for the device.
+
+    Example:
+        >>> equal_each([torch.ones(2), torch.ones(2)], [torch.ones(2), torch.zeros(2)])
+        [True, False]
+    """
+    flags = [(x == y.to(x.device)).all() for x, y in zip(left, right, strict=True)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+
+
+def cast_alike(factors: Factors, original: Factors, others: Factors) -> Factors | None:
+    """``others`` cast as ``original`` was cast to become ``factors``; ``None`` if these are no cast of it.
+
+    Weights keep their identity through ``model.half()``, and through a resume in another dtype: PEFT may round what it
+    loads to the dtype of the parameters and then make these float32.
+
+    Example:
+        >>> original = {"q_proj": (torch.rand(1, 2), torch.rand(3, 1))}
+        >>> halves = {name: (A.half(), B.half()) for name, (A, B) in original.items()}
+        >>> cast_alike(halves, original, original)["q_proj"][0].dtype
+        torch.float16
+        >>> cast_alike(original, halves, halves) is None
+        True
+    """
+    if factors.keys() != original.keys():
+        return None
+    for narrow in (None, torch.bfloat16, torch.float16):
+        if equal(factors, _cast(original, factors, narrow)):
+            return _cast(others, factors, narrow)
+    return None
+
+
+def is_cast(factors: Factors, original: Factors) -> bool:
+    """Whether ``factors`` are the values of ``original``, as they are or rounded by a cast to 16 bits on the way.
+
+    Example:
+        >>> original = {"q_proj": (torch.rand(1, 2), torch.rand(3, 1))}
+        >>> is_cast({"q_proj": tuple(factor.half() for factor in original["q_proj"])}, original)
+        True
+    """
+    return cast_alike(factors, original, original) is not None
+
+
 def to_peft_state_dict(factors: Factors) -> dict[str, Tensor]:
     """Factors under the keys of a PEFT adapter file (``adapter_model.safetensors``), contiguous and on the CPU."""
     state = {}
@@ -51,34 +106,42 @@ def to_peft_state_dict(factors: Factors) -> dict[str, Tensor]:
     return state
 
 
-def save_as_peft_adapter(factors: Factors, config: PeftConfig, folder: str | os.PathLike) -> None:
-    """Write a folder that ``PeftModel.from_pretrained`` loads; it appears whole or not at all.
-
-    An earlier folder of that name is replaced.
-    """
-    folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file(to_peft_state_dict(factors), unfinished / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    for_loading = copy.copy(config)
-    for_loading.inference_mode = True
-    for_loading.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-
-
 def from_peft_state_dict(state: Mapping[str, Tensor], names: list[str], source: str) -> Factors:
     """The factors of the modules ``names`` out of a PEFT adapter state dict.
 
     Raises:
         ValueError: if a factor of one of the modules is missing; ``source`` names the file in the message.
     """
-    factors = {}
+    keys, factors = factor_keys(state), {}
     for name in names:
-        keys = [_PEFT_KEY.format(name=name, factor=factor) for factor in "AB"]
-        for key in keys:
-            if key not in state:
-                raise ValueError(f"{source}: expected the LoRA factor '{key}', but the file does not hold it.")
-        factors[name] = (state[keys[0]], state[keys[1]])
+        for factor in "AB":
+            if (name, factor) not in keys:
+                raise ValueError(
+                    f"{source}: expected the LoRA factor '{_PEFT_KEY.format(name=name, factor=factor)}', but the file "
+                    "does not hold it."
+                )
+        factors[name] = (state[keys[name, "A"]], state[keys[name, "B"]])
     return factors
+
+
+def factor_keys(state: Mapping[str, Tensor]) -> dict[tuple[str, str], str]:
+    """Keys of a PEFT adapter state dict by module name and factor, ``"A"`` or ``"B"``.
+
+    Example:
+        >>> factor_keys({"base_model.model.q_proj.lora_A.weight": torch.ones(1, 2)})
+        {('q_proj', 'A'): 'base_model.model.q_proj.lora_A.weight'}
+    """
+    found = {}
+    for key in state:
+        for factor in "AB":
+            prefix, end, rest = key.partition(f".lora_{factor}.weight")
+            if end and not rest:
+                found[module_name(prefix), factor] = key
+    return found
+
+
+def _cast(original: Factors, like: Factors, narrow: torch.dtype | None) -> Factors:
+    def one(value: Tensor, target: Tensor) -> Tensor:
+        return (value if narrow is None else value.to(narrow)).to(target.device, target.dtype)
+
+    return {n: (one(A, like[n][0]), one(B, like[n][1])) for n, (A, B) in original.items()}

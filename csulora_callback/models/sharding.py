@@ -81,6 +81,45 @@ def write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             parameter.copy_(like(parameter, value))
 
 
+def held(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of what this process holds of the parameters: its shards, or all of them under ZeRO-3 (collective there).
+
+    Example:
+        >>> held([torch.ones(1, 2)])
+        [tensor([[1., 1.]])]
+    """
+    if any(_is_zero_3(parameter) for parameter in parameters):
+        return gather(parameters)
+    return [_local(parameter).clone() for parameter in parameters]
+
+
+def as_held(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """What :func:`held` would return if the parameters had these whole ``values``; collective where they are sharded.
+
+    Example:
+        >>> as_held([torch.zeros(2, dtype=torch.float64)], [torch.ones(2)])
+        [tensor([1., 1.], dtype=torch.float64)]
+    """
+    return [_local(like(parameter, value)) for parameter, value in zip(parameters, values, strict=True)]
+
+
+@torch.no_grad()
+def hold(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Write what :func:`held` or :func:`as_held` returned; collective under ZeRO-3 only.
+
+    Example:
+        >>> parameter = torch.zeros(2)
+        >>> hold([parameter], [torch.ones(2)])
+        >>> parameter
+        tensor([1., 1.])
+    """
+    if any(_is_zero_3(parameter) for parameter in parameters):
+        write(parameters, values)
+    else:
+        for parameter, value in zip(parameters, values, strict=True):
+            _local(parameter).copy_(value)
+
+
 def write_trained(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Like :func:`write`, and into DeepSpeed's float32 copies too: an optimizer step then goes on from ``values``.
 
@@ -132,6 +171,11 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
         []
     """
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that lies in this process, sharing its memory."""
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def _is_zero_3(parameter: Tensor) -> bool:

@@ -77,6 +77,21 @@ def put_folder(path: Path, make: Callable[[Path], object]) -> None:
                 os.rename(path, workplace / f"{attempt}.old")
 
 
+def discard_folder(path: Path) -> None:
+    """Remove a folder, if there is one, so that no part of it is at ``path`` at any time.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> discard_folder(folder)
+        >>> folder.exists()
+        False
+    """
+    if path.is_dir():
+        with _workplace_beside(path) as workplace, suppress(FileNotFoundError):
+            os.rename(path, workplace / "old")
+
+
 def remove_abandoned(folder: Path) -> None:
     """Remove what writers that are gone left in ``folder`` when they were killed; never what a live process writes.
 

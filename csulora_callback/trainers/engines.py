@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 
-def refuse_engine(evaluate_corrected: bool) -> None:
-    """Refuse engines whose parameters the correction cannot reach, and what would leave a checkpoint uncorrected."""
+def refuse_engine() -> None:
+    """Refuse accelerate's engines whose parameters the correction cannot reach."""
     state = AcceleratorState()
     if state.distributed_type == DistributedType.MEGATRON_LM or (
         state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1
@@ -21,11 +21,6 @@ def refuse_engine(evaluate_corrected: bool) -> None:
         raise ValueError(
             "`args`: CSULoRACallback runs on one process, with DDP, FSDP2 or DeepSpeed, but this Trainer uses "
             f"{state.distributed_type.value}{' version 1: set fsdp_config version to 2' if _is_fsdp() else ''}."
-        )
-    if saves_shards_only() and not evaluate_corrected:
-        raise ValueError(
-            "`evaluate_corrected`: expected True with FSDP's SHARDED_STATE_DICT, but got False: a save after an "
-            "evaluation would not be corrected. Set state_dict_type to FULL_STATE_DICT, or leave this out."
         )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Activations, Rows, Texts, TokenVectors, running_model
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.factors import equal_each
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.training_rows import TrainingRows
 
@@ -33,8 +35,18 @@ class ActivationRecorder:
         self.adapter, self.probes, self.processes = adapter, probes, processes
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
+        self._read_with: list[Tensor] | None = None  # the factors that the model read with
         self._looked = False
         self._open = ExitStack()
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """A training step runs inside."""
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.end_step()
 
     def begin_step(self) -> None:
         """Look at what the model reads until :meth:`end_step`; what it computes stays the same."""
@@ -70,16 +82,21 @@ class ActivationRecorder:
     def renew(self, corrector: SafetyCorrector, if_doubled: bool = False) -> None:
         """Give the corrector new activations; ``if_doubled``, only where the rows have doubled since the last time.
 
-        Nothing happens while the live factors are corrected ones: what is measured is the raw model. Collective.
+        Nothing happens where the model has read with these factors already, or while the live ones are corrected: what
+        is measured is the raw model. Collective.
         """
         seen = self.processes.from_first(self._sample.seen)
-        if (if_doubled and seen < 2 * max(self._given, 1)) or corrector.is_live():
+        if if_doubled and seen < 2 * max(self._given, 1):
             return
-        corrector.activations, self._given = self._read(), seen
+        held = self.adapter.held()
+        again = self._read_with is not None and all(equal_each(held, self._read_with)) and seen == self._given
+        if all(self.processes.gather(again)) or corrector.is_live():
+            return
+        corrector.activations, self._given, self._read_with = self._read(), seen, held
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""
-        self._sample = TrainingRows(list(texts.task), texts.seen)
+        self._sample, self._read_with = TrainingRows(list(texts.task), texts.seen), None
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading

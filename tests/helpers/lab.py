@@ -89,7 +89,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 def raw(folder: Path) -> dict[str, torch.Tensor]:
     """The uncorrected adapter beside it."""
-    return load_file(folder / "csulora" / "raw_adapter.safetensors")
+    return load_file(folder / "csulora" / "raw" / "adapter_model.safetensors")
 
 
 def live(model: nn.Module) -> dict[str, torch.Tensor]:

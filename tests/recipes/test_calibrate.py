@@ -162,7 +162,7 @@ def test_the_halves_share_no_prompt(trained):
 def test_an_adapter_without_a_sidecar_is_raw_itself(trained, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(trained[1], plain, ignore=shutil.ignore_patterns("csulora"))
-    shutil.copyfile(trained[1] / "csulora/raw_adapter.safetensors", plain / "adapter_model.safetensors")
+    shutil.copyfile(trained[1] / "csulora/raw/adapter_model.safetensors", plain / "adapter_model.safetensors")
     assert load_file(plain / "adapter_model.safetensors")
     for folder in (plain, trained[1]):
         assert run((trained[0], folder), tmp_path / f"of-{folder.name}", "calibrate.target=1.0") == 0

@@ -173,7 +173,8 @@ def test_the_raw_adapter_comes_back_from_the_sidecar(trained, name, tmp_path):
     run = trained(name)
     shutil.copytree(run.checkpoint, tmp_path / "restored")
     shutil.copy(
-        run.checkpoint / "csulora" / "raw_adapter.safetensors", tmp_path / "restored/adapter_model.safetensors"
+        run.checkpoint / "csulora" / "raw" / "adapter_model.safetensors",
+        tmp_path / "restored/adapter_model.safetensors",
     )
     restored = load_file(tmp_path / "restored" / "adapter_model.safetensors")
     without = load_file(run.raw_checkpoint / "adapter_model.safetensors")

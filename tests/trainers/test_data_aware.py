@@ -100,7 +100,7 @@ def test_evaluation_and_what_follows_the_last_step_see_what_ships(pair, tmp_path
     assert_same(saved(tmp_path / "shipped"), live(trainer.model))
     assert {file.name for file in (tmp_path / "shipped/csulora").iterdir()} == {
         "correction.json",
-        "raw_adapter.safetensors",
+        "raw",
     }
 
 

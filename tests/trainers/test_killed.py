@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from csulora_callback import CSULoRACallback
+from csulora_callback.models import peft_folder
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import digest, from_peft_state_dict, to_peft_state_dict
 from tests.helpers.lab import assert_same, make_trainer, saved_pair, with_lora
@@ -30,11 +31,11 @@ EVALUATING = "while it evaluates"
 
 # In the order of a save: the process dies right before this function writes, or renames to, this file of checkpoint-4.
 INSIDE_A_SAVE = {
-    "raw factors not yet renamed": (os, "replace", "csulora/raw_adapter.safetensors"),
-    "raw factors without record": (Path, "write_text", "csulora/.correction.json.part"),
-    "record not yet renamed": (os, "replace", "csulora/correction.json"),
-    "sidecar without adapter": (peft.peft_model, "safe_save_file", "adapter_model.safetensors"),
-    "adapter without optimizer": (torch, "save", "optimizer.pt"),
+    "no adapter": (peft.peft_model, "safe_save_file", "adapter_model.safetensors"),
+    "adapter without raw factors": (peft_folder, "save_file", "csulora/raw/adapter_model.safetensors"),
+    "raw factors without record": (Path, "write_text", "csulora/correction.json"),
+    "sidecar not yet renamed": (os, "rename", "checkpoint-4/csulora"),
+    "sidecar without optimizer": (torch, "save", "optimizer.pt"),
     "optimizer without random state": (torch, "save", "rng_state.pth"),
     "no trainer state": (TrainerState, "save_to_json", "trainer_state.json"),
 }
@@ -65,7 +66,8 @@ def die_before(owner: object, function: str, file: str) -> None:
     original = getattr(owner, function)
 
     def deadly(*args, **kwargs):
-        if any(str(argument).endswith(f"checkpoint-{KILLED_AT}/{file}") for argument in (*args, *kwargs.values())):
+        names = [str(argument) for argument in (*args, *kwargs.values()) if isinstance(argument, str | Path)]
+        if any(f"checkpoint-{KILLED_AT}" in name and name.endswith(file) for name in names):
             die()
         return original(*args, **kwargs)
 
@@ -106,18 +108,15 @@ def killed(pair: Path, output: Path, kill: str) -> None:
 
 
 def assert_sidecars_are_whole(output: Path) -> list[Path]:
-    """Every visible file of every sidecar loads, and a record has the factors that it describes."""
-    folders = list(output.glob("**/csulora"))
+    """Every sidecar is there with all its files, and a record has the factors that it describes."""
+    folders = [folder for folder in output.glob("**/csulora") if not folder.parent.name.endswith(".part")]
     for folder in folders:
-        record, raw = folder / "correction.json", folder / "raw_adapter.safetensors"
-        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        assert visible <= {record.name, raw.name}
-        if record.exists():
-            content = json.loads(record.read_text())
-            factors = from_peft_state_dict(load_file(raw), list(content["modules"]), str(raw))
-            assert digest(factors) == content["raw_digest"]
-        elif raw.exists():
-            assert load_file(raw)
+        assert {path.name for path in folder.iterdir()} == {"correction.json", "raw"}
+        content = json.loads((folder / "correction.json").read_text())
+        raw = folder / "raw/adapter_model.safetensors"
+        assert (
+            digest(from_peft_state_dict(load_file(raw), list(content["modules"]), str(raw))) == content["raw_digest"]
+        )
     return folders
 
 
@@ -142,7 +141,7 @@ def assert_same_end(trainer, whole) -> None:
     assert_same(live, expected)
     output, reference = Path(trainer.args.output_dir), Path(whole.args.output_dir)
     for folder in complete(output):
-        for file in ("adapter_model.safetensors", "csulora/raw_adapter.safetensors"):
+        for file in ("adapter_model.safetensors", "csulora/raw/adapter_model.safetensors"):
             assert_same(load_file(folder / file), load_file(reference / folder.name / file))
     assert complete(output)[-1].name == "checkpoint-8"
     assert not list(output.glob("**/*.part"))

@@ -22,7 +22,7 @@ from csulora_callback import CSULoRACallback, SafetySubspace
 from tests.helpers.lab import PENALTY, RANK, assert_same, corrected_by_hand, live, make_trainer, with_lora
 
 ADAPTER = "adapter_model.safetensors"
-RAW = "csulora/raw_adapter.safetensors"
+RAW = "csulora/raw/adapter_model.safetensors"
 RECORD = "csulora/correction.json"
 
 

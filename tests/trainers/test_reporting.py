@@ -189,7 +189,7 @@ def test_a_run_without_logging_records_the_drift_of_each_checkpoint(pair, tmp_pa
 
 def test_values_are_those_of_a_dense_computation(pair, tmp_path):
     history = train(pair, tmp_path, save_strategy="steps", save_steps=4).state.log_history
-    raw = load_file(tmp_path / "output" / "checkpoint-4" / "csulora" / "raw_adapter.safetensors")
+    raw = load_file(tmp_path / "output" / "checkpoint-4" / "csulora" / "raw" / "adapter_model.safetensors")
     weights = [AutoModelForCausalLM.from_pretrained(folder).double() for folder in pair]
 
     modules = []

@@ -1,0 +1,79 @@
+"""The folder that PEFT writes an adapter into: its weights with all that PEFT saves beside the factors, its config."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from csulora_callback.models.factors import Factors, factor_keys, to_peft_state_dict
+
+WEIGHTS = SAFETENSORS_WEIGHTS_NAME
+
+
+def adapter_folder(folder: str | os.PathLike, name: str) -> Path:
+    """Where the adapter ``name`` lies in what was saved into ``folder``: PEFT gives names of one's own a subfolder.
+
+    Example:
+        >>> adapter_folder("out", "default").name
+        'out'
+    """
+    folder = Path(folder)
+    inside = folder / name
+    return inside if any((inside / file).is_file() for file in (WEIGHTS, WEIGHTS_NAME)) else folder
+
+
+def read_adapter(folder: str | os.PathLike) -> dict[str, Tensor]:
+    """The state dict in an adapter's folder, on the CPU; nothing where the folder holds no adapter.
+
+    Raises:
+        ValueError: if the file is corrupt.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / WEIGHTS).is_file():
+            return load_file(folder / WEIGHTS)
+        if (folder / WEIGHTS_NAME).is_file():
+            return torch.load(folder / WEIGHTS_NAME, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(f"{folder}: expected a PEFT adapter, but its weights cannot be read ({error}).") from error
+    return {}
+
+
+def write_with_factors(source: Path, factors: Factors, target: Path, config: PeftConfig) -> None:
+    """Write what lies in the adapter folder ``source`` into ``target``, with other factors in it.
+
+    Whatever else PEFT saved (resized embeddings, a config with its ``auto_mapping``) is taken along. Where ``source``
+    holds no adapter, as beside shards, ``target`` gets the factors and ``config``.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    state = {}
+    if (source / CONFIG_NAME).is_file():
+        state = read_adapter(source)
+        shutil.copyfile(source / CONFIG_NAME, target / CONFIG_NAME)
+    else:
+        config = copy.copy(config)
+        config.inference_mode = True
+        config.save_pretrained(target)
+    keys = factor_keys(state)
+    for key, factor in to_peft_state_dict(factors).items():
+        (which,) = factor_keys({key: factor})
+        state[keys.get(which, key)] = factor
+    save_file(state, target / WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,114 @@
+"""The record of a correction as text: sealed by a digest of its own, and believed only with the right types."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+
+FORMAT = 2
+
+
+def seal(record: dict, files: dict[str, str]) -> str:
+    """The record as JSON, with the digests of the files beside it and one of the whole.
+
+    Example:
+        >>> sorted(json.loads(seal({"format": 2}, {"raw/adapter_config.json": "0" * 64})))
+        ['files', 'format', 'sha256']
+    """
+    record = {**record, "files": files}
+    return json.dumps({**record, "sha256": _digest(record)}, indent=2, allow_nan=False)
+
+
+def checked(content: bytes, source: str) -> dict:
+    """The record in a file's ``content``, if it is one and as it was written.
+
+    Raises:
+        ValueError: naming ``source``, if it is not JSON, of another format, of other types, or was changed.
+
+    Example:
+        >>> checked(b"[]", "correction.json")  # doctest: +IGNORE_EXCEPTION_DETAIL
+        Traceback (most recent call last):
+        ValueError: correction.json: expected the record of a correction, but got a list.
+    """
+    try:
+        record = json.loads(content.decode("utf-8"))
+        found = _digest(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: expected JSON, but it cannot be read ({str(error)[:200]}).") from error
+    remedy = "It was changed, or another program wrote it; take it from a copy of the checkpoint."
+    if not isinstance(record, dict):
+        raise ValueError(f"{source}: expected the record of a correction, but got a {type(record).__name__}. {remedy}")
+    if record.get("format") != FORMAT:
+        raise ValueError(
+            f"{source}: expected a record of format {FORMAT}, but got {record.get('format')!r}. Use the version of "
+            "csulora_callback that wrote it."
+        )
+    for key, (fits, expected) in _FIELDS.items():
+        if not fits(record.get(key)):
+            raise ValueError(
+                f"{source}: expected `{key}` to be {expected}, but got {_short(record.get(key))}. {remedy}"
+            )
+    if record["sha256"] != found:
+        raise ValueError(f"{source}: expected the content that its sha256 states, but got another. {remedy}")
+    return record
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _are_digests(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_digest, value.values()))
+
+
+def _are_modules(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(module, dict) and _is_number(module.get("scaling")) for module in value.values())
+    )
+
+
+_FIELDS = {
+    "status": (_is_text, "a text"),
+    "adapter": (_is_text, "a text"),
+    "penalty": (_is_section, "a section"),
+    "subspace": (_is_section, "a section"),
+    "raw_digest": (_is_digest, "a SHA-256"),
+    "corrected_digest": (_is_digest, "a SHA-256"),
+    "metrics": (_are_numbers, "numbers by name"),
+    "modules": (_are_modules, "sections by module, each with a finite `scaling`"),
+    "versions": (_is_section, "a section"),
+    "files": (_are_digests, "SHA-256 by file"),
+    "sha256": (_is_digest, "a SHA-256"),
+}
+
+
+def _digest(record: object) -> str:
+    """Of all that a record says, except of this digest itself; not a number and infinity are no JSON."""
+    if isinstance(record, dict):
+        record = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

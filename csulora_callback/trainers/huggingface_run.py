@@ -1,0 +1,208 @@
+"""One run of ``transformers.Trainer``: what is replaced in it while it lasts, and what that does when it is called.
+
+Nothing here remembers weights: what is corrected is what lies in the model when a forward pass of an evaluation, a
+checkpoint or ``on_save`` begins, whoever put it there, and what is put back is what lay there, unless someone else has
+written in between. Methods are replaced, not events listened to, because only they end in the same place after an
+exception, and because the order of callbacks then does not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from csulora_callback import sidecar
+from csulora_callback.corrected import CorrectedAdapter
+from csulora_callback.corrected_config import forget, remember
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.factors import cast_alike
+from csulora_callback.trainers.engines import saves_shards_only
+from csulora_callback.trainers.patches import Patches, calling, is_running
+from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
+from csulora_callback.trainers.save_pretrained import saving_corrected
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class HuggingFaceRun:
+    """A corrector at work in a Trainer, from ``on_train_begin`` to the end of ``on_train_end``."""
+
+    def __init__(
+        self,
+        callback: object,
+        trainer: Trainer,
+        handler: CallbackHandler,
+        corrector: SafetyCorrector,
+        recorder: ActivationRecorder | None,
+    ) -> None:
+        self.callback, self.trainer, self.handler = callback, trainer, handler
+        self.corrector, self.recorder = corrector, recorder
+        self._patches, self._thread = Patches(), threading.get_ident()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it lasts, or was ended by an exception and not by its Trainer."""
+        return self._patches.in_place
+
+    @property
+    def state(self) -> TrainerState:
+        return self.trainer.state
+
+    def open(self, model: nn.Module, evaluate_corrected: bool) -> None:
+        """Replace what has to be replaced; ``model`` is the one whose ``save_pretrained`` the Trainer calls."""
+        forget(self.corrector.adapter.config)
+        replace = self._patches.replace
+        replace(model, "save_pretrained", saving_corrected(self, model))
+        replace(self.trainer, "_save_checkpoint", self._around(self._checkpoint))
+        if evaluate_corrected:
+            replace(self.trainer, "prediction_step", self._around(self._corrected))
+        if self.recorder is not None:
+            replace(self.trainer, "training_step", self._around(self._looking))
+        replace(self.handler, "on_save", self._around(self._corrected))
+        replace(self.handler, "on_step_end", self._around(self._step_end))
+        replace(self.handler, "on_log", self._around(self._log))
+        replace(self.handler, "on_train_end", self._around(self._train_end))
+
+    def close(self) -> None:
+        """Put back all that was replaced; twice is once."""
+        self._patches.undo()
+
+    def is_saving(self) -> bool:
+        """Whether a save that begins now is one of this run.
+
+        While the Trainer trains, all are. After an exception those by hand and those of its own are, not those of
+        another Trainer that has got the model since.
+        """
+        from transformers import Trainer  # not at the top, see HuggingFaceEvents.on_train_begin
+
+        trains = is_running(self.trainer, self._thread)
+        return self._is_listening() and (trains or calling(Trainer) in (None, self.trainer))
+
+    def checkpoint_folder(self) -> Path:
+        """The folder of the present step."""
+        return Path(self.trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def restore_raw(self, resume_from: str | None) -> None:
+        """On resume the corrected adapter was loaded: put back the raw one. DeepSpeed has loaded it by itself."""
+        live = self.corrector.adapter.read()
+        saved = raw_of_resumed(
+            live, self.state, self.checkpoint_folder(), Path(self.trainer.args.output_dir), resume_from
+        )
+        if saved is not None:
+            # Rounded as what was loaded was: a resume without the callback would have loaded the raw factors so.
+            corrected = live if saved.corrected is None else saved.corrected
+            self.corrector.adapter.write(cast_alike(live, corrected, saved.raw) or saved.raw)
+            if self.recorder is not None and saved.texts is not None:
+                self.recorder.resume(saved.texts)
+
+    def renew(self, if_doubled: bool = False) -> None:
+        """Give the corrector what a data-aware penalty measures by, as the model is now. Collective."""
+        if self.recorder is not None:
+            self.recorder.renew(self.corrector, if_doubled)
+
+    def renew_alone(self) -> None:
+        """The same before a save by hand: of several processes one alone may be here, or another thread."""
+        alone = self.recorder is not None and self.recorder.processes.size == 1
+        if alone and threading.get_ident() == self._thread:
+            self.renew()
+
+    def record(self, adapter: CorrectedAdapter) -> None:
+        """A save between two log records gets one of its own, so that the checkpoint's state says it is corrected."""
+        step, history = self.state.global_step, self.state.log_history
+        logged = any("csulora/update_norm" in record and record["step"] == step for record in history[-3:])
+        if adapter.metrics and not logged:
+            history.append({**adapter.metrics, "epoch": self.state.epoch, "step": step})
+
+    def warn_not_corrected(self) -> None:
+        logger.warning("A state_dict without LoRA factors is saved outside a checkpoint: it is not corrected.")
+
+    def _is_listening(self) -> bool:
+        """Users may remove the callback from the Trainer's list at any time."""
+        return self.is_open and any(callback is self.callback for callback in self.handler.callbacks)
+
+    def _around(self, call: Callable) -> Callable[[Callable], Callable]:
+        def wrap(original: Callable) -> Callable:
+            def wrapped(*args: object, **kwargs: object) -> object:
+                if not self._is_listening():
+                    return original(*args, **kwargs)
+                return call(original, *args, **kwargs)
+
+            return wrapped
+
+        return wrap
+
+    def _corrected(self, original: Callable, *args: object, **kwargs: object) -> object:
+        self.renew()
+        with self.corrector.corrected():
+            return original(*args, **kwargs)
+
+    def _looking(self, original: Callable, *args: object, **kwargs: object) -> object:
+        with self.recorder.looking():
+            return original(*args, **kwargs)
+
+    def _checkpoint(self, original: Callable, *args: object, **kwargs: object) -> object:
+        # A subclass may write files of its own here, and engines write live shards. Otherwise save_pretrained writes.
+        beside_shards = saves_shards_only() and self.state.is_world_process_zero
+        if beside_shards:
+            sidecar.discard(self.checkpoint_folder())
+        self.renew()
+        with self.corrector.corrected() as adapter:
+            result = original(*args, **kwargs)
+        if beside_shards:
+            adapter.sidecar_of_checkpoint.save(self.checkpoint_folder(), self.corrector.adapter.config)
+            self.record(adapter)
+        return result
+
+    def _step_end(self, original: Callable, *args: object, **kwargs: object) -> object:
+        control = original(*args, **kwargs)  # the others first: they may read, or bring in, raw weights
+        every = self.callback.every_n_steps
+        if every is not None and self.state.global_step % every == 0:
+            self.renew()
+            self.corrector.step()
+        return control
+
+    def _log(self, original: Callable, args: object, state: TrainerState, control: object, logs: dict) -> object:
+        # Before any callback has read the record: those that report to trackers stand early in the list.
+        if "loss" in logs and state.global_step % (self.callback.log_every_n_steps or 1) == 0:
+            self.renew(if_doubled=True)
+            metrics = self.corrector.measure()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+        return original(args, state, control, logs)
+
+    def _train_end(self, original: Callable, *args: object, **kwargs: object) -> object:
+        self._mark_best()
+        self._apply()
+        control = original(*args, **kwargs)
+        self._apply()  # a moving average may have come in
+        remember(self.corrector.adapter.config, self.corrector.compute())
+        self.close()
+        return control
+
+    def _apply(self) -> None:
+        self.renew()  # of the raw model only: nothing is read where a corrected one is live
+        self.corrector.apply()
+
+    def _mark_best(self) -> None:
+        """The best checkpoint, if one was loaded, is corrected already."""
+        best = self.state.best_model_checkpoint
+        if self.trainer.args.load_best_model_at_end and best is not None:
+            live = self.corrector.adapter.read()
+            saved = find_sidecar(live, [Path(best)])
+            if saved is not None:
+                corrected = live if saved.corrected is None else saved.corrected
+                self.corrector.mark_applied(
+                    CorrectedAdapter(saved.raw, corrected, saved.record["metrics"], lambda: saved.record, saved.texts)
+                )

@@ -1,0 +1,145 @@
+"""One fit of Lightning's ``Trainer``: what is replaced in it while it lasts, and what that does when it is called.
+
+As in the other trainer, nothing here remembers weights. Validation steps see the correction of what lies in the module
+when they begin; a save corrects the dictionary that is about to be written. What is replaced in module, strategy and
+checkpoint callbacks is put back when the fit ends; the Trainer's own ``save_checkpoint`` stays replaced, so that what
+is saved by hand afterwards has its record and its adapter beside it. Nothing here imports Lightning.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from csulora_callback.corrected import CorrectedAdapter
+from csulora_callback.corrected_config import forget, remember
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.trainers import lightning_checkpoint as files
+from csulora_callback.trainers.engines import is_strategy
+from csulora_callback.trainers.patches import Patches
+from csulora_callback.trainers.recorder import ActivationRecorder
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+# Saves come from other threads too, and each replaces a method of the strategy for its time.
+_SAVING = threading.RLock()
+
+
+class LightningRun:
+    """A corrector at work in a Trainer, from ``setup`` to ``teardown``; saves by hand keep it after that."""
+
+    def __init__(self, callback: object, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.callback, self.trainer, self.pl_module = callback, trainer, pl_module
+        self.corrector: SafetyCorrector | None = None
+        self.recorder: ActivationRecorder | None = None
+        self._fit, self._saves, self._thread = Patches(), Patches(), threading.get_ident()
+        self._fit.replace(trainer.strategy, "load_checkpoint", self._around(self._load))
+
+    def open(self, corrector: SafetyCorrector, recorder: ActivationRecorder | None) -> None:
+        """Replace what has to be replaced, now that there is something to correct."""
+        self.corrector, self.recorder = corrector, recorder
+        forget(corrector.adapter.config)
+        if self.callback.evaluate_corrected:
+            self._fit.replace(self.trainer.strategy, "validation_step", self._around(self._validate))
+        if self.callback.export_adapter:
+            self._fit.replace(self.trainer.strategy, "remove_checkpoint", self._around(self._remove))
+            for checkpoints in self.trainer.checkpoint_callbacks:
+                if hasattr(checkpoints, "_link_checkpoint"):  # Lightning's own; others make no links
+                    self._fit.replace(checkpoints, "_link_checkpoint", self._around(self._link))
+        self._saves.replace(self.trainer, "save_checkpoint", self._around(self._save))
+
+    def finish(self) -> None:
+        """Leave the corrected model in memory, once. A sharded one cannot be touched after its strategy is gone."""
+        if not self.corrector.adapter.is_sharded:
+            self.corrector.apply()
+            remember(self.corrector.adapter.config, self.corrector.compute())
+
+    def end(self) -> None:
+        """The fit is over: put back what was replaced, except ``trainer.save_checkpoint``."""
+        self._fit.undo()
+
+    def _is_listening(self) -> bool:
+        return any(callback is self.callback for callback in self.trainer.callbacks) and (
+            self.trainer.lightning_module is self.pl_module
+        )
+
+    def _around(self, call: Callable) -> Callable[[Callable], Callable]:
+        def wrap(original: Callable) -> Callable:
+            def wrapped(*args: object, **kwargs: object) -> object:
+                if not self._is_listening():
+                    return original(*args, **kwargs)
+                return call(original, *args, **kwargs)
+
+            return wrapped
+
+        return wrap
+
+    def _load(self, original: Callable, *args: object, **kwargs: object) -> dict[str, Any]:
+        checkpoint = original(*args, **kwargs)
+        if self.trainer.state.fn == "fit":  # evaluating a checkpoint keeps what ships
+            self.callback.raw_is_loaded = files.put_raw_back(checkpoint)
+        return checkpoint
+
+    def _validate(self, original: Callable, *args: object, **kwargs: object) -> object:
+        if self.trainer.state.fn != "fit":
+            return original(*args, **kwargs)
+        self._renew()
+        with self.corrector.corrected():
+            return original(*args, **kwargs)
+
+    def _remove(self, original: Callable, filepath: str | os.PathLike) -> None:
+        original(filepath)
+        if self._writes_beside(filepath):
+            files.remove_adapter(filepath)
+
+    def _link(self, original: Callable, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if self._writes_beside(linkpath):
+            files.remove_adapter(linkpath)
+        original(trainer, filepath, linkpath)
+        if self._writes_beside(linkpath):
+            files.link_adapter(filepath, linkpath)
+
+    def _save(self, original: Callable, *args: object, **kwargs: object) -> None:
+        with _SAVING:
+            saving = Patches()
+            saving.replace(self.trainer.strategy, "save_checkpoint", self._around(self._write))
+            try:
+                if threading.get_ident() == self._thread:
+                    self._renew()
+                original(*args, **kwargs)
+            finally:
+                saving.undo()
+
+    def _write(
+        self, original: Callable, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any = None
+    ) -> None:
+        live = is_strategy(self.trainer.strategy, "DeepSpeedStrategy")
+        factors = files.factors_of(checkpoint, self.corrector, self.pl_module, live)
+        adapter = None if factors is None else self._correction(factors)
+        if adapter is not None:
+            files.put_into(checkpoint, adapter, self.corrector, self.pl_module)
+        exports = self.callback.export_adapter and factors is not None
+        if exports:
+            shipped = factors if adapter is None else adapter.corrected
+            state = files.saved_by_peft(checkpoint, shipped, self.corrector, self.pl_module)
+        if self._writes_beside(filepath):
+            files.remove_adapter(filepath)
+        with self.corrector.corrected() if live else nullcontext():
+            original(checkpoint, filepath, storage_options)
+        if exports and self._writes_beside(filepath):
+            files.export(files.adapter_beside(filepath), state, self.corrector, adapter)
+
+    def _correction(self, factors: dict) -> CorrectedAdapter | None:
+        """While a fit lasts everything is corrected; after it what is known to be corrected, and nothing else."""
+        return self.corrector.compute(factors) if self._fit.in_place else self.corrector.known(factors)
+
+    def _renew(self) -> None:
+        if self.recorder is not None and self._fit.in_place:
+            self.recorder.renew(self.corrector)
+
+    def _writes_beside(self, path: str | os.PathLike) -> bool:
+        return self.callback.export_adapter and self.trainer.is_global_zero and "://" not in str(path)

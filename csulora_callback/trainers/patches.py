@@ -1,0 +1,98 @@
+"""Methods of single objects that are replaced while a run lasts, and put back when it is over."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Patches:
+    """The replaced methods of one run.
+
+    A run that an exception ended cannot put back what it replaced: the next one that replaces one of the methods does.
+
+    Attributes:
+        in_place: whether they are replaced at the moment.
+
+    Example:
+        >>> class Door:
+        ...     def open(self):
+        ...         return "open"
+        >>> door, patches = Door(), Patches()
+        >>> patches.replace(door, "open", lambda original: lambda: original().upper())
+        >>> door.open(), patches.undo(), door.open()
+        ('OPEN', None, 'open')
+    """
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+        self.in_place = False
+
+    def replace(self, owner: object, name: str, wrap: Callable[[Callable], Callable]) -> None:
+        """``owner.name`` is from now on what ``wrap`` makes of it."""
+        _release(owner, name)
+        earlier = vars(owner).get(name)
+        wrapped = wrap(getattr(owner, name))
+        # A bound method takes attributes through its function.
+        getattr(wrapped, "__func__", wrapped).replaced_by = self, owner
+        setattr(owner, name, wrapped)
+        self.in_place = True
+
+        def undo() -> None:
+            if vars(owner).get(name) is not wrapped:  # someone else has wrapped it since, and keeps it
+                return
+            if earlier is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, earlier)
+
+        self._undo.callback(undo)
+
+    def undo(self) -> None:
+        """Put back all that was replaced."""
+        self._undo.close()
+        self.in_place = False
+
+
+def _release(owner: object, name: str) -> None:
+    """Undo an earlier run's replacement of a method."""
+    replaced_by = getattr(vars(owner).get(name), "replaced_by", None)
+    if replaced_by is not None:
+        patches, of = replaced_by
+        if of is owner:
+            patches.undo()
+        else:  # a copy took the attribute along
+            delattr(owner, name)
+
+
+def calling(kind: type[T]) -> T | None:
+    """The innermost object of this kind whose method is running in this thread: events get no reference to it.
+
+    Example:
+        >>> calling(Patches) is None
+        True
+    """
+    return next((found for found in _running(threading.get_ident()) if isinstance(found, kind)), None)
+
+
+def is_running(instance: object, thread: int) -> bool:
+    """Whether a method of the object is running in a thread.
+
+    Example:
+        >>> is_running(Patches(), threading.get_ident())
+        False
+    """
+    return any(found is instance for found in _running(thread))
+
+
+def _running(thread: int) -> Iterator[object]:
+    """Whose methods are running in a thread, innermost first."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back

@@ -1,0 +1,84 @@
+"""Finding the raw factors of a corrected checkpoint that ``transformers.Trainer`` resumes from."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+from transformers import TrainerState
+
+from csulora_callback import sidecar
+from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, is_cast
+from csulora_callback.models.peft_folder import adapter_folder, read_adapter
+from csulora_callback.sidecar import Sidecar
+
+logger = logging.getLogger(__name__)
+
+
+def raw_of_resumed(
+    live: Factors, state: TrainerState, own: Path, output: Path, resume_from: str | os.PathLike | None
+) -> Sidecar | None:
+    """The sidecar of the adapter that was loaded; ``None`` where it was saved without the callback, and is raw.
+
+    Args:
+        live: the factors in the model.
+        state: as loaded.
+        own: the folder of the step that training resumes at.
+        output: the Trainer's output folder, all of which is searched: the checkpoint may have been fetched from the
+            Hub as ``last-checkpoint``.
+        resume_from: the only folder to look at, if given.
+
+    Raises:
+        ValueError: if the factors are corrected ones, and no sidecar fits them.
+    """
+    if resume_from is not None:
+        place, folders = Path(resume_from), [Path(resume_from)]
+    else:
+        records = output.glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
+        place, folders = output, chain([own], (record.parent.parent for record in records))
+    found = find_sidecar(live, folders)
+    if found is None and (resume_from is not None or _was_corrected(state)):
+        raise ValueError(
+            f"`resume_from`: training resumes at step {state.global_step} from a corrected checkpoint, but its raw "
+            f"factors were not found: no {sidecar.FOLDER}/{sidecar.RECORD} in {place} belongs to the adapter in the "
+            "model. Pass CSULoRACallback(resume_from=...) with the folder that trainer.train() got."
+        )
+    return found
+
+
+def find_sidecar(live: Factors, folders: Iterable[Path]) -> Sidecar | None:
+    """The first sidecar that belongs to the factors, corrected or raw, also where they were loaded in another dtype.
+
+    Raises:
+        ValueError: if the one that belongs to them is damaged.
+    """
+    for folder in folders:
+        if not (folder / sidecar.FOLDER / sidecar.RECORD).is_file():
+            continue
+        try:
+            record = sidecar.read_record(folder)
+            corrected = read_adapter(adapter_folder(folder, record["adapter"]))
+        except ValueError as error:  # some other run's broken file is no reason not to resume this one
+            logger.warning("Passed over while looking for raw factors: %s", error)
+            continue
+        if _belongs(live, record, corrected):
+            return Sidecar.load(folder)
+    return None
+
+
+def _belongs(live: Factors, record: dict, corrected: dict) -> bool:
+    if digest(live) in (record["corrected_digest"], record["raw_digest"]):
+        return True
+    if set(record["modules"]) != set(live):
+        return False
+    try:
+        return is_cast(live, from_peft_state_dict(corrected, list(live), ""))
+    except ValueError:  # no adapter lies there
+        return False
+
+
+def _was_corrected(state: TrainerState) -> bool:
+    return any("csulora/update_norm" in record for record in state.log_history)
