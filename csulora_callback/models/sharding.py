@@ -49,7 +49,8 @@ def gather(parameters: Sequence[Tensor]) -> list[Tensor]:
         [tensor([[1., 1.]])]
     """
     with _gathered(parameters), torch.no_grad():
-        return [p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in parameters]
+        # Of one process, or where a parameter is replicated, full_tensor() is the parameter itself.
+        return [(p.full_tensor() if isinstance(p, DTensor) else p.detach()).clone() for p in parameters]
 
 
 def gather_trained(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -66,8 +66,9 @@ def put_into(
     # The dictionary holds the live tensors themselves: it gets other ones, they keep their values.
     state = dict(checkpoint["state_dict"])
     corrected = corrector.adapter.to_state_dict(adapter.corrected, pl_module)
-    for key in corrected.keys() & state.keys():
-        state[key] = sharding.like(state[key], corrected[key])
+    for key, factor in corrected.items():  # in one order on all processes, which divide the factors together
+        if key in state:
+            state[key] = sharding.like(state[key], factor)
     checkpoint["state_dict"] = state
     raw = to_peft_state_dict(adapter.raw)
     keys = dict(zip(raw, corrected, strict=True))

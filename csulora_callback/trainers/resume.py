@@ -60,23 +60,22 @@ def find_sidecar(live: Factors, folders: Iterable[Path]) -> Sidecar | None:
             continue
         try:
             record = sidecar.read_record(folder)
-            corrected = read_adapter(adapter_folder(folder, record["adapter"]))
+            beside = read_adapter(adapter_folder(folder, record["adapter"]))
+            if digest(live) == record["raw_digest"]:  # or a run without the callback has saved over what it describes
+                return Sidecar.load(folder)
         except ValueError as error:  # some other run's broken file is no reason not to resume this one
             logger.warning("Passed over while looking for raw factors: %s", error)
             continue
-        if _belongs(live, record, corrected):
+        if digest(live) == record["corrected_digest"] or _is_held_by(beside, live):
             return Sidecar.load(folder)
     return None
 
 
-def _belongs(live: Factors, record: dict, corrected: dict) -> bool:
-    if digest(live) in (record["corrected_digest"], record["raw_digest"]):
-        return True
-    if set(record["modules"]) != set(live):
-        return False
+def _is_held_by(beside: dict, live: Factors) -> bool:
+    """Whether the state dict of an adapter holds the factors, maybe in another dtype."""
     try:
-        return is_cast(live, from_peft_state_dict(corrected, list(live), ""))
-    except ValueError:  # no adapter lies there
+        return is_cast(live, from_peft_state_dict(beside, list(live), ""))
+    except ValueError:  # it is no adapter, or one of other modules
         return False
 
 
