@@ -19,7 +19,9 @@ from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.probes import Probes, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.reporting.start import print_start
-from csulora_callback.subspace import SafetySubspace, default_cache_dir
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_cache import default_cache_dir
+from csulora_callback.subspace_file import check_metadata
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.recorder import ActivationRecorder
@@ -58,7 +60,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         log_every_n_steps: add the drift only to log records of steps divisible by this. By default to every record
             that has a training loss.
         cache_dir: where estimated subspaces are kept, by the content of both checkpoints. By default
-            ``~/.cache/csulora_callback``.
+            ``~/.cache/csulora_callback``. A cache that cannot be used costs a warning and the time of an estimate.
         resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
             lie in its output folder. Lightning's checkpoints hold everything themselves.
         export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
@@ -106,6 +108,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         _check_source("base_model", base_model, nn.Module)
         _check_source("aligned_model", aligned_model, nn.Module)
         _check_source("subspace", subspace, SafetySubspace)
+        if isinstance(subspace, SafetySubspace):
+            check_metadata(subspace.metadata)
         check_rank_rule(rank, energy)
         if penalty is not None and not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
@@ -130,7 +134,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        if cache_dir is None and base_model is not None:
+            cache_dir = default_cache_dir()
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
         self.probes = None if probes is None else read_prompts(probes)

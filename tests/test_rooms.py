@@ -18,7 +18,7 @@ LIBRARY = ({"method"}, {"models", "judging"}, {STATE}, {"reporting"}, {"trainers
 RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibration", "benchmarks"}, {"run"})
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
-    **dict.fromkeys(("corrector", "sidecar", "subspace", "subspace_file"), STATE),
+    **dict.fromkeys(("corrector", "sidecar", "subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "callback"), FRONT_DOORS),
 }
 PUBLIC = {
