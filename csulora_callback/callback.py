@@ -53,7 +53,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: \\( k \\), the number of singular vectors on each side.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
-        strength: of the default penalty; ``0`` corrects nothing.
+        strength: of the default penalty, 10 by default; ``0`` corrects nothing. A ``penalty`` has its own.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
         evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.
@@ -88,7 +88,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: int = 64,
         energy: float | None = None,
         penalty: Penalty | None = None,
-        strength: float = 10.0,
+        strength: float | None = None,
         every_n_steps: int | None = None,
         evaluate_corrected: bool = True,
         log_every_n_steps: int | None = None,
@@ -113,6 +113,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         check_rank_rule(rank, energy)
         if penalty is not None and not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+        if penalty is not None and strength is not None:
+            raise ValueError(
+                f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
+                "Pass one of them, such as penalty=Penalty.guard(3.0)."
+            )
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
             if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
@@ -130,7 +135,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.subspace = subspace
         self.rank = rank
         self.energy = energy
-        self.penalty = Penalty.csulora(strength) if penalty is None else penalty
+        if penalty is None:
+            penalty = Penalty.csulora() if strength is None else Penalty.csulora(strength)
+        self.penalty = penalty
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
