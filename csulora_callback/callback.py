@@ -21,7 +21,9 @@ from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.probes import Probes, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.reporting.start import print_start
-from csulora_callback.subspace import SafetySubspace, default_cache_dir
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_cache import default_cache_dir
+from csulora_callback.subspace_file import check_metadata
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
@@ -54,14 +56,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: \\( k \\), the number of singular vectors on each side.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
-        strength: of the default penalty; ``0`` corrects nothing.
+        strength: of the default penalty, 10 by default; ``0`` corrects nothing. A ``penalty`` has its own.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
         evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.
         log_every_n_steps: add the drift only to log records of steps divisible by this. By default to every record
             that has a training loss.
         cache_dir: where estimated subspaces are kept, by the content of both checkpoints. By default
-            ``~/.cache/csulora_callback``.
+            ``~/.cache/csulora_callback``. A cache that cannot be used costs a warning and the time of an estimate.
         resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
             lie in its output folder. Lightning's checkpoints hold everything themselves.
         export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
@@ -89,7 +91,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: int = 64,
         energy: float | None = None,
         penalty: Penalty | None = None,
-        strength: float = 10.0,
+        strength: float | None = None,
         every_n_steps: int | None = None,
         evaluate_corrected: bool = True,
         log_every_n_steps: int | None = None,
@@ -112,9 +114,16 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         _check_source("base_model", base_model, nn.Module)
         _check_source("aligned_model", aligned_model, nn.Module)
         _check_source("subspace", subspace, SafetySubspace)
+        if isinstance(subspace, SafetySubspace):
+            check_metadata(subspace.metadata)
         check_rank_rule(rank, energy)
         if penalty is not None and not isinstance(penalty, Penalty):
             raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+        if penalty is not None and strength is not None:
+            raise ValueError(
+                f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
+                "Pass one of them, such as penalty=Penalty.guard(3.0)."
+            )
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
             if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
                 raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
@@ -132,11 +141,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.subspace = subspace
         self.rank = rank
         self.energy = energy
-        self.penalty = Penalty.csulora(strength) if penalty is None else penalty
+        if penalty is None:
+            penalty = Penalty.csulora() if strength is None else Penalty.csulora(strength)
+        self.penalty = penalty
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
-        self.cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+        if cache_dir is None and base_model is not None:
+            cache_dir = default_cache_dir()
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
         self.probes = None if probes is None else read_prompts(probes)

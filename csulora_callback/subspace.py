@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from csulora_callback import subspace_file
-from csulora_callback.method.basis import Basis, basis_of, check_rank_rule
+from csulora_callback.method.basis import Basis, basis_of, check_basis, check_rank_rule
 from csulora_callback.models.checkpoint import Source
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
+from csulora_callback.subspace_cache import CachedSubspace
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,9 @@ class SafetySubspace(Mapping[str, Basis]):
         metadata: fingerprints and dtypes of both checkpoints, rank rule, method, seed, versions.
         from_cache: whether :meth:`estimate` found it in its cache.
 
+    Raises:
+        ValueError: if a basis is none: columns that are not orthonormal, other types, values that cannot be.
+
     Example:
         >>> import torch
         >>> from csulora_callback import SafetySubspace
@@ -49,6 +51,10 @@ class SafetySubspace(Mapping[str, Basis]):
     metadata: dict
     from_cache: bool = False
 
+    def __post_init__(self) -> None:
+        for name, basis in self.bases.items():
+            check_basis(name, basis)
+
     def __getitem__(self, name: str) -> Basis:
         return self.bases[name]
 
@@ -60,9 +66,10 @@ class SafetySubspace(Mapping[str, Basis]):
 
     @property
     def energy_kept(self) -> float:
-        """Share of the displacement's energy kept, over all modules together."""
+        """Share of the displacement's energy kept, over all modules together; 1 for a displacement of zero."""
         total = sum(basis.displacement**2 for basis in self.bases.values())
-        return sum(basis.energy * basis.displacement**2 for basis in self.bases.values()) / total
+        kept = sum(basis.energy * basis.displacement**2 for basis in self.bases.values())
+        return kept / total if total else 1.0
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,7 +127,8 @@ class SafetySubspace(Mapping[str, Basis]):
             progress: show a progress bar.
             method: ``"krylov"`` or ``"exact"`` for all modules, or ``"auto"`` to choose by size.
             seed: of the random start of the Krylov iteration; with the module's name it fixes the result.
-            cache_dir: look up and keep the result in this folder, by the content of both checkpoints.
+            cache_dir: look up and keep the result in this folder, by the content of both checkpoints. A cache that
+                cannot be used costs a warning.
             processes: divide the modules over these (``Processes.all()``); all of them have to call and get the
                 whole result, or all fail where one does. The first one's cache counts.
 
@@ -144,27 +152,16 @@ class SafetySubspace(Mapping[str, Basis]):
         pair = processes.together(lambda: CheckpointPair.open(base, aligned, target_modules))
         origin = pair.origin(processes)
         rule = {"rank": rank if energy is None else None, "energy": energy, "method": method, "seed": seed}
-        path = None if cache_dir is None or processes.rank > 0 else _cache_file(cache_dir, origin, rule)
-        cached = processes.together(lambda: None if path is None else cls._from_cache(path))
+        cache = None if cache_dir is None or processes.rank > 0 else CachedSubspace(cache_dir, origin, rule)
+        cached = processes.together(lambda: None if cache is None else cache.read(cls.load))
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
             return cls(bases, processes.from_first(cached and cached.metadata), from_cache=True)
 
         subspace = cls._estimate(pair, origin, rule, device, progress, processes)
-        if path is not None:
-            try:
-                subspace.save(path)
-            except OSError as error:
-                logger.warning("The subspace could not be kept in the cache and will be estimated again: %s", error)
+        if cache is not None:
+            cache.write(subspace.save)
         return subspace
-
-    @classmethod
-    def _from_cache(cls, path: Path) -> SafetySubspace | None:
-        try:
-            return cls.load(path) if path.is_file() else None
-        except ValueError as error:
-            logger.warning("The cached subspace is unusable and is estimated again: %s", error)
-            return None
 
     @classmethod
     def _estimate(
@@ -212,6 +209,10 @@ class SafetySubspace(Mapping[str, Basis]):
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all.
 
+        Raises:
+            OSError: if the file cannot be written.
+            ValueError: if the metadata does not say which weights it is of, or JSON cannot hold it.
+
         Example:
             >>> import tempfile
             >>> from torch import nn
@@ -231,23 +232,7 @@ class SafetySubspace(Mapping[str, Basis]):
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is corrupt, not a safety subspace, of an unknown format, or if its content does not
-                have the fingerprint it states.
+            ValueError: if it is corrupt, not a safety subspace, of an unknown format, if its content does not have the
+                fingerprint it states, or if a basis in it is none.
         """
         return cls(*subspace_file.read(Path(path)))
-
-
-def default_cache_dir() -> Path:
-    """``csulora_callback`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
-
-    Example:
-        >>> default_cache_dir().name
-        'csulora_callback'
-    """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "csulora_callback"
-
-
-def _cache_file(cache_dir: str | os.PathLike, origin: dict, rule: dict) -> Path:
-    key = {"format": subspace_file.FORMAT, **{side: origin[side]["fingerprint"] for side in origin}, **rule}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return Path(cache_dir) / f"subspace-{digest[:32]}.safetensors"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from csulora_callback.method.basis import Basis
+from csulora_callback.models.whole_files import write_whole
 
 FORMAT = "3"
 """Also part of a cache's key: raise it whenever the same weights would give another file."""
@@ -35,9 +39,36 @@ def fingerprint(bases: Mapping[str, Basis]) -> str:
     return sha.hexdigest()
 
 
+def check_metadata(metadata: object) -> None:
+    """Refuse, with a ValueError, a record that does not say which weights a subspace is of.
+
+    Example:
+        >>> side = {"source": "org/model", "fingerprint": "0f3a", "dtypes": ["bfloat16"]}
+        >>> check_metadata({"base": side, "aligned": side, "rank": 64, "energy": None})
+    """
+    try:
+        json.dumps(metadata, allow_nan=False)  # it goes into the record of every checkpoint
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`subspace`: expected metadata that JSON can hold, but got other ({error}).") from error
+    _require(metadata, dict, "metadata")
+    for side in ("base", "aligned"):
+        origin = _require(metadata.get(side), dict, f"metadata['{side}']")
+        for field in ("source", "fingerprint"):
+            _require(origin.get(field), str, f"metadata['{side}']['{field}']")
+        for dtype in _require(origin.get("dtypes"), list, f"metadata['{side}']['dtypes']"):
+            _require(dtype, str, f"metadata['{side}']['dtypes'][…]")
+    _require(metadata.get("rank"), int | None, "metadata['rank']")
+    _require(metadata.get("energy"), int | float | None, "metadata['energy']")
+
+
 def write(bases: Mapping[str, Basis], metadata: dict, path: Path) -> None:
-    """Write one file; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one file; it appears whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written.
+        ValueError: if :func:`read` would refuse the metadata.
+    """
+    check_metadata(metadata)
     tensors = {}
     for name, basis in bases.items():
         tensors[f"{name}.U"] = basis.U.contiguous()
@@ -49,13 +80,14 @@ def write(bases: Mapping[str, Basis], metadata: dict, path: Path) -> None:
         "displacement": json.dumps({name: basis.displacement for name, basis in bases.items()}),
     }
     header["sha256"] = _content_hash(bases, header)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(tensors, temporary, metadata=header)
-    os.replace(temporary, path)
+    try:
+        write_whole(path, lambda place: save_file(tensors, place, metadata=header))
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{path}: the subspace cannot be written ({error}).") from error
 
 
 def read(path: Path) -> tuple[dict[str, Basis], dict]:
-    """The bases and the metadata of a file that :func:`write` wrote.
+    """The bases and the metadata of a file that :func:`write` wrote. Whether they are bases is not checked here.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -69,26 +101,54 @@ def read(path: Path) -> tuple[dict[str, Basis], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("csulora_subspace") != FORMAT:
-                raise ValueError(
-                    f"`subspace`: expected a safety subspace of format {FORMAT}, but {path} is "
-                    f"{'another safetensors file' if 'csulora_subspace' not in header else 'of another format'}. "
-                    "Estimate it again with SafetySubspace.estimate(...).save(path)."
-                )
-            bases = {
-                name: Basis(*(file.get_tensor(f"{name}.{part}") for part in ("U", "V", "singular_values")), norm)
-                for name, norm in json.loads(header["displacement"]).items()
-            }
-        metadata, expected = json.loads(header["metadata"]), header["sha256"]
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            known = header.get("csulora_subspace") == FORMAT
+            bases, metadata, found = _content(file, header) if known else ({}, {}, "")
+            expected = header["sha256"] if known else ""
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"`subspace`: {path} is corrupt ({error}). Estimate it again.") from error
-    found = _content_hash(bases, header)
+    if not known:
+        raise ValueError(
+            f"`subspace`: expected a safety subspace of format {FORMAT}, but {path} is "
+            f"{'another safetensors file' if 'csulora_subspace' not in header else 'of another format'}. "
+            "Estimate it again with SafetySubspace.estimate(...).save(path)."
+        )
     if found != expected:
         raise ValueError(
             f"`subspace`: {path} is corrupt: its content has the fingerprint {found[:12]}…, but "
             f"{expected[:12]}… was expected. Estimate it again."
         )
+    check_metadata(metadata)
     return bases, metadata
+
+
+def _content(file: safe_open, header: Mapping[str, str]) -> tuple[dict[str, Basis], dict, str]:
+    """Bases, metadata, and the fingerprint of both."""
+    bases = {}
+    for name, displacement in _object(header["displacement"]).items():
+        parts = [_float32(file.get_tensor(f"{name}.{part}")) for part in ("U", "V", "singular_values")]
+        bases[name] = Basis(*parts, displacement)
+    return bases, _object(header["metadata"]), _content_hash(bases, header)
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    # The fingerprint is one of bytes: the same bytes read as another type would have it too.
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"expected float32 tensors, but got {tensor.dtype}")
+    return tensor
+
+
+def _object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, but got {text[:50]}")
+    return value
+
+
+def _require(value: Any, kind: type | UnionType, what: str) -> Any:
+    if not isinstance(value, kind):
+        kind = kind.__name__ if isinstance(kind, type) else kind
+        raise ValueError(f"`subspace`: expected {what} to be {kind}, but got {value!r}. Estimate it again.")
+    return value
 
 
 def _content_hash(bases: Mapping[str, Basis], header: Mapping[str, str]) -> str:

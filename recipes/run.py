@@ -25,7 +25,7 @@ from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, s
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
-from csulora_callback.subspace import default_cache_dir
+from csulora_callback.subspace_cache import default_cache_dir
 from recipes.calibration import calibrate
 from recipes.calibration.bench import ChatBench, ToyBench
 from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from csulora_callback.method.singular import leading_singular_triplets
+
+# The singular vectors of a float32 SVD are orthonormal to 1e-6, and a correction is wrong by about as much as they are
+# not: what is off by more than this was not rounded but changed.
+_TOLERANCE = 1e-3
+
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by; see SafetySubspace.fingerprint
@@ -51,6 +58,9 @@ def basis_of(name: str, base: Tensor, aligned: Tensor, rule: dict, device: torch
         rule: ``rank`` or ``energy``, ``method`` and ``seed``, see :meth:`csulora_callback.SafetySubspace.estimate`.
         device: where to compute; by default where ``aligned`` is.
 
+    Raises:
+        ValueError: if the displacement is not zero and its size is none that float32 holds to full precision.
+
     Example:
         >>> rule = {"rank": 1, "energy": None, "method": "exact", "seed": 0}
         >>> basis = basis_of("q_proj", torch.zeros(2, 3), torch.ones(2, 3), rule)
@@ -60,12 +70,68 @@ def basis_of(name: str, base: Tensor, aligned: Tensor, rule: dict, device: torch
     device = aligned.device if device is None else device
     wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
     D = aligned.to(device, wide) - base.to(device, wide)
-    # Rows first, then float64: one float32 sum over 4096 × 4096 squares is wrong by 1e-3, and with it every energy.
-    norm = torch.linalg.vector_norm(D, dim=1).cpu().double().norm().item()
-    if norm == 0.0:
+    largest = torch.linalg.vector_norm(D, torch.inf).item() if D.numel() else 0.0
+    if largest == 0.0:
         return Basis(torch.zeros(D.shape[0], 0), torch.zeros(D.shape[1], 0), torch.zeros(0), 0.0)
-    U, sigma, V = leading_singular_triplets(name, D / norm, rule)
+    _check_size(name, largest)
+    # A power of two, which rounds nothing: squares of 1e30 overflow float32, and those of 1e-30 vanish.
+    unit = 2.0 ** (math.frexp(largest)[1] - 1)
+    D.div_(unit)
+    # Rows first, then float64: one float32 sum over 4096 × 4096 squares is wrong by 1e-3, and with it every energy.
+    scaled_norm = torch.linalg.vector_norm(D, dim=1).cpu().double().norm().item()
+    norm = scaled_norm * unit
+    _check_size(name, norm)
+    U, sigma, V = leading_singular_triplets(name, D.div_(scaled_norm), rule)
     return Basis(U.float().cpu().contiguous(), V.float().cpu().contiguous(), (sigma * norm).float().cpu(), norm)
+
+
+def _check_size(name: str, size: float) -> None:
+    if not _SMALLEST <= size <= _LARGEST:
+        raise ValueError(
+            f"`base`: expected a displacement W_aligned − W_base of module '{name}' from {_SMALLEST:.1g} to "
+            f"{_LARGEST:.1g}, which float32 can hold, but got one of size {size:.1g}. No alignment is that small or "
+            "large: check both checkpoints."
+        )
+
+
+def check_basis(name: str, basis: Basis) -> None:
+    """Refuse a basis that is none, with a ValueError that names the module; costs ``O((rows + columns) k²)``.
+
+    Example:
+        >>> U, V = torch.eye(3)[:, :1], torch.eye(4)[:, :1]
+        >>> check_basis("q_proj", Basis(U, V, torch.ones(1), 2.0))
+        >>> check_basis("q_proj", Basis(U * 1000, V, torch.ones(1), 2.0))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `subspace`: module 'q_proj': expected orthonormal columns in U, but got an entry of 1e+06 in ...
+    """
+
+    def refuse(expected: str, got: object) -> None:
+        raise ValueError(f"`subspace`: module '{name}': expected {expected}, but got {got}. Estimate it again.")
+
+    if not isinstance(basis, Basis):
+        refuse("a Basis", f"{type(basis).__name__}")
+    for part, ndim in (("U", 2), ("V", 2), ("singular_values", 1)):
+        tensor = getattr(basis, part)
+        if not isinstance(tensor, Tensor):
+            refuse(f"{part} to be a tensor", f"{type(tensor).__name__}")
+        if tensor.dtype != torch.float32 or tensor.ndim != ndim:
+            refuse(f"{part} in float32 with {ndim} axes", f"{tensor.dtype} of shape {tuple(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            refuse(f"finite values in {part}", "NaN or Inf")
+    U, V, sigma = (part.detach().cpu().double() for part in (basis.U, basis.V, basis.singular_values))
+    if not U.shape[1] == V.shape[1] == len(sigma):
+        refuse("as many columns in U and in V as singular values", f"{U.shape[1]}, {V.shape[1]} and {len(sigma)}")
+    norm = basis.displacement
+    if not isinstance(norm, int | float) or isinstance(norm, bool) or not 0 <= norm <= _LARGEST:
+        refuse("a finite displacement ≥ 0", repr(norm))
+    if (sigma < 0).any() or (sigma[1:] > sigma[:-1]).any():
+        refuse("singular values ≥ 0 in descending order", "other ones")
+    if sigma.norm() > norm * (1 + _TOLERANCE):
+        refuse(f"singular values of norm ‖D‖ = {norm:.6g} at most", f"{sigma.norm():.6g}")
+    for part, side in (("U", U), ("V", V)):
+        error = (side.T @ side - torch.eye(len(sigma))).norm(torch.inf).item() if len(sigma) else 0.0
+        if error > _TOLERANCE:
+            refuse(f"orthonormal columns in {part}", f"an entry of {error:.1g} in {part}ᵀ{part} − I")
 
 
 def check_rank_rule(rank: int, energy: float | None) -> None:

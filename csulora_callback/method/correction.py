@@ -33,6 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from csulora_callback.method.gauge import CorrectionOverflowError, closest_gauge, narrowed
 from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.token_space import InputGain
 
@@ -113,6 +114,8 @@ def correct(
     Raises:
         ValueError: if shapes do not fit together, ``penalty`` or ``rank`` is of no known kind, a factor, a basis or
             ``scaling`` is NaN or Inf, or ``input_gain`` is missing or not used.
+        CorrectionOverflowError: a ``ValueError`` of its own, if the corrected update has entries that the factors'
+            dtype cannot hold, however its size is shared between them, or if its energy overflows.
 
     Example:
         >>> import torch
@@ -138,15 +141,20 @@ def correct(
         "input": output_side.outside @ input_side.inside.T,
         "off": output_side.outside @ input_side.outside.T,
     }
-    energy = {block: scaling**2 * core.square().sum().item() for block, core in blocks.items()}
+    energy = {block: scaling * scaling * core.square().sum().item() for block, core in blocks.items()}
     total = sum(energy.values())
+    if not math.isfinite(total):
+        raise CorrectionOverflowError(
+            f"`lora_A`, `lora_B`: expected an update whose energy ‖Δ‖² is finite in {wide}, but got {total}, with "
+            f"scaling {scaling:g}. Train with a smaller learning rate."
+        )
     relative_energy = {block: e / total if total else 0.0 for block, e in energy.items()}
     gain = penalty.gain(relative_energy)
 
     def result(
         new_A: Tensor, new_B: Tensor, relative_change: float, truncation_error: float, closest_norm: float
     ) -> Correction:
-        new_A, new_B = new_A.to(lora_A.dtype).contiguous(), new_B.to(lora_B.dtype).contiguous()
+        new_A, new_B = narrowed(new_A, new_B, lora_A.dtype, lora_B.dtype)
         return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error, closest_norm)
 
     if total == 0.0:
@@ -176,7 +184,7 @@ def correct(
     root = sigma.sqrt()
     new_B, new_A = output_side.basis @ (left * root), (root[:, None] * right) @ input_side.basis.T
     if rank == "truncate":
-        new_A, new_B = _closest_gauge(new_A, new_B, A, B)
+        new_A, new_B = closest_gauge(new_A, new_B, A, B)
     return result(new_A, new_B, relative_change, truncation_error, closest_norm)
 
 
@@ -221,22 +229,6 @@ def _attenuate(factor: Tensor, subspace: Tensor, inside: float, outside: float) 
     if inside == outside:
         return outside * factor
     return outside * factor + (inside - outside) * (subspace @ (subspace.T @ factor))
-
-
-def _closest_gauge(A: Tensor, B: Tensor, old_A: Tensor, old_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of ``B A`` closest to the old ones up to rotation, sharing the norm between them as those did."""
-    missing = old_A.shape[0] - A.shape[0]
-    if missing:  # r exceeds a side of the matrix: the update has fewer directions than the adapter has columns
-        A = torch.cat([A, A.new_zeros(missing, A.shape[1])])
-        B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
-    norms = A.norm() * old_B.norm()
-    if norms > 0:  # X* = 0 has no balance to keep
-        balance = (old_A.norm() * B.norm() / norms).sqrt()
-        if balance > 0:
-            A, B = A * balance, B / balance
-    left, _, right = torch.linalg.svd(B.T @ old_B + A @ old_A.T)
-    rotation = left @ right
-    return rotation.T @ A, B @ rotation
 
 
 def _check_arguments(

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from csulora_callback.subspace import default_cache_dir
+from csulora_callback.subspace_cache import default_cache_dir
 from recipes.schema import RecipeError, Toy
 
 VERSION = 2  # of the language and of how its models are trained; part of the cache's key
@@ -128,6 +128,8 @@ class Lab:
 def build_lab(toy: Toy) -> Lab:
     """The lab that ``toy`` describes; its models are trained once and kept in the cache folder."""
     cache = default_cache_dir() if toy.cache_dir is None else Path(toy.cache_dir)
+    if cache is None:
+        raise ValueError("`toy.cache_dir`: expected a folder to keep the models in, as there is no home directory.")
     language, verbs = Language(toy.seed), list(ORDERS)
     attack = language.draw(toy.eval_prompts, verbs, restricted=True)
     task = language.draw(toy.eval_prompts, list(TASK))

@@ -1,19 +1,13 @@
-"""The subspace against dense SVDs, its file, its cache, and what it refuses."""
-
-import contextlib
-import logging
-import shutil
+"""The subspace against dense SVDs, and what it refuses."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from csulora_callback import SafetySubspace
 from csulora_callback.method.basis import Basis
-from csulora_callback.subspace import default_cache_dir
 from tests.helpers.lab import TARGETS, align, tiny_llama
 
 
@@ -166,78 +160,6 @@ def test_result_depends_on_neither_order_nor_number_of_modules():
     assert all(torch.equal(few[name].U, more[name].U) for name in few)
 
 
-def test_save_and_load(pair, tmp_path):
-    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
-    subspace.save(tmp_path / "folder" / "subspace.safetensors")
-    loaded = SafetySubspace.load(tmp_path / "folder" / "subspace.safetensors")
-    assert loaded.fingerprint == subspace.fingerprint
-    assert loaded.metadata == subspace.metadata
-    assert list(loaded) == list(subspace)
-    assert loaded.metadata["rank"] == 2
-    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["subspace.safetensors"]
-
-
-def test_files_that_are_not_a_whole_subspace_are_refused(pair, tmp_path):
-    path = tmp_path / "subspace.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"SafetySubspace\.save wrote, but .* is not there"):
-        SafetySubspace.load(path)
-    save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"expected a safety subspace of format 3, but .* another safetensors file"):
-        SafetySubspace.load(path)
-    original = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False)
-    original.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-50])
-    with pytest.raises(ValueError, match=r"`subspace`: .* is corrupt"):
-        SafetySubspace.load(path)
-    for place in range(0, int.from_bytes(whole[:8], "little") + 8, 7):  # the header, whatever it says
-        flipped = bytearray(whole)
-        flipped[place] ^= 1
-        path.write_bytes(bytes(flipped))
-        with contextlib.suppress(ValueError):  # refused; what is not refused has to be what was saved
-            assert SafetySubspace.load(path).metadata == original.metadata
-    flipped = bytearray(whole)
-    flipped[-9] ^= 1
-    path.write_bytes(bytes(flipped))
-    with pytest.raises(ValueError, match="its content has the fingerprint"):
-        SafetySubspace.load(path)
-
-
-def test_cache_is_keyed_by_content_and_by_the_rule(pair, tmp_path, caplog):
-    def estimate(base=pair[0], aligned=pair[1], **rule):
-        return SafetySubspace.estimate(
-            base, aligned, TARGETS, progress=False, cache_dir=tmp_path, **{"rank": 2, **rule}
-        )
-
-    first = estimate()
-    assert not first.from_cache
-    assert estimate().from_cache
-    assert estimate().fingerprint == first.fingerprint
-    moved = shutil.copytree(pair[1], tmp_path / "moved")
-    assert estimate(aligned=moved).from_cache
-    for rule in ({"rank": 3}, {"energy": 0.9}, {"seed": 1}, {"method": "exact"}):
-        assert not estimate(**rule).from_cache
-
-    state = load_file(moved / "model.safetensors")
-    state["model.layers.1.self_attn.q_proj.weight"][0, 0] += 1e-6
-    save_file(state, moved / "model.safetensors", metadata={"format": "pt"})
-    assert not estimate(aligned=moved).from_cache
-
-    for path in tmp_path.glob("subspace-*.safetensors"):
-        path.write_bytes(path.read_bytes()[:-100])
-    with caplog.at_level(logging.WARNING):
-        again = estimate()
-    assert not again.from_cache
-    assert "cached subspace is unusable" in caplog.text
-    assert again.fingerprint == first.fingerprint
-    assert estimate().from_cache
-
-
-def test_default_cache_dir_follows_xdg(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "csulora_callback"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -266,10 +188,3 @@ def test_checkpoints_that_do_not_fit_are_refused(pair):
     deeper = align(tiny_llama(num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"expected a weight for the module 'model\.layers\.2.*nearest names"):
         SafetySubspace.estimate(pair[0], deeper, TARGETS, progress=False)
-
-
-def test_a_cache_that_cannot_be_written_costs_a_warning(pair, tmp_path, caplog):
-    (tmp_path / "file").write_text("not a folder")
-    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=2, progress=False, cache_dir=tmp_path / "file")
-    assert len(subspace) == 6
-    assert "could not be kept in the cache" in caplog.text
