@@ -62,7 +62,7 @@ def record_of(
     scalings: dict[str, float],
     about: dict,
 ) -> dict:
-    """What ``correction.json`` says of a correction; none were made where the factors hold NaN or Inf.
+    """What ``correction.json`` says of a correction; there are none of its modules where none could be made.
 
     Args:
         raw: the factors before it.
@@ -70,12 +70,11 @@ def record_of(
         corrections: by module.
         metrics: over all modules.
         scalings: PEFT's, by module.
-        about: names of adapter, penalty and subspace.
+        about: status, and names of adapter, penalty and subspace.
     """
     summaries = {name: _summary(correction) for name, correction in corrections.items()}
     return {
         "format": FORMAT,
-        "status": "corrected" if corrections else "not corrected: the factors hold NaN or Inf",
         **about,
         "raw_digest": digest(raw),
         "corrected_digest": digest(corrected),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from csulora_callback.corrected import CorrectedAdapter, record_of
 from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
+from csulora_callback.method.gauge import CorrectionOverflowError
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain, input_gains
 from csulora_callback.models import sharding
@@ -129,10 +130,11 @@ class SafetyCorrector:
         if last is not None and equal(raw, last.raw):
             return last
         if not all_finite(raw) or not (self._activations is None or self._activations.finite):
-            self._warn_not_finite()
-            return CorrectedAdapter(raw, raw, {}, self._recorder(raw, raw, {}, {}), self._texts)
-
-        corrections = {name: self._correct(name, *raw[name]) for name in raw}
+            return self._left_raw(raw, "the LoRA factors, or activations with them, hold NaN or Inf")
+        try:
+            corrections = {name: self._correct(name, *raw[name]) for name in raw}
+        except CorrectionOverflowError as error:
+            return self._left_raw(raw, str(error))
         drift = SafetyDrift()
         for correction in corrections.values():
             drift.update(correction)
@@ -243,28 +245,41 @@ class SafetyCorrector:
         return all(Processes.all().gather(flag)) if self.adapter.is_sharded else flag
 
     def _recorder(
-        self, raw: Factors, corrected: Factors, corrections: dict[str, Correction], metrics: dict[str, float]
+        self,
+        raw: Factors,
+        corrected: Factors,
+        corrections: dict[str, Correction],
+        metrics: dict[str, float],
+        status: str = "corrected",
     ) -> Callable[[], dict]:
         scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         about = {
+            "status": status,
             "adapter": self.adapter.name,
             "penalty": self.penalty.to_json(),
             "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
         }
         return partial(record_of, raw, corrected, corrections, metrics, scalings, about)
 
-    def _warn_not_finite(self) -> None:
+    def _left_raw(self, raw: Factors, reason: str) -> CorrectedAdapter:
+        """What is saved where nothing can be corrected: training is not stopped for it, and the record says so."""
         if not self._warned:
             self._warned = True
             logger.warning(
-                "The LoRA factors, or activations with them, hold NaN or Inf and are left as they are: a checkpoint "
-                "saved now holds the raw adapter, not a corrected one, and its record says so."
+                "%s: a checkpoint saved now holds the raw adapter, not a corrected one, and its record says so.",
+                reason,
             )
+        return CorrectedAdapter(
+            raw, raw, {}, self._recorder(raw, raw, {}, {}, f"not corrected: {reason}"), self._texts
+        )
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
         U, V = (side.to(lora_A.device) for side in self._bases[name])
-        scaling = self.adapter.layers[name].scaling
-        return correct(lora_A, lora_B, U, V, self.penalty, scaling, input_gain=self._input_gain(name, lora_A.device))
+        scaling, gain = self.adapter.layers[name].scaling, self._input_gain(name, lora_A.device)
+        try:
+            return correct(lora_A, lora_B, U, V, self.penalty, scaling, input_gain=gain)
+        except CorrectionOverflowError as error:
+            raise CorrectionOverflowError(f"module '{name}': {error}") from error
 
     def _input_gain(self, name: str, device: torch.device) -> InputGain | None:
         if self.penalty.on_probes is None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csulora_callback import SafetySubspace
-from tests.helpers.lab import RANK, TARGETS, saved_pair
+from tests.helpers.lab import DEVICE, RANK, TARGETS, saved_pair
 
 # Tiny models gain nothing from threads, and several test processes on few cores lose a factor of ten to them.
 torch.set_num_threads(1)
@@ -27,4 +27,4 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def subspace(pair):
     """What the callback estimates from them."""
-    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
+    return SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False, device=DEVICE)

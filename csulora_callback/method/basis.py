@@ -72,7 +72,7 @@ def basis_of(name: str, base: Tensor, aligned: Tensor, rule: dict, device: torch
     D = aligned.to(device, wide) - base.to(device, wide)
     largest = torch.linalg.vector_norm(D, torch.inf).item() if D.numel() else 0.0
     if largest == 0.0:
-        return Basis(torch.zeros(D.shape[0], 0), torch.zeros(D.shape[1], 0), torch.zeros(0), 0.0)
+        return Basis(*(torch.zeros(size, device="cpu") for size in ((D.shape[0], 0), (D.shape[1], 0), (0,))), 0.0)
     _check_size(name, largest)
     # A power of two, which rounds nothing: squares of 1e30 overflow float32, and those of 1e-30 vanish.
     unit = 2.0 ** (math.frexp(largest)[1] - 1)

@@ -16,14 +16,17 @@ _FIRST_RANK = 64  # first guess when the rank is to be found from an energy
 def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
     """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
     smaller = min(D.shape)
+    # In float32 a GPU is not exact enough: the vectors of cuSOLVER's SVD are orthonormal to 2e-4, and the user may have
+    # allowed products in TF32.
+    wide = D.double() if D.device.type not in ("cpu", "mps") else D
     guess = rule["rank"] or _FIRST_RANK
     while True:
         few = (guess + _OVERSAMPLING) * (1 + _EXTRA_BLOCKS) < smaller
         if rule["method"] == "exact" or not few or (rule["method"] == "auto" and smaller <= _EXACT_UP_TO):
-            U, sigma, Vh = torch.linalg.svd(D, full_matrices=False)
+            U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
             V, complete = Vh.T, True
         else:
-            U, sigma, V = _block_krylov(D, guess, _generator(name, rule["seed"]))
+            U, sigma, V = _block_krylov(wide, guess, _generator(name, rule["seed"]))
             complete = False
         k = _cut(sigma, D, rule, complete)
         if k is not None:
@@ -49,7 +52,7 @@ def _block_krylov(D: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
     if D.shape[0] > D.shape[1]:
         V, sigma, U = _block_krylov(D.T, rank, generator)
         return U, sigma, V
-    start = torch.randn(D.shape[1], rank + _OVERSAMPLING, generator=generator, dtype=torch.float32)
+    start = torch.randn(D.shape[1], rank + _OVERSAMPLING, generator=generator, dtype=torch.float32, device="cpu")
     block = torch.linalg.qr(D @ start.to(D))[0]
     space = block
     for _ in range(_EXTRA_BLOCKS):

@@ -170,8 +170,8 @@ def _not_all_tokens(name: str, got: str) -> ValueError:
 
 
 def _chosen(total: int, tokens: int) -> Tensor:
-    chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:tokens]] = True
+    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
+    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")[:tokens]] = True
     return chosen
 
 

@@ -41,7 +41,7 @@ class TrainingRows:
         for i in range(len(ids)):  # algorithm R
             place = self.seen
             if self.seen >= ROWS:
-                place = int(torch.randint(self.seen + 1, (), generator=generator))
+                place = int(torch.randint(self.seen + 1, (), generator=generator, device="cpu"))
             self.seen += 1
             if place < ROWS:
                 row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import from_peft_state_dict, to_peft_state_dict
 
 VOCABULARY = 32
+DEVICE = os.environ.get("CSULORA_TEST_DEVICE", "cpu")  # where the trainers train: cpu or cuda
 PENALTY = Penalty.csulora(5.0)
 RANK = 3
 SCALING = 2.0  # of with_lora
@@ -101,7 +103,7 @@ def corrected_by_hand(state: dict[str, torch.Tensor], subspace: SafetySubspace) 
     """The correction of a raw adapter; `correct` has its own tests against dense references."""
     result = {}
     for name, (lora_A, lora_B) in from_peft_state_dict(state, list(subspace), "raw").items():
-        done = correct(lora_A, lora_B, subspace[name].U, subspace[name].V, PENALTY, SCALING)
+        done = correct(lora_A.to(DEVICE), lora_B.to(DEVICE), subspace[name].U, subspace[name].V, PENALTY, SCALING)
         result[name] = (done.lora_A, done.lora_B)
     return to_peft_state_dict(result)
 
@@ -120,7 +122,7 @@ TRAINING = {
     "logging_steps": 1,
     "report_to": [],
     "disable_tqdm": True,
-    "use_cpu": True,
+    "use_cpu": DEVICE == "cpu",
     "seed": 7,
     "dataloader_pin_memory": False,
 }

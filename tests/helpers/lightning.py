@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback, SafetySubspace
-from tests.helpers.lab import PENALTY, RANK, Tokens, assert_same, corrected_by_hand, with_lora
+from tests.helpers.lab import DEVICE, PENALTY, RANK, Tokens, assert_same, corrected_by_hand, with_lora
 
 
 class Module(L.LightningModule):
@@ -68,7 +68,7 @@ def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_pa
     settings = {
         "max_epochs": 2,
         "limit_train_batches": 4,
-        "accelerator": "cpu",
+        "accelerator": DEVICE,
         "devices": 1,
         "logger": False,
         "enable_progress_bar": False,

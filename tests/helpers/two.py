@@ -57,7 +57,7 @@ def torchrun(
     launch = [part.format(processes=processes, port=port) for part in LAUNCHERS[launcher]]
     return subprocess.run(
         [sys.executable, "-m", *launch, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

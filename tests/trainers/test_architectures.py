@@ -32,7 +32,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from csulora_callback import CSULoRACallback, Penalty
-from tests.helpers.lab import VOCABULARY, Tokens, make_trainer, saved_pair, tiny_llama, with_lora
+from tests.helpers.lab import DEVICE, VOCABULARY, Tokens, make_trainer, saved_pair, tiny_llama, with_lora
 
 RANK = 3
 STRENGTH = 5.0
@@ -115,7 +115,7 @@ def trained(tmp_path_factory):
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(Tokens(count=4).tokens).logits
+    return model.to(DEVICE)(Tokens(count=4).tokens.to(DEVICE)).logits
 
 
 def matrices(folder: Path) -> dict[str, torch.Tensor]:
@@ -193,9 +193,10 @@ from transformers import AutoModelForCausalLM
 tokens, *folders = sys.argv[1:]
 for aligned, checkpoint in zip(folders[::2], folders[1::2]):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(aligned), checkpoint)
+    ids = torch.load(tokens)
     with torch.no_grad():
-        logits = model(torch.load(tokens)).logits
-    merged = model.double().merge_and_unload().state_dict()
+        logits = model.to(ids.device)(ids).logits
+    merged = model.cpu().double().merge_and_unload().state_dict()
     torch.save((logits, merged), checkpoint + "/reloaded.pt")
 assert not any(name.startswith("csulora") for name in sys.modules)
 """
@@ -204,7 +205,7 @@ assert not any(name.startswith("csulora") for name in sys.modules)
 @pytest.mark.slow
 def test_peft_alone_in_a_new_process_loads_the_corrected_model(trained, tmp_path):
     runs = {name: trained(name) for name in ARCHITECTURES}
-    torch.save(Tokens(count=4).tokens, tmp_path / "tokens.pt")
+    torch.save(Tokens(count=4).tokens.to(DEVICE), tmp_path / "tokens.pt")
     folders = [str(folder) for run in runs.values() for folder in (run.aligned, run.checkpoint)]
     threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the order of sums, to the bit
     subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path / "tokens.pt"), *folders], check=True, env=threads)

@@ -23,7 +23,7 @@ from csulora_callback.models.training_rows import ROWS
 from csulora_callback.sidecar import Sidecar
 from tests.helpers import lightning as in_lightning
 from tests.helpers import trl as in_trl
-from tests.helpers.lab import RANK, SCALING, Tokens, assert_same, live, make_trainer, raw, saved, with_lora
+from tests.helpers.lab import DEVICE, RANK, SCALING, Tokens, assert_same, live, make_trainer, raw, saved, with_lora
 from tests.method.test_token_space import by_hand
 
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
@@ -46,7 +46,7 @@ def train(pair, output: Path, callbacks: list, resume=None, **arguments):
 
 def assert_corrected(pair, corrected: dict, factors: dict, texts: Texts) -> None:
     """``corrected`` is what the dense formula makes of the raw ``factors``."""
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1])).to(DEVICE)
     adapter = find_adapter(model)
     raw_factors = from_peft_state_dict(factors, list(adapter.layers), "raw")
     adapter.write(raw_factors)
@@ -145,8 +145,8 @@ def test_only_what_is_trained_on_counts_as_the_task(pair, tmp_path):
 
         def on_step_end(self, args, state, control, model, **kwargs):
             with torch.no_grad():
-                model(input_ids=torch.full((2, 5), 3))
-            model.generate(input_ids=torch.full((1, 4), 3), max_new_tokens=2)
+                model(input_ids=torch.full((2, 5), 3, device=DEVICE))
+            model.generate(input_ids=torch.full((1, 4), 3, device=DEVICE), max_new_tokens=2)
 
     train(pair, tmp_path, [Read(), callback(pair)])
     texts = Sidecar.load(tmp_path / "checkpoint-8").texts
@@ -162,7 +162,7 @@ def test_an_earlier_checkpoints_texts_do_not_stay_in_a_folder(pair, tmp_path):
 
 def test_a_save_by_hand_is_corrected(pair, tmp_path):
     by_hand_too = SaveByHand(tmp_path / "by-hand")
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1])).to(DEVICE)
     by_hand_too.trainer = make_trainer(model, tmp_path / "run", [callback(pair), by_hand_too])
     by_hand_too.trainer.train()
     texts = Sidecar.load(tmp_path / "run/checkpoint-8").texts
@@ -182,7 +182,7 @@ def test_correcting_every_few_steps_goes_on_from_the_corrected_weights(pair, tmp
 def test_a_correction_can_be_redone_with_another_strength_from_a_checkpoint(pair, tmp_path):
     train(pair, tmp_path, [callback(pair)])
     sidecar = Sidecar.load(tmp_path / "checkpoint-8")
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1])).to(DEVICE)
     adapter = find_adapter(model)
     adapter.write(sidecar.raw)
     subspace = SafetySubspace.estimate(*pair, target_modules=list(adapter.layers), rank=RANK, progress=False)
@@ -192,20 +192,20 @@ def test_a_correction_can_be_redone_with_another_strength_from_a_checkpoint(pair
         corrector = SafetyCorrector(model, subspace, Penalty.data_aware(strength), activations)
         corrected = corrector.compute().corrected
         excited = [
-            (SCALING * corrected[name][1] @ corrected[name][0] @ activations.probes[name].float().T).norm() ** 2
-            for name in corrected
+            (SCALING * B @ A @ activations.probes[name].float().T.to(DEVICE)).norm() ** 2
+            for name, (A, B) in corrected.items()
         ]
         norms.append(sum(excited).item())
         if strength == STRENGTH:
             for name, (A, _) in corrected.items():
                 key = f"base_model.model.{name}.lora_A.weight"
-                torch.testing.assert_close(A, saved(tmp_path / "checkpoint-8")[key], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(A.cpu(), saved(tmp_path / "checkpoint-8")[key], rtol=1e-5, atol=1e-6)
     assert norms[1] < norms[0]
 
 
 def test_a_model_that_never_shows_its_rows_is_warned_about(pair, tmp_path, caplog):
     """Its forward is called past its hooks, as some compiled models' is."""
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1])).to(DEVICE)
     trainer = make_trainer(model, tmp_path, [callback(pair)], max_steps=2)
     trainer.compute_loss = lambda model, inputs, **kwargs: model.forward(**inputs).loss
     with caplog.at_level(logging.WARNING):
@@ -240,7 +240,7 @@ def test_a_table_without_prompts_is_refused_and_lines_and_columns_are_read(tmp_p
 
 
 def test_texts_without_a_tokenizer_are_refused_before_training(pair, tmp_path):
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1])).to(DEVICE)
     trainer = make_trainer(model, tmp_path / "out", [callback(pair, probes=["how do i"])])
     with pytest.raises(ValueError, match=r"`probes`: expected a tokenizer in .*aligned"):
         trainer.train()
