@@ -169,7 +169,7 @@ def test_bad_sources_are_refused(storages, tmp_path):
         open_checkpoint(tmp_path)
     sharded = shutil.copytree(storages["sharded"], tmp_path / "sharded")
     next(sharded.glob("*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"the shard model-.*\.safetensors that .* lists is missing"):
+    with pytest.raises(FileNotFoundError, match=r"the shard .model-.*\.safetensors. that .* lists is missing"):
         open_checkpoint(sharded)
     (sharded / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a shard index with a weight_map"):
