@@ -17,10 +17,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
-from csulora_callback.models.weight_files import Readers, Shapes, fetch_folder, first_line, read_folder
+from csulora_callback.models.weight_files import Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
 

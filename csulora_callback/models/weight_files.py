@@ -7,13 +7,15 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
+
+from csulora_callback.models.foreign import first_line, stays_inside
 
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -80,22 +82,13 @@ def _shards(index: Path) -> dict[str, list[str]]:
         ) from error
     files: dict[str, list[str]] = {}
     for key, file in weight_map:
-        if not isinstance(file, str) or not _stays_inside(file):
+        if not isinstance(file, str) or not stays_inside(file):
             raise ValueError(
                 f"{index}: expected the name of a file in this folder for the weight {key!r}, but got {file!r}. "
                 "Fetch it again, or do not use it: nothing outside the folder is read."
             )
         files.setdefault(file, []).append(key)
     return dict(sorted(files.items()))
-
-
-def _stays_inside(file: str) -> bool:
-    """Whether a relative name leads to something below its folder, on any system.
-
-    What a link of that name points to does not count: in the Hub's cache every file is a link that leads out.
-    """
-    parts = file.replace("\\", "/").split("/")
-    return not (parts[0] == "" or ".." in parts or PureWindowsPath(file).drive)
 
 
 def _safetensors_file(path: Path) -> _Entries:
@@ -153,11 +146,6 @@ def _bin_entry(path: Path, key: str, value: object) -> tuple[Callable[[], Tensor
         )
 
     return refuse, ()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library is and says, short enough to stand in another message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def fetch_folder(source: str | os.PathLike, revision: str | None) -> Path:
