@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from csulora_callback.judging.judge import check_pairs, check_texts
+from csulora_callback.judging.judge import check_pairs, check_texts, loading
 
 _PADDING = -100
 
@@ -49,7 +49,7 @@ class CoherenceJudge:
     Raises:
         ValueError: when ``threshold`` is not a finite number, ``min_distinct`` not from 0 to 1, ``max_length`` or
             ``batch_size`` below 1; when ``tokenizer`` is missing beside a model in memory, or has no token that begins
-            or ends a text.
+            or ends a text; when ``model`` needs code that lies beside it.
         OSError: when there is no such model, from ``transformers``.
 
     Example:
@@ -188,8 +188,10 @@ def distinct_share(tokens: Sequence[int], n: int = 3) -> float:
 
 def _load(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Any, PreTrainedTokenizerBase]:
     if isinstance(model, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-        return AutoModelForCausalLM.from_pretrained(model), tokenizer
+        with loading(model):
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False), tokenizer
     if tokenizer is None:
         raise ValueError(
             f"`tokenizer`: expected the tokenizer of `model`, which is a {type(model).__name__} in memory and not a "

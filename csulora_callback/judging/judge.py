@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
 """``(prompts, responses)``, two lists of ``n`` texts, to ``n`` verdicts: refused or not, coherent or not."""
@@ -32,6 +34,25 @@ def check_pairs(prompts: Sequence[str], responses: Sequence[str]) -> None:
     check_texts("responses", responses)
     if len(prompts) != len(responses):
         raise ValueError(f"`responses`: expected one per prompt ({len(prompts)}), but got {len(responses)}.")
+
+
+@contextmanager
+def loading(model: str | os.PathLike) -> Iterator[None]:
+    """Around what transformers loads with ``trust_remote_code=False``: its error then says which ``model`` it is of.
+
+    With ``None`` it asks on the terminal whether to run code that lies beside a model, and a job has no terminal.
+
+    Raises:
+        ValueError: for one of transformers, such as of a model that needs code of its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        reason, _, _ = str(error).partition("\n")
+        raise ValueError(
+            f"`model`: expected one that transformers loads without running code that lies beside it, but {model} is "
+            f"none ({reason}). Load it yourself, and judge by a callable of your own."
+        ) from error
 
 
 def verdicts(name: str, judge: Judge, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:

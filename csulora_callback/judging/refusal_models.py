@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
-from csulora_callback.judging.judge import check_pairs
+from csulora_callback.judging.judge import check_pairs, loading
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class RefusalClassifier:
         device: as for ``transformers.pipeline``; ``None`` chooses one.
 
     Raises:
-        ValueError: when the model has no such label, or ``template`` lacks ``{response}`` or has other fields.
+        ValueError: when the model has no such label or needs code that lies beside it, or ``template`` lacks
+            ``{response}`` or has other fields.
         OSError: when there is no such model, from ``transformers``.
 
     Example:
@@ -55,7 +56,8 @@ class RefusalClassifier:
 
         _check_template(template)
         self.template, self.batch_size, self.refusal_label = template, batch_size, refusal_label
-        self._pipeline = pipeline("text-classification", model=model, device=device)
+        with loading(model):
+            self._pipeline = pipeline("text-classification", model=model, device=device, trust_remote_code=False)
         labels = list(self._pipeline.model.config.id2label.values())
         if refusal_label not in labels:
             raise ValueError(
@@ -93,7 +95,8 @@ class RefusalJudge:
         device: as for ``transformers.pipeline``; ``None`` chooses one.
 
     Raises:
-        ValueError: when ``template`` lacks ``{response}`` or has other fields, or ``answer`` has no group.
+        ValueError: when ``template`` lacks ``{response}`` or has other fields, ``answer`` has no group, or the model
+            needs code that lies beside it.
         OSError: when there is no such model, from ``transformers``.
 
     Example:
@@ -119,7 +122,8 @@ class RefusalJudge:
         if self._answer.groups < 1:
             raise ValueError(f"`answer`: expected a group, as in '(yes|no)', but got {answer!r}.")
         self._model = model
-        self._pipeline = pipeline("text-generation", model=model, device=device)
+        with loading(model):
+            self._pipeline = pipeline("text-generation", model=model, device=device, trust_remote_code=False)
         tokenizer = self._pipeline.tokenizer
         if tokenizer.pad_token is None:  # batches need one
             tokenizer.pad_token = tokenizer.eos_token

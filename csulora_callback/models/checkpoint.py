@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
+from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
@@ -79,8 +80,7 @@ class Checkpoint:
                 self.source,
                 missing[0],
             )
-            model, invented = _load_through_transformers(self._folder, self, missing[0])
-            return _from_module(model, invented, self.source).require(names)
+            return self._through_transformers(missing[0]).require(names)
         for name in missing:
             self._check(name)
         return self
@@ -140,11 +140,25 @@ class Checkpoint:
 
     def _check(self, name: str) -> None:
         if name not in self._shapes:
-            nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
+            raise ValueError(self._lacks(name))
+
+    def _lacks(self, name: str) -> str:
+        nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
+        return (
+            f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
+            f"{f'; nearest names: {nearest}' if nearest else ''}."
+        )
+
+    def _through_transformers(self, missing: str) -> Checkpoint:
+        """Of the same files, with the names that transformers gives on loading."""
+        try:
+            model, invented = _load_through_transformers(self._folder)
+        except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
-                f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
-                f"{f'; nearest names: {nearest}' if nearest else ''}."
-            )
+                f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "
+                "Code that lies beside the weights is never run."
+            ) from error
+        return _from_module(model, invented, self.source)
 
 
 def _digest(name: str, weight: Tensor) -> str:
@@ -181,7 +195,7 @@ def open_checkpoint(
         >>> checkpoint.names(), checkpoint.shape("0")
         (['0'], (2, 3))
     """
-    if revision is not None and (isinstance(source, Checkpoint | nn.Module) or Path(source).is_dir()):
+    if revision is not None and (isinstance(source, Checkpoint | nn.Module) or os.path.isdir(source)):
         raise ValueError(
             f"`revision`: expected None, since only a Hub id has revisions, but got {revision!r}. Leave it out."
         )
@@ -189,7 +203,8 @@ def open_checkpoint(
         return source.require(required)
     if isinstance(source, nn.Module):
         return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
-    folder = Path(source) if Path(source).is_dir() else fetch_folder(source, revision)
+    # os.path's is also False for names that no system takes, where Path's raises.
+    folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     return Checkpoint(str(source), *read_folder(folder, str(source)), folder).require(required)
 
 
@@ -207,17 +222,25 @@ def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoi
     return Checkpoint(source, readers, shapes, collective=collective)
 
 
-def _load_through_transformers(folder: Path, checkpoint: Checkpoint, missing: str) -> tuple[nn.Module, set[str]]:
+def _load_through_transformers(folder: Path) -> tuple[nn.Module, set[str]]:
     """The model, and the names of parameters that the files lack and transformers made up."""
-    try:
-        architectures = AutoConfig.from_pretrained(folder).architectures
-    except (OSError, ValueError):
-        architectures = None
-    if not architectures or not hasattr(transformers, architectures[0]):
-        checkpoint.shape(missing)  # raises, with the nearest names
-    architecture = getattr(transformers, architectures[0])
+    # False, as with None transformers asks on the terminal whether to run code that lies in the folder.
+    architecture = _architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures)
     # transformers draws what the files lack at random. Noise must neither pass for weights nor move the generator
     # that a training run draws from.
     with torch.random.fork_rng(devices=[]):
-        model, info = architecture.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, info = architecture.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
     return model, set(info["missing_keys"])
+
+
+def _architecture(named: object) -> type[PreTrainedModel]:
+    """The first class that a config lists, which is somebody else's file and may list anything."""
+    if isinstance(named, list) and named and isinstance(named[0], str):
+        found = getattr(transformers, named[0], None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(
+        f"config.json: expected the name of a model of transformers in `architectures`, but got {named!r}"
+    )

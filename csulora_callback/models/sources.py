@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from csulora_callback.models.foreign import first_line, stays_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,9 +32,9 @@ def locate(source: str) -> Path | None:
         >>> locate("torch:version.py").name  # a file that a package ships
         'version.py'
     """
-    if Path(source).is_file():
+    if os.path.isfile(source):  # unlike Path's, also False for names that no system takes
         return Path(source)
-    if Path(source).is_dir():  # a data set in a folder, which `datasets` reads
+    if os.path.isdir(source):  # a data set in a folder, which `datasets` reads
         return None
     package, colon, inside = source.partition(":")
     if colon and package.isidentifier():
@@ -63,30 +66,48 @@ def read_rows(source: str, split: str = "train") -> Dataset:
     file = locate(source)
     try:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetGenerationError
     except ImportError as error:
         raise ImportError(
             f"{source} is read with datasets, which is not installed: pip install 'csulora-callback[probes]'"
         ) from error
-    if file is None:
-        try:
-            return load_dataset(source, split=split)
-        except OSError as error:  # not there, or not reached
-            raise ValueError(f"{source} cannot be read from the Hub: {error}") from error
-    if file.suffix not in _READERS:
+    if file is not None and file.suffix not in _READERS:
         raise ValueError(f"expected a file that ends in one of {', '.join(_READERS)}, but got {source!r}")
+    if file is not None:
+        _check_encoding(file, source)
     try:
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"{source}: not {file.suffix[1:]} that can be read as a table") from error
+        if file is None:
+            return load_dataset(source, split=split)
+        # Its readers of tables skip a byte-order mark; in lines of text it would be a part of the first.
+        options = {"encoding": "utf-8-sig"} if file.suffix == ".txt" else {}
+        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train", **options)
+    except Exception as error:  # of many kinds, StopIteration and RecursionError among them
+        expected = "a data set that can be read" if file is None else f"{file.suffix[1:]} that can be read as a table"
+        raise ValueError(f"{source}: not {expected} ({first_line(error.__cause__ or error)})") from error
+
+
+def _check_encoding(file: Path, source: str) -> None:
+    """Otherwise `datasets` reads JSON of another encoding, and fails when somebody looks at it."""
+    try:
+        with file.open(encoding="utf-8") as text:
+            while text.read(1 << 20):
+                pass
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: expected a text file in UTF-8, but it cannot be read as one ({error})") from error
 
 
 def _in_package(package: str, inside: str) -> Path:
-    spec = find_spec(package)  # of a top-level package: finds it and runs none of its code
+    try:
+        spec = find_spec(package)  # of a top-level package: finds it and runs none of its code
+    except ValueError:  # of a module that was not imported from a file, as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"no installed package {package!r}; install what ships it, then run this again")
+    if not stays_inside(inside):
+        raise ValueError(
+            f"expected a file inside the package {package!r}, but got {inside!r}; give any other file by its path"
+        )
     folder = Path(spec.submodule_search_locations[0])
-    if not (folder / inside).is_file():
+    if not os.path.isfile(folder / inside):
         names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _READERS]
         near = difflib.get_close_matches(inside, names, n=1)
         raise ValueError(

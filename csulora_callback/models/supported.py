@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
+import math
+
+from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,46 +18,79 @@ from csulora_callback.models.names import module_name
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
+# What to do about each, where a user need not have set it.
+_TRAINABLE_TOKENS = (
+    "Leave that option out. TRL sets it by itself, with modules_to_save=['lm_head'], where `chat_template_path` names "
+    "a tokenizer and tokens are added to take its template: give it a .jinja file, which adds none."
+)
+_MODULES_TO_SAVE = (
+    "Leave that option out. PEFT sets it by itself for task_type='SEQ_CLS' and 'TOKEN_CLS', whose new heads cannot be "
+    "corrected, and TRL for the lm_head where it adds tokens to take a chat template."
+)
+
+
+def check_tuner(config: PeftConfig) -> None:
+    """Raise ``ValueError`` unless a config of PEFT is one of LoRA."""
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"`model`: expected an adapter of LoraConfig, but got one of {type(config).__name__}, whose update is not "
+            "s·B·A and would reach the checkpoint uncorrected. Train with peft.LoraConfig instead."
+        )
+
 
 def check_kind(name: str, module: BaseTunerLayer) -> None:
     """Raise ``ValueError`` unless a PEFT layer is one of LoRA."""
+    if isinstance(module, TrainableTokensLayer):
+        kind = "the option trainable_token_indices, which trains an embedding's rows,"
+        raise _unsupported(name.removesuffix(".token_adapter"), kind, _TRAINABLE_TOKENS)
     if not isinstance(module, LoraLayer):
-        raise _unsupported(name, f"{type(module).__module__}.{type(module).__qualname__}")
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise _unsupported(name, kind, "Train with peft.LoraConfig instead.")
 
 
 def check_config(config: PeftConfig) -> None:
     """Raise ``ValueError`` unless the factors are the aligned model's update, and every module has its own name."""
-    if config.init_lora_weights not in _PLAIN_INITIALIZATIONS:
+    check_tuner(config)
+    start = config.init_lora_weights
+    if (start.lower() if isinstance(start, str) else bool(start)) not in _PLAIN_INITIALIZATIONS:
         raise ValueError(
-            f"`model`: LoRA with init_lora_weights={config.init_lora_weights!r} is not supported: a part of the base "
+            f"`model`: LoRA with init_lora_weights={start!r} is not supported: a part of the base "
             "weight lives in the factors, so they are not the update of the aligned model. "
             f"Use one of {_PLAIN_INITIALIZATIONS}."
         )
     if config.layer_replication:
         raise ValueError(
             "`model`: LoRA with layer_replication is not supported: the names of replicated layers no longer say "
-            "which layer of the checkpoint they came from."
+            "which layer of the checkpoint they came from. Leave that option out."
         )
 
 
 def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
-    """Raise ``ValueError`` unless the layer's update is ``s·B·A`` and nothing else."""
+    """Raise ``ValueError`` unless the layer's update is ``s·B·A`` and nothing else, with a finite ``s``."""
+    leave_out = "Leave it out of target_modules: Linear and Conv1D layers are those whose LoRA can be corrected."
     if module.merged:
         raise ValueError(f"module '{module_name(name)}': its adapter is merged. Call model.unmerge_adapter() first.")
     if module.use_dora.get(adapter):
-        raise _unsupported(name, "DoRA (use_dora=True)")
+        raise _unsupported(name, "DoRA (use_dora=True)", "Set use_dora=False.")
     if adapter in module.lora_variant:
-        raise _unsupported(name, type(module.lora_variant[adapter]).__name__)
+        kind = f"a variant of LoRA ({type(module.lora_variant[adapter]).__name__})"
+        raise _unsupported(name, kind, "Leave out the option of the LoraConfig that asks for it.")
     if module.lora_bias.get(adapter):
-        raise _unsupported(name, "lora_bias=True")
+        raise _unsupported(name, "lora_bias=True", "Set lora_bias=False.")
     if adapter in module.lora_embedding_A:
-        raise _unsupported(name, "LoRA on an embedding")
+        raise _unsupported(name, "LoRA on an embedding", leave_out)
     if isinstance(module, ParamWrapper):
-        raise _unsupported(name, "target_parameters")
+        raise _unsupported(name, "target_parameters", "Leave that option out, and name modules in target_modules.")
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
-        raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}")
+        raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
     if isinstance(module, MultiheadAttention):
-        raise _unsupported(name, "LoRA on nn.MultiheadAttention")
+        raise _unsupported(name, "LoRA on nn.MultiheadAttention", leave_out)
+    if not math.isfinite(module.scaling[adapter]):
+        raise ValueError(
+            f"module '{module_name(name)}': `lora_alpha`: expected a finite number, but got "
+            f"{module.lora_alpha[adapter]!r}, which makes the scaling of its update {module.scaling[adapter]}. "
+            "Set another lora_alpha or alpha_pattern in the LoraConfig."
+        )
 
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
@@ -65,12 +101,18 @@ def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
             continue
         for wrapper, module in wrappers.items():
             if name.startswith(f"{wrapper}."):
-                raise _unsupported(wrapper, f"modules_to_save ({type(module).__name__})")
-        raise _unsupported(name, "a parameter trained outside the LoRA factors")
+                raise _unsupported(wrapper, f"modules_to_save ({type(module).__name__})", _MODULES_TO_SAVE)
+        if ".lora_" in name:
+            kind, remedy = "a second adapter that is trained", "Train one at a time: model.set_adapter(name)."
+        elif name.endswith(".bias"):
+            kind, remedy = "a bias that is trained", "Set bias='none' in the LoraConfig, or freeze it."
+        else:
+            kind, remedy = "a parameter trained outside the LoRA factors", "Freeze it: requires_grad_(False)."
+        raise _unsupported(name, kind, remedy)
 
 
-def _unsupported(name: str, kind: str) -> ValueError:
+def _unsupported(name: str, kind: str, remedy: str) -> ValueError:
     return ValueError(
         f"module '{module_name(name)}': {kind} is not supported by CSULoRA, and is not skipped in silence: its update "
-        "would reach the checkpoint uncorrected. Train plain LoRA on Linear or Conv1D layers only."
+        f"would reach the checkpoint uncorrected. {remedy}"
     )

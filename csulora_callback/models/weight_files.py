@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from csulora_callback.models.foreign import first_line, stays_inside
 
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -25,6 +27,8 @@ _WEIGHT_FILES = (
 
 Readers = dict[str, Callable[[], Tensor]]
 Shapes = dict[str, tuple[int, ...]]
+_Entries = dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]
+"""What one file holds: a reader and a shape by key."""
 
 
 def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes]:
@@ -32,61 +36,116 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes]:
 
     Raises:
         FileNotFoundError: if there are no weight files, or a shard is missing; ``source`` names the checkpoint.
-        ValueError: if a file is corrupt.
+        ValueError: if a file is corrupt, or an index is, names a file outside the folder, or a weight that is not in
+            the file it names.
     """
     found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{source}: expected one of {', '.join(_WEIGHT_FILES)} in {folder}, but found none.")
-    if found.name.endswith(".index.json"):
-        try:
-            files = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{found}: expected a shard index with a weight_map, but it cannot be read. Fetch it again."
-            ) from error
-    else:
-        files = [found.name]
+        raise FileNotFoundError(
+            f"{source}: expected one of {', '.join(_WEIGHT_FILES)} as a file in {folder}, but found none."
+        )
+    files = _shards(found) if found.name.endswith(".index.json") else {found.name: []}
 
     readers, shapes = {}, {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{source}: the shard {file} that {found.name} lists is missing. Fetch it again.")
-        opened = _safetensors_file if file.endswith(".safetensors") else _bin_file
-        for key, (reader, shape) in opened(folder / file).items():
-            prefix, _, kind = key.rpartition(".")
-            if kind == "weight":
-                readers[prefix], shapes[prefix] = reader, shape
+    for file, listed in files.items():
+        if not os.path.isfile(folder / file):  # unlike Path.is_file, also False for names that no system takes
+            raise FileNotFoundError(
+                f"{source}: the shard {file!r} that {found.name} lists is missing. Fetch it again."
+            )
+        entries = (_safetensors_file if file.endswith(".safetensors") else _bin_file)(folder / file)
+        for key in listed:
+            if _module_of(key) is not None and key not in entries:
+                raise ValueError(
+                    f"{found}: expected the shard {file!r} to hold {key!r}, as the index says, but it does not. "
+                    "Fetch both again."
+                )
+        for key, (reader, shape) in entries.items():
+            if (module := _module_of(key)) is not None:
+                readers[module], shapes[module] = reader, shape
     return readers, shapes
 
 
-def _safetensors_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
+def _module_of(key: str) -> str | None:
+    """The module whose ``weight`` a key is, or ``None`` if it is something else."""
+    module, _, kind = key.rpartition(".")
+    return module if kind == "weight" else None
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """The keys that an index lists, by the file that they lie in."""
+    try:
+        # RecursionError: brackets nested by the thousand. The JSON errors and those of its encoding are ValueErrors.
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(
+            f"{index}: expected a shard index with a weight_map, but it cannot be read. Fetch it again."
+        ) from error
+    files: dict[str, list[str]] = {}
+    for key, file in weight_map:
+        if not isinstance(file, str) or not stays_inside(file):
+            raise ValueError(
+                f"{index}: expected the name of a file in this folder for the weight {key!r}, but got {file!r}. "
+                "Fetch it again, or do not use it: nothing outside the folder is read."
+            )
+        files.setdefault(file, []).append(key)
+    return dict(sorted(files.items()))
+
+
+def _safetensors_file(path: Path) -> _Entries:
     def reader(key: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            with safe_open(path, framework="pt") as file:
+            with _opened(path) as file:
                 return file.get_tensor(key)
 
         return read
 
+    with _opened(path) as file:
+        return {key: (reader(key), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: (reader(key), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            yield file
+    except Exception as error:  # the header also names types of numbers that PyTorch may lack
         raise ValueError(
-            f"{path}: expected a safetensors file, but it is corrupt ({error}). Fetch it again."
+            f"{path}: expected a safetensors file, but it is corrupt ({first_line(error)}). Fetch it again."
         ) from error
 
 
-def _bin_file(path: Path) -> dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]:
+def _bin_file(path: Path) -> _Entries:
     # mmap leaves the data on disk until a tensor is used; weights_only refuses to run pickled code.
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
+    except Exception as error:  # a damaged pickle is a damaged program: it may fail in any way
         raise ValueError(
             f"{path}: expected tensors written by torch.save, but it cannot be read with weights_only=True "
-            f"({str(error).splitlines()[0]}). Fetch it again, or a checkpoint in safetensors."
+            f"({first_line(error)}). Fetch it again, or a checkpoint in safetensors."
         ) from error
-    return {key: (lambda tensor=tensor: tensor, tuple(tensor.shape)) for key, tensor in state.items()}
+    held = {type(value).__name__ for value in state.values()} if isinstance(state, dict) else set()
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path}: expected tensors by name, but got {type(state).__name__}"
+            f"{f' of {sorted(held)}' if held else ''}. Save the model's state_dict() itself, with nothing around it."
+        )
+    # Other entries beside the weights are let be, unless one of them is asked for.
+    return {key: _bin_entry(path, key, value) for key, value in state.items() if isinstance(key, str)}
+
+
+def _bin_entry(path: Path, key: str, value: object) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested:
+        return value.detach, tuple(value.shape)
+
+    def refuse() -> Tensor:
+        kind = "one that is sparse, nested or without data" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{path}: expected a dense tensor for {key!r}, but got {kind}. "
+            "Save the checkpoint again by save_pretrained."
+        )
+
+    return refuse, ()
 
 
 def fetch_folder(source: str | os.PathLike, revision: str | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,12 @@ def prompts_of(section: str, source: str, column: str) -> list[str]:
         raise RecipeError(
             f"'{section}.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
         )
-    prompts = [prompt.strip() for prompt in rows[column] if prompt and prompt.strip()]
+    cells = [cell for cell in rows[column] if cell is not None]
+    if wrong := [cell for cell in cells if not isinstance(cell, str)]:
+        raise RecipeError(
+            f"'{section}.probes': {source}: expected texts in the column {column!r}, but got {wrong[0]!r}"
+        )
+    prompts = [cell.strip() for cell in cells if cell.strip()]
     if not prompts:
         raise RecipeError(f"'{section}.probes': {source}: expected prompts, but there is none")
     return prompts
@@ -79,7 +85,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
 def check(recipe: Recipe) -> None:
     """Refuse models and data that are neither there nor a possible Hub id."""
     for key, source in of_recipe(recipe).items():
-        if source is not None and not Path(source).exists():
+        if source is not None and not os.path.exists(source):
             locate(key, source)
 
 
@@ -87,7 +93,7 @@ def describe(key: str, source: str | None, kind: str) -> str:
     """For a person: where a ``"model"`` or ``"dataset"`` will come from."""
     if source is None:
         return "the toy lab, built offline"
-    if Path(source).exists() or locate(key, source):
+    if os.path.exists(source) or locate(key, source):
         return f"{source} (local)"
     probe = "config.json" if kind == "model" else "README.md"
     cached = isinstance(try_to_load_from_cache(source, probe, repo_type=kind), str)

@@ -65,8 +65,8 @@ def _as_shipped(weights: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """The model and its tokenizer of a folder, a Hub id, or one GGUF file, whose weights are de-quantized."""
     if not weights.endswith(".gguf"):
         return (
-            AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(weights),
+            AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(weights, trust_remote_code=False),
         )
     file = locate("smollm2.weights", weights)
     try:

@@ -57,11 +57,23 @@ class Task:
 
     def aligned_model(self) -> PreTrainedModel:
         """The aligned model, as it is before the fine-tune."""
-        return AutoModelForCausalLM.from_pretrained(self.aligned, dtype=self.dtype)
+        return _loaded(AutoModelForCausalLM, self.aligned, dtype=self.dtype)
 
     def with_fresh_lora(self, recipe: Recipe) -> PeftModel:
         """The aligned model with a new LoRA adapter; the same one for the same seed."""
         return with_fresh_lora(self.aligned_model(), recipe.lora, recipe.training.seed)
+
+
+def _loaded(kind: type, aligned: str, **settings: str) -> PreTrainedModel | PreTrainedTokenizerBase:
+    try:
+        # False, as with None transformers asks on the terminal whether to run code that lies beside a model.
+        return kind.from_pretrained(aligned, trust_remote_code=False, **settings)
+    except ValueError as error:
+        reason, _, _ = str(error).partition("\n")
+        raise RecipeError(
+            f"'model.aligned': {aligned}: transformers does not load it without running code that lies beside it "
+            f"({reason})"
+        ) from error
 
 
 def with_fresh_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -137,7 +149,7 @@ def _chat_task(recipe: Recipe) -> Task:
             f"'data.eval_share': expected a share that leaves rows to train on and to judge by, but got "
             f"{recipe.data.eval_share:g} of {len(rows)} rows"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.aligned)
+    tokenizer = _loaded(AutoTokenizer, recipe.model.aligned)
     if tokenizer.pad_token is None:  # batches need one
         tokenizer.pad_token = tokenizer.eos_token
 

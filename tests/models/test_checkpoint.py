@@ -29,6 +29,18 @@ def to_bin(folder: Path, target: Path) -> Path:
     return target
 
 
+def to_bin_shards(folder: Path, target: Path) -> Path:
+    """The same checkpoint as two `.bin` files and their index."""
+    target.mkdir()
+    shutil.copy(folder / "config.json", target)
+    state, names = load_file(folder / "model.safetensors"), ("one.bin", "two.bin")
+    weight_map = {key: names[place % 2] for place, key in enumerate(state)}
+    for name in names:
+        torch.save({key: state[key] for key in state if weight_map[key] == name}, target / name)
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return target
+
+
 @pytest.fixture(scope="module")
 def storages(tmp_path_factory):
     """One model in every storage."""
@@ -40,13 +52,14 @@ def storages(tmp_path_factory):
         "single": folder / "single",
         "sharded": folder / "sharded",
         "bin": to_bin(folder / "single", folder / "bin"),
+        "sharded bin": to_bin_shards(folder / "single", folder / "sharded bin"),
         "memory": model,
         "peft": with_lora(tiny_llama()),
         "compiled": torch.compile(with_lora(tiny_llama())),
     }
 
 
-@pytest.mark.parametrize("storage", ["single", "sharded", "bin", "memory", "peft", "compiled"])
+@pytest.mark.parametrize("storage", ["single", "sharded", "bin", "sharded bin", "memory", "peft", "compiled"])
 def test_every_storage_gives_the_same_weights_and_fingerprint(storages, storage):
     checkpoint, model = open_checkpoint(storages[storage]), tiny_llama()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -169,7 +182,7 @@ def test_bad_sources_are_refused(storages, tmp_path):
         open_checkpoint(tmp_path)
     sharded = shutil.copytree(storages["sharded"], tmp_path / "sharded")
     next(sharded.glob("*.safetensors")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"the shard model-.*\.safetensors that .* lists is missing"):
+    with pytest.raises(FileNotFoundError, match=r"the shard .model-.*\.safetensors. that .* lists is missing"):
         open_checkpoint(sharded)
     (sharded / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ValueError, match="expected a shard index with a weight_map"):

@@ -89,6 +89,17 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     assert resolved["toy"]["base_steps"] == 5
 
 
+def test_models_with_code_of_their_own_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
+    overrides = chat_pair(tmp_path)
+    config = json.loads((tmp_path / "aligned/config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "aligned/config.json").write_text(json.dumps({**config, **own}))
+    (tmp_path / "aligned/own.py").write_text("raise SystemExit('executed')")
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides, f"output={tmp_path / 'out'}"]) == 2
+    assert f"'model.aligned': {tmp_path / 'aligned'}: transformers does not load it without" in capsys.readouterr().err
+
+
 def test_a_language_that_is_used_up_says_so():
     with pytest.raises(RecipeError, match="no more new requests"):
         Language(seed=0).draw(40_000, ["copy"])
