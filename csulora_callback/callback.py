@@ -16,10 +16,12 @@ from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
+from csulora_callback.models.activations import running_model
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
-from csulora_callback.models.probes import Probes, read_prompts, tokenize
+from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.sharding import full_shape
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
@@ -70,7 +72,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             folder ``NAME.adapter``.
         probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
             file (lines of .txt, or the column ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset.
-            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none.
+            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none. Of more than 256 a
+            fixed sample is read, and of each the first 512 tokens.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -219,6 +222,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self.probes is None:
             return None
         prompts = processes.together(lambda: tokenize(self.probes, adapter.config.base_model_name_or_path))
+        check_ids(prompts, full_shape(running_model(adapter).get_input_embeddings().weight)[0])
         return ActivationRecorder(adapter, prompts, processes)
 
     def _subspace_for(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.factors import Factors, all_finite, digest, equal, equal_each, is_cast
 from csulora_callback.models.processes import Processes
-from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace import SafetySubspace, oriented_basis
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class SafetyCorrector:
         self.penalty = penalty
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
-        self._bases = {name: _oriented_basis(self.adapter, subspace, name) for name in self.adapter.layers}
+        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in self.adapter.layers.items()}
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: _Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._inside: list[CorrectedAdapter] = []  # those that stand in the model now
@@ -130,7 +129,7 @@ class SafetyCorrector:
         if last is not None and equal(raw, last.raw):
             return last
         if not all_finite(raw) or not (self._activations is None or self._activations.finite):
-            return self._left_raw(raw, "the LoRA factors, or activations with them, hold NaN or Inf")
+            return self._left_raw(raw, "the factors, or activations with them, hold NaN or Inf")
         try:
             corrections = {name: self._correct(name, *raw[name]) for name in raw}
         except CorrectionOverflowError as error:
@@ -265,13 +264,9 @@ class SafetyCorrector:
         """What is saved where nothing can be corrected: training is not stopped for it, and the record says so."""
         if not self._warned:
             self._warned = True
-            logger.warning(
-                "%s: a checkpoint saved now holds the raw adapter, not a corrected one, and its record says so.",
-                reason,
-            )
-        return CorrectedAdapter(
-            raw, raw, {}, self._recorder(raw, raw, {}, {}, f"not corrected: {reason}"), self._texts
-        )
+            logger.warning("What is saved now is the raw adapter, as its record says: %s.", reason)
+        record = self._recorder(raw, raw, {}, {}, status=f"not corrected: {reason}")
+        return CorrectedAdapter(raw, raw, {}, record, self._texts)
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
         U, V = (side.to(lora_A.device) for side in self._bases[name])
@@ -293,23 +288,3 @@ class SafetyCorrector:
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:
     return [(x.shape, x.dtype) for x in left] == [(y.shape, y.dtype) for y in right] and all(equal_each(left, right))
-
-
-def _oriented_basis(adapter: Adapter, subspace: SafetySubspace, name: str) -> tuple[Tensor, Tensor]:
-    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side."""
-    if name not in subspace:
-        nearest = difflib.get_close_matches(name, list(subspace), n=3)
-        raise ValueError(
-            f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
-            f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
-        )
-    layer, basis = adapter.layers[name], subspace[name]
-    U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
-    (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
-    expected = d_out, d_in
-    if expected != got:
-        raise ValueError(
-            f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "
-            f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
-        )
-    return U, V

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from csulora_callback import subspace_file
 from csulora_callback.method.basis import Basis, basis_of, check_basis, check_rank_rule
+from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.checkpoint import Source
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
@@ -236,3 +239,27 @@ class SafetySubspace(Mapping[str, Basis]):
                 fingerprint it states, or if a basis in it is none.
         """
         return cls(*subspace_file.read(Path(path)))
+
+
+def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
+
+    Raises:
+        ValueError: if the subspace holds none of that name (the nearest are given), or one of another shape.
+    """
+    if name not in subspace:
+        nearest = difflib.get_close_matches(name, list(subspace), n=3)
+        raise ValueError(
+            f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
+            f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
+        )
+    basis = subspace[name]
+    U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
+    (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
+    expected = d_out, d_in
+    if expected != got:
+        raise ValueError(
+            f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "
+            f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
+        )
+    return U, V

@@ -16,8 +16,8 @@ _FIRST_RANK = 64  # first guess when the rank is to be found from an energy
 def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
     """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
     smaller = min(D.shape)
-    # In float32 a GPU is not exact enough: the vectors of cuSOLVER's SVD are orthonormal to 2e-4, and the user may have
-    # allowed products in TF32.
+    # In float32 a GPU is not exact enough: the vectors of cuSOLVER's SVD are orthonormal to 2e-4, and products in TF32
+    # may be allowed.
     wide = D.double() if D.device.type not in ("cpu", "mps") else D
     guess = rule["rank"] or _FIRST_RANK
     while True:

@@ -18,7 +18,13 @@ from transformers.pytorch_utils import Conv1D
 from csulora_callback.models import sharding
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.names import module_name
-from csulora_callback.models.supported import check_config, check_kind, check_layer, check_nothing_else_trains
+from csulora_callback.models.supported import (
+    check_config,
+    check_kind,
+    check_layer,
+    check_nothing_else_trains,
+    check_tuner,
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,9 @@ def find_adapter(model: nn.Module) -> Adapter:
             any part of what is trained is of a kind that the correction cannot see (the message names module and
             kind).
     """
+    configs = next((module.peft_config for module in model.modules() if hasattr(module, "peft_config")), {})
+    for config in configs.values():
+        check_tuner(config)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if not layers:
         raise ValueError(
@@ -158,8 +167,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     for name, module in layers.items():
         check_kind(name, module)
     adapter = _active_adapter(layers)
-    config = _peft_configs(model)[adapter]
-    check_config(config)
+    check_config(configs[adapter])
 
     adapted = {}
     for name, module in layers.items():
@@ -168,7 +176,7 @@ def find_adapter(model: nn.Module) -> Adapter:
         check_layer(name, module, adapter)
         adapted[module_name(name)] = AdaptedLayer(module, adapter)
     check_nothing_else_trains(model, {id(p) for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)})
-    return Adapter(adapter, adapted, config, model)
+    return Adapter(adapter, adapted, configs[adapter], model)
 
 
 def _in_pairs(names: Iterable[str], tensors: list[Tensor]) -> Factors:
@@ -201,7 +209,3 @@ def _active_adapter(layers: dict[str, LoraLayer]) -> str:
             "Select it with model.set_adapter(name)."
         )
     return candidates[0]
-
-
-def _peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
-    return next(module.peft_config for module in model.modules() if hasattr(module, "peft_config"))

@@ -228,7 +228,7 @@ def _load_through_transformers(folder: Path) -> tuple[nn.Module, set[str]]:
     architecture = _architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures)
     # transformers draws what the files lack at random. Noise must neither pass for weights nor move the generator
     # that a training run draws from.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model, info = architecture.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )

@@ -157,7 +157,7 @@ def _sample(prompts: Sequence) -> list:
     if len(prompts) <= PROBES:
         return list(prompts)
     logger.warning("%d of %d probes are used, a fixed sample: more would slow down every save.", PROBES, len(prompts))
-    places = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))[:PROBES]
+    places = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0), device="cpu")[:PROBES]
     return [prompts[place] for place in sorted(places.tolist())]
 
 

@@ -185,7 +185,7 @@ def test_other_tuners_merged_adapters_and_models_without_lora_are_refused():
     from peft import IA3Config
 
     ia3 = get_peft_model(tiny_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match=r"module 'model\.layers\.0\.self_attn\.q_proj': peft\.tuners\.ia3"):
+    with pytest.raises(ValueError, match="expected an adapter of LoraConfig, but got one of IA3Config"):
         find_adapter(ia3)
     with pytest.raises(ValueError, match="expected a model with LoRA layers, but found none"):
         find_adapter(tiny_llama())

@@ -65,15 +65,15 @@ ADAPTERS = {
     ),
     "IA3": (
         tuned(IA3Config(target_modules=["q_proj"], feedforward_modules=[])),
-        [f"module '{Q}': peft.tuners.ia3.layer.Linear is not supported", NOT_LORA],
+        ["`model`: expected an adapter of LoraConfig, but got one of IA3Config", NOT_LORA],
     ),
     "LoHa": (
         tuned(LoHaConfig(r=2, target_modules=["q_proj"])),
-        [f"module '{Q}': peft.tuners.loha.layer.Linear", NOT_LORA],
+        ["`model`: expected an adapter of LoraConfig, but got one of LoHaConfig", NOT_LORA],
     ),
     "VeRA": (
         tuned(VeraConfig(r=2, target_modules=["q_proj"])),
-        [f"module '{Q}': peft.tuners.vera.layer.Linear", NOT_LORA],
+        ["`model`: expected an adapter of LoraConfig, but got one of VeraConfig", NOT_LORA],
     ),
     "DoRA": (lora(use_dora=True), ["DoRA (use_dora=True) is not supported", "Set use_dora=False."]),
     "a variant": (

@@ -271,7 +271,9 @@ def test_factors_that_become_nan_are_saved_raw_and_do_not_stop_the_run(pair, tmp
         )
         trained = load_file(twin / "adapter_model.safetensors")
         record = json.loads((folder / "csulora" / "correction.json").read_text())
-        assert record["status"] == ("corrected" if step < 3 else "not corrected: the factors hold NaN or Inf")
+        assert record["status"] == (
+            "corrected" if step < 3 else "not corrected: the factors, or activations with them, hold NaN or Inf"
+        )
         assert bool(record["metrics"]) == (step < 3)
         for key in trained:
             assert torch.equal(raw[key].view(torch.int32), trained[key].view(torch.int32)), (step, key)
