@@ -264,7 +264,9 @@ class SafetyCorrector:
         """What is saved where nothing can be corrected: training is not stopped for it, and the record says so."""
         if not self._warned:
             self._warned = True
-            logger.warning("What is saved now is the raw adapter, as its record says: %s.", reason)
+            logger.warning(
+                "What is saved now is the raw adapter, not a corrected one, as its record says: %s.", reason
+            )
         record = self._recorder(raw, raw, {}, {}, status=f"not corrected: {reason}")
         return CorrectedAdapter(raw, raw, {}, record, self._texts)
 
