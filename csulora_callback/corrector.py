@@ -265,7 +265,7 @@ class SafetyCorrector:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "What is saved now is the raw adapter, not a corrected one, as its record says: %s.", reason
+                "What is saved now is the raw adapter, not a corrected one, and its record says so: %s.", reason
             )
         record = self._recorder(raw, raw, {}, {}, status=f"not corrected: {reason}")
         return CorrectedAdapter(raw, raw, {}, record, self._texts)
