@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
+    from transformers import TrainingArguments
 
 
 def refuse_engine() -> None:
@@ -21,6 +22,15 @@ def refuse_engine() -> None:
         raise ValueError(
             "`args`: CSULoRACallback runs on one process, with DDP, FSDP2 or DeepSpeed, but this Trainer uses "
             f"{state.distributed_type.value}{' version 1: set fsdp_config version to 2' if _is_fsdp() else ''}."
+        )
+
+
+def refuse_engine_of_generation(args: TrainingArguments) -> None:
+    """Refuse TRL's vLLM beside corrected evaluations: it keeps the weights that it got for one for the next step."""
+    if vars(args).get("use_vllm") and args.eval_strategy != "no":
+        raise ValueError(
+            "`evaluate_corrected`: expected False with use_vllm=True and evaluations, but got True: TRL loads weights "
+            "into vLLM once a step, so that those of an evaluation would be trained on. Set evaluate_corrected=False."
         )
 
 

@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from csulora_callback import sidecar
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.trainers.engines import refuse_engine
+from csulora_callback.trainers.engines import refuse_engine, refuse_engine_of_generation
 from csulora_callback.trainers.huggingface_run import HuggingFaceRun
 from csulora_callback.trainers.patches import calling
 from csulora_callback.trainers.recorder import ActivationRecorder
@@ -39,6 +39,8 @@ class HuggingFaceEvents(TrainerCallback):
         if self._run is not None:  # it may have crashed
             self._run.close()
         refuse_engine()
+        if self.evaluate_corrected:
+            refuse_engine_of_generation(args)
         from transformers import Trainer  # costs a second, which those who use Lightning are spared
 
         trainer, handler = calling(Trainer), calling(CallbackHandler)

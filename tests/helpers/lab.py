@@ -109,10 +109,10 @@ def corrected_by_hand(state: dict[str, torch.Tensor], subspace: SafetySubspace) 
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Equal bit for bit."""
+    """Equal bit for bit, wherever they lie."""
     assert left.keys() == right.keys()
     for key in left:
-        assert torch.equal(left[key], right[key]), key
+        assert torch.equal(left[key].cpu(), right[key].cpu()), key
 
 
 TRAINING = {

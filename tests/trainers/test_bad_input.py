@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -322,24 +320,3 @@ def test_raw_factors_that_were_changed_are_not_resumed_from(pair, subspace, tmp_
     save_file({key: 3 * tensor for key, tensor in load_file(raw).items()}, raw)
     with pytest.raises(ValueError, match=r"csulora: expected the files that correction\.json there records"):
         trainer().train(resume_from_checkpoint=True)
-
-
-ENGINES = {
-    "Megatron": ({}, "with DDP, FSDP2 or DeepSpeed, but this Trainer uses MEGATRON_LM"),
-    "flat FSDP": ({"fsdp_version": 1}, "this Trainer uses FSDP version 1: set fsdp_config version to 2"),
-}
-
-
-@pytest.mark.parametrize("case", ENGINES)
-def test_engines_that_the_correction_cannot_reach_are_refused(pair, tmp_path, monkeypatch, case):
-    plugin, message = ENGINES[case]
-    callback = CSULoRACallback(base_model=pair[0])
-    trainer = make_trainer(with_lora(aligned_model(pair)), tmp_path, [callback])
-    # On a CPU accelerate runs FSDP as DDP and has no Megatron: the state says what it would say with a GPU.
-    kind = DistributedType.FSDP if plugin else DistributedType.MEGATRON_LM
-    for state in (PartialState, AcceleratorState):
-        monkeypatch.setitem(state._shared_state, "distributed_type", kind)
-    if plugin:
-        monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", FullyShardedDataParallelPlugin(**plugin))
-    with pytest.raises(ValueError, match=message):
-        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

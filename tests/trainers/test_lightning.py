@@ -20,7 +20,7 @@ from csulora_callback import CSULoRACallback
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import from_peft_state_dict, to_peft_state_dict
 from csulora_callback.sidecar import Sidecar
-from tests.helpers.lab import PENALTY, Tokens, assert_same, corrected_by_hand, live
+from tests.helpers.lab import DEVICE, PENALTY, Tokens, assert_same, corrected_by_hand, live
 from tests.helpers.lightning import Module, assert_corrected, callback, factors_in, fit
 
 CHECKPOINTS = {
@@ -71,7 +71,7 @@ def test_validation_sees_what_ships(pair, tmp_path):
     data = DataLoader(Tokens(count=8, seed=4), batch_size=4)
 
     fresh = Module.load_from_checkpoint(tmp_path / "step=8.ckpt", aligned=pair[1])
-    plain = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    plain = L.Trainer(accelerator=DEVICE, logger=False, enable_progress_bar=False, enable_checkpointing=False)
     assert plain.validate(fresh, data, verbose=False)[0]["val_loss"] == seen
     # By the same trainer too, which must not take the checkpoint for one to resume from, nor correct it again.
     assert trainer.validate(ckpt_path=tmp_path / "step=8.ckpt", dataloaders=data, verbose=False)[0]["val_loss"] == seen

@@ -175,6 +175,7 @@ def test_tokens_that_were_added_are_in_every_adapter(pair, tmp_path):
     embeddings = [key for key in raw(tmp_path / "checkpoint-8") if "lora_" not in key]
     assert embeddings
     ids = torch.tensor([[5, lab.VOCABULARY, lab.VOCABULARY + 3]])
+    trainer.model.cpu()
     for folder, adapter in ((".", live(trainer.model)), ("csulora/raw", None)):
         torch.manual_seed(99)
         base = AutoModelForCausalLM.from_pretrained(pair[1])
