@@ -25,7 +25,7 @@ from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.factors import cast_alike
 from csulora_callback.trainers.engines import saves_shards_only
-from csulora_callback.trainers.patches import Patches, calling, is_running
+from csulora_callback.trainers.patches import Patches, calling, is_running, surrounded
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
 from csulora_callback.trainers.save_pretrained import saving_corrected
@@ -63,17 +63,16 @@ class HuggingFaceRun:
     def open(self, model: nn.Module, evaluate_corrected: bool) -> None:
         """Replace what has to be replaced; ``model`` is the one whose ``save_pretrained`` the Trainer calls."""
         forget(self.corrector.adapter.config)
-        replace = self._patches.replace
-        replace(model, "save_pretrained", saving_corrected(self, model))
-        replace(self.trainer, "_save_checkpoint", self._around(self._checkpoint))
+        self._patches.replace(model, "save_pretrained", saving_corrected(self, model))
+        self._surround(self.trainer, "_save_checkpoint", self._checkpoint)
         if evaluate_corrected:
-            replace(self.trainer, "prediction_step", self._around(self._corrected))
+            self._surround(self.trainer, "prediction_step", self._corrected)
         if self.recorder is not None:
-            replace(self.trainer, "training_step", self._around(self._looking))
-        replace(self.handler, "on_save", self._around(self._corrected))
-        replace(self.handler, "on_step_end", self._around(self._step_end))
-        replace(self.handler, "on_log", self._around(self._log))
-        replace(self.handler, "on_train_end", self._around(self._train_end))
+            self._surround(self.trainer, "training_step", self._looking)
+        self._surround(self.handler, "on_save", self._corrected)
+        self._surround(self.handler, "on_step_end", self._step_end)
+        self._surround(self.handler, "on_log", self._log)
+        self._surround(self.handler, "on_train_end", self._train_end)
 
     def close(self) -> None:
         """Put back all that was replaced; twice is once."""
@@ -128,20 +127,12 @@ class HuggingFaceRun:
     def warn_not_corrected(self) -> None:
         logger.warning("A state_dict without LoRA factors is saved outside a checkpoint: it is not corrected.")
 
+    def _surround(self, owner: object, name: str, call: Callable) -> None:
+        self._patches.replace(owner, name, surrounded(call, self._is_listening))
+
     def _is_listening(self) -> bool:
         """Users may remove the callback from the Trainer's list at any time."""
         return self.is_open and any(callback is self.callback for callback in self.handler.callbacks)
-
-    def _around(self, call: Callable) -> Callable[[Callable], Callable]:
-        def wrap(original: Callable) -> Callable:
-            def wrapped(*args: object, **kwargs: object) -> object:
-                if not self._is_listening():
-                    return original(*args, **kwargs)
-                return call(original, *args, **kwargs)
-
-            return wrapped
-
-        return wrap
 
     def _corrected(self, original: Callable, *args: object, **kwargs: object) -> object:
         self.renew()

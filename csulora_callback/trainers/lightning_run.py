@@ -19,7 +19,7 @@ from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.trainers import lightning_checkpoint as files
 from csulora_callback.trainers.engines import is_strategy
-from csulora_callback.trainers.patches import Patches
+from csulora_callback.trainers.patches import Patches, surrounded
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 if TYPE_CHECKING:
@@ -37,20 +37,20 @@ class LightningRun:
         self.corrector: SafetyCorrector | None = None
         self.recorder: ActivationRecorder | None = None
         self._fit, self._saves, self._thread = Patches(), Patches(), threading.get_ident()
-        self._fit.replace(trainer.strategy, "load_checkpoint", self._around(self._load))
+        self._fit.replace(trainer.strategy, "load_checkpoint", self._surrounded(self._load))
 
     def open(self, corrector: SafetyCorrector, recorder: ActivationRecorder | None) -> None:
         """Replace what has to be replaced, now that there is something to correct."""
         self.corrector, self.recorder = corrector, recorder
         forget(corrector.adapter.config)
         if self.callback.evaluate_corrected:
-            self._fit.replace(self.trainer.strategy, "validation_step", self._around(self._validate))
+            self._fit.replace(self.trainer.strategy, "validation_step", self._surrounded(self._validate))
         if self.callback.export_adapter:
-            self._fit.replace(self.trainer.strategy, "remove_checkpoint", self._around(self._remove))
+            self._fit.replace(self.trainer.strategy, "remove_checkpoint", self._surrounded(self._remove))
             for checkpoints in self.trainer.checkpoint_callbacks:
                 if hasattr(checkpoints, "_link_checkpoint"):  # Lightning's own; others make no links
-                    self._fit.replace(checkpoints, "_link_checkpoint", self._around(self._link))
-        self._saves.replace(self.trainer, "save_checkpoint", self._around(self._save))
+                    self._fit.replace(checkpoints, "_link_checkpoint", self._surrounded(self._link))
+        self._saves.replace(self.trainer, "save_checkpoint", self._surrounded(self._save))
 
     def finish(self) -> None:
         """Leave the corrected model in memory, once. A sharded one cannot be touched after its strategy is gone."""
@@ -62,21 +62,13 @@ class LightningRun:
         """The fit is over: put back what was replaced, except ``trainer.save_checkpoint``."""
         self._fit.undo()
 
+    def _surrounded(self, call: Callable) -> Callable[[Callable], Callable]:
+        return surrounded(call, self._is_listening)
+
     def _is_listening(self) -> bool:
         return any(callback is self.callback for callback in self.trainer.callbacks) and (
             self.trainer.lightning_module is self.pl_module
         )
-
-    def _around(self, call: Callable) -> Callable[[Callable], Callable]:
-        def wrap(original: Callable) -> Callable:
-            def wrapped(*args: object, **kwargs: object) -> object:
-                if not self._is_listening():
-                    return original(*args, **kwargs)
-                return call(original, *args, **kwargs)
-
-            return wrapped
-
-        return wrap
 
     def _load(self, original: Callable, *args: object, **kwargs: object) -> dict[str, Any]:
         checkpoint = original(*args, **kwargs)
@@ -106,7 +98,7 @@ class LightningRun:
     def _save(self, original: Callable, *args: object, **kwargs: object) -> None:
         with _SAVING:
             saving = Patches()
-            saving.replace(self.trainer.strategy, "save_checkpoint", self._around(self._write))
+            saving.replace(self.trainer.strategy, "save_checkpoint", self._surrounded(self._write))
             try:
                 if threading.get_ident() == self._thread:
                     self._renew()

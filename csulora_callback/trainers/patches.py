@@ -59,6 +59,24 @@ class Patches:
         self.in_place = False
 
 
+def surrounded(call: Callable, applies: Callable[[], bool]) -> Callable[[Callable], Callable]:
+    """What :meth:`Patches.replace` makes of a method that ``call`` is to run, as its first argument, while it applies.
+
+    Example:
+        >>> wrap = surrounded(lambda original, word: original(word) + "!", lambda: True)
+        >>> wrap(str.upper)("open")
+        'OPEN!'
+    """
+
+    def wrap(original: Callable) -> Callable:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            return call(original, *args, **kwargs) if applies() else original(*args, **kwargs)
+
+        return wrapped
+
+    return wrap
+
+
 def _release(owner: object, name: str) -> None:
     """Undo an earlier run's replacement of a method."""
     replaced_by = getattr(vars(owner).get(name), "replaced_by", None)

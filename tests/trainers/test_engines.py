@@ -37,3 +37,13 @@ def test_vllm_would_train_on_the_weights_of_an_evaluation(tmp_path):
         refuse_engine_of_generation(GRPOConfig(**settings, use_vllm=True, eval_strategy="steps", eval_steps=2))
     refuse_engine_of_generation(GRPOConfig(**settings, use_vllm=True))
     refuse_engine_of_generation(GRPOConfig(**settings, eval_strategy="steps", eval_steps=2))
+
+
+def test_it_is_refused_before_training_starts(pair, tmp_path):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    trainer = make_trainer(model, tmp_path, [CSULoRACallback(base_model=pair[0])], eval_strategy="steps", eval_steps=2)
+    trainer.args.use_vllm = True
+    with pytest.raises(ValueError, match="use_vllm=True"):
+        trainer.train()
+    trainer.args.use_vllm = False
+    trainer.train()
