@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
@@ -97,31 +97,65 @@ class Fails(TrainerCallback):
         setattr(self, event, fail)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("event", ["on_evaluate", "on_log", "on_save", "on_prediction_step", "on_step_end"])
-def test_an_exception_leaves_the_weights_that_were_trained(pair, subspace, tmp_path, event, error):
-    clean = make_trainer(fresh_model(pair), tmp_path / "clean", [], save_steps=4, **EVAL)
-    clean.train()
-    raw_at_4 = saved(tmp_path / "clean/checkpoint-4")
-    trainer = make_trainer(
-        fresh_model(pair), tmp_path / "failed", [callback(pair), Fails(event, error)], save_steps=4, **EVAL
-    )
+@pytest.fixture(scope="module")
+def raw_at_4(pair, tmp_path_factory):
+    """What an uninterrupted run without the callback saves at step 4."""
+    output = tmp_path_factory.mktemp("clean")
+    make_trainer(fresh_model(pair), output, [], save_steps=4, **EVAL).train()
+    return saved(output / "checkpoint-4")
+
+
+def failed(pair, output, event: str, error: type[BaseException] = ZeroDivisionError) -> Trainer:
+    trainer = make_trainer(fresh_model(pair), output, [callback(pair), Fails(event, error)], save_steps=4, **EVAL)
     with pytest.raises(error):
         trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        *((event, ZeroDivisionError) for event in ("on_evaluate", "on_log", "on_save", "on_prediction_step")),
+        ("on_step_end", KeyboardInterrupt),
+    ],
+)
+def test_an_exception_leaves_the_weights_that_were_trained(pair, subspace, raw_at_4, tmp_path, event, error):
+    trainer = failed(pair, tmp_path / "failed", event, error)
     assert_same(live(trainer.model), raw_at_4)
     trainer.save_model(tmp_path / "interrupted")  # what someone does who stops a run
     assert_same(saved(tmp_path / "interrupted"), corrected_by_hand(raw_at_4, subspace))
-    # Another Trainer on the same model, with another callback and without one.
-    for name, ours in (("with", [callback(pair)]), ("without", [])):
-        model = fresh_model(pair)
-        find_adapter(model).write(find_adapter(trainer.model).read())
-        twin = make_trainer(model, tmp_path / f"twin-{name}", [])
-        twin.train()
-        after = make_trainer(copy.deepcopy(trainer.model) if ours else trainer.model, tmp_path / name, ours)
-        after.train()
-        assert losses(after) == losses(twin)
-        if not ours:
-            assert_same(saved(tmp_path / name / "checkpoint-8"), saved(tmp_path / f"twin-{name}/checkpoint-8"))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_inside_a_forward_pass_of_an_evaluation(pair, raw_at_4, tmp_path, error):
+    trainer = make_trainer(fresh_model(pair), tmp_path, [callback(pair)], save_steps=4, **EVAL)
+    seen = {}
+
+    def fail(module, args, output):
+        if not module.training and trainer.state.global_step == 4:
+            seen.update(live(trainer.model))
+            raise error
+
+    trainer.model.base_model.model.model.norm.register_forward_hook(fail)
+    with pytest.raises(error):
+        trainer.train()
+    assert any(not torch.equal(seen[key], raw_at_4[key]) for key in seen)  # corrected ones were in
+    assert_same(live(trainer.model), raw_at_4)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_another_trainer_takes_the_model_of_one_that_failed(pair, tmp_path, again):
+    model = failed(pair, tmp_path / "failed", "on_evaluate").model
+    twin = fresh_model(pair)
+    find_adapter(twin).write(find_adapter(model).read())
+    clean = make_trainer(twin, tmp_path / "clean", [])
+    clean.train()
+    after = make_trainer(model, tmp_path / "after", [callback(pair)] if again else [])
+    after.train()
+    assert losses(after) == losses(clean)
+    for folder in checkpoints(tmp_path / "clean"):
+        trained = raw(tmp_path / "after" / folder.name) if again else saved(tmp_path / "after" / folder.name)
+        assert_same(trained, saved(folder))
 
 
 def test_a_full_disk_in_a_save_leaves_the_weights_that_were_trained(pair, tmp_path, monkeypatch):
