@@ -16,7 +16,7 @@ from csulora_callback.sidecar import Sidecar
 _VERSIONS = {package: version(package) for package in ("csulora-callback", "torch", "transformers", "peft")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
 class CorrectedAdapter:
     """The adapter of one moment: its raw factors, the corrected ones, and the record for the sidecar.
 

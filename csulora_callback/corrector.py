@@ -171,7 +171,7 @@ class SafetyCorrector:
             return known
         adapter = self._compute(live)
         self.adapter.write_trained(adapter.corrected)
-        self._applied = adapter
+        self._applied, self._last, self._swap = adapter, None, None
         return adapter
 
     def step(self) -> CorrectedAdapter:
@@ -214,7 +214,8 @@ class SafetyCorrector:
             again = swap is not None and swap.activations is self._activations and _same(before, swap.before)
             if self._everywhere(again):
                 return swap
-            live = self.adapter.read()
+            before = [tensor.clone() for tensor in before]
+            live = self.adapter.whole(before)
             known = self.known(live)
             if known is not None:
                 return _Swap(known, [], [], self._activations)

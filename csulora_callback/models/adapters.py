@@ -109,7 +109,7 @@ class Adapter:
         sharding.write_trained(self._parameters(), _flat(self.layers, factors))
 
     def held(self) -> list[Tensor]:
-        """Copies of what this process holds of the factors, see :func:`sharding.held`."""
+        """What this process holds of the factors, sharing their memory, see :func:`sharding.held`."""
         return sharding.held(self._parameters())
 
     def as_held(self, factors: Factors) -> list[Tensor]:
@@ -117,8 +117,12 @@ class Adapter:
         return sharding.as_held(self._parameters(), _flat(self.layers, factors))
 
     def hold(self, values: list[Tensor]) -> None:
-        """Write what :meth:`held` or :meth:`as_held` returned."""
+        """Write what :meth:`held` or :meth:`as_held` returned, see :func:`sharding.hold`."""
         sharding.hold(self._parameters(), values)
+
+    def whole(self, held: list[Tensor]) -> Factors:
+        """The factors of which this process holds ``held``, without a copy if it holds them all. Collective if not."""
+        return self.read() if self.is_sharded else _in_pairs(self.layers, held)
 
     def factors_in(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> Factors | None:
         """The factors out of a state dict of ``module``, which holds the model, if they are all there.

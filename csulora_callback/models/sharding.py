@@ -83,7 +83,9 @@ def write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def held(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of what this process holds of the parameters: its shards, or all of them under ZeRO-3 (collective there).
+    """What this process holds of the parameters, sharing their memory: its shards, where they are divided.
+
+    Under ZeRO-3, where a parameter may be empty at the moment, copies of the whole ones; collective there.
 
     Example:
         >>> held([torch.ones(1, 2)])
@@ -91,7 +93,7 @@ def held(parameters: Sequence[Tensor]) -> list[Tensor]:
     """
     if any(_is_zero_3(parameter) for parameter in parameters):
         return gather(parameters)
-    return [_local(parameter).clone() for parameter in parameters]
+    return [_local(parameter) for parameter in parameters]
 
 
 def as_held(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +108,7 @@ def as_held(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tens
 
 @torch.no_grad()
 def hold(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write what :func:`held` or :func:`as_held` returned; collective under ZeRO-3 only.
+    """Write what :func:`held` returned, or a copy of it, or :func:`as_held`; collective under ZeRO-3 only.
 
     Example:
         >>> parameter = torch.zeros(2)

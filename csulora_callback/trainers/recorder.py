@@ -92,7 +92,8 @@ class ActivationRecorder:
         again = self._read_with is not None and all(equal_each(held, self._read_with)) and seen == self._given
         if all(self.processes.gather(again)) or corrector.is_live():
             return
-        corrector.activations, self._given, self._read_with = self._read(), seen, held
+        corrector.activations, self._given = self._read(), seen
+        self._read_with = [tensor.clone() for tensor in held]
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""

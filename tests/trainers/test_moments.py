@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from csulora_callback.models.adapters import find_adapter
 from tests.helpers import lab, trl
 from tests.helpers.averages import MovingAverage, Spy, merged_by_peft, saved_by_hand
 from tests.helpers.huggingface import callback, checkpoints, fresh_model, losses
@@ -158,6 +159,25 @@ def test_corrected_shows_what_ships_and_puts_back_what_was_there(pair, subspace,
     after = live(trainer.model)
     with ours.corrected():
         assert_same(live(trainer.model), after)
+
+
+def test_corrected_inside_corrected_is_one_and_an_exception_ends_both(pair, subspace, tmp_path):
+    ours = callback(pair)
+    trainer = make_trainer("Trainer", pair, tmp_path, [ours])
+    trainer.train()
+    adapter = find_adapter(trainer.model)
+    factors = {name: (A + 0.1, B + 0.1) for name, (A, B) in adapter.read().items()}  # weights of nobody's correction
+    adapter.write(factors)
+    before = live(trainer.model)
+    with pytest.raises(ZeroDivisionError), ours.corrected(), ours.corrected():
+        assert_same(live(trainer.model), corrected_by_hand(before, subspace))
+        adapter.write({name: (2 * A, B) for name, (A, B) in factors.items()})
+        with ours.corrected():
+            doubled = {key: 2 * value if "lora_A" in key else value for key, value in before.items()}
+            assert_same(live(trainer.model), corrected_by_hand(doubled, subspace))
+            adapter.write(factors)
+            raise ZeroDivisionError
+    assert_same(live(trainer.model), before)
 
 
 def test_tokens_that_were_added_are_in_every_adapter(pair, tmp_path):
