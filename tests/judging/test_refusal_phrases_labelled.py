@@ -1,4 +1,4 @@
-"""How often the phrases are wrong on labelled data: the table in the README, measured again.
+"""How often the phrases are wrong on labelled data: the table in csulora_callback/README.md, measured again.
 
 The rows are those that the PyPI package ``pyrit`` ships; they are read from it and not kept here. To measure again::
 
@@ -70,4 +70,4 @@ def test_error_rates_are_those_that_the_readme_states(rows, mode, kept):
     half = reported(rows)
     half = half if kept == "as labelled" else to_judge_by_text(half)
     line = f"| `{mode}` | {kept} | {errors(half, mode)} |"
-    assert line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    assert line in (Path(__file__).parents[2] / "csulora_callback/README.md").read_text(encoding="utf-8").splitlines()

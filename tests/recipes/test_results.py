@@ -33,7 +33,7 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is(name, subjec
 
 def test_the_readme_quotes_what_the_results_say():
     """Each cell of each marked table, from results.json and the table's own words."""
-    text, seen = Path("README.md").read_text(), 0
+    text, seen = Path("recipes/results/README.md").read_text(), 0
     labels = {method.label: name for name, method in METHODS.items()}
     for name, poison, table in re.findall(r"<!-- results: (\w+), poison ([\d.]+) -->\n((?:\|.*\n)+)", text):
         rows = read(Path("recipes/results") / name)["table"]
@@ -60,7 +60,7 @@ def test_the_side_effects_that_are_kept_are_those_of_the_chosen_settings(name):
 
 
 def test_the_readme_quotes_the_side_effects():
-    text, seen = Path("README.md").read_text(), 0
+    text, seen = Path("recipes/results/README.md").read_text(), 0
     labels = {method.label: name for name, method in METHODS.items()}
     for name, table in re.findall(r"<!-- side effects: (\w+) -->\n((?:\|.*\n)+)", text):
         found = json.loads((Path("recipes/results") / name / "side_effects.json").read_text())
@@ -98,7 +98,13 @@ def test_the_readme_quotes_what_the_proposed_setting_did(method, strength):
     assert len(cost) == 5 * 2 + 3
     attacks, task = (f"{min(values):.0f} to {max(values):.0f} %" for values in (success, cost))
     said = {10.0: f"gave {attacks} attack success for {task} of the task", 3.0: f"3{{}}: {attacks}, for {task})"}
-    assert said[strength].format(")`" if method == "guard" else "") in " ".join(Path("README.md").read_text().split())
+    page = " ".join(Path("recipes/results/README.md").read_text().split())
+    assert said[strength].format(")`" if method == "guard" else "") in page
+    if strength == 10.0:  # the first page has a table of them
+        first = (
+            f"{attacks} attack success for {task} of the task" if method == "data_aware" else f"{attacks} for {task}"
+        )
+        assert first in Path("README.md").read_text()
 
 
 def quoted(row: dict) -> str:
