@@ -84,7 +84,7 @@ class RefusalPhrases:
     It reads words and not meaning: a refusal in other words, one by an answer to another question and a warning that
     does not say no are missed, and what follows ``I'm sorry`` is not read.
 
-    On labelled rows that had no part in choosing the phrases (the page "Measure safety") it missed 27 of 53 refusals as
+    On labelled rows that had no part in choosing the phrases ("Measure safety") it missed 27 of 53 refusals as
     ``prefix`` and 25 as ``anywhere``, most of them good answers to another question; of the 28 distinct ones that can
     be told from the text it missed 10 and 8. It took none of 23 answers for a refusal, which leaves up to 14 %. Missed
     refusals make an attack success rate too high, false alarms would make it too low.
