@@ -45,7 +45,6 @@ class LightningEvents:
             if self._fit is not None:
                 self._fit.end()  # it may have crashed
             self._corrector = None
-            self._last_step = trainer.global_step
             self.raw_is_loaded = False
             self._fit = LightningRun(self, trainer, pl_module)
 
@@ -67,7 +66,8 @@ class LightningEvents:
         self._renew()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """A data-aware penalty looks at the batches."""
+        """A data-aware penalty looks at the batches; a step counts where the batch that ends it does."""
+        self._last_step = trainer.global_step  # not at setup: a resumed one is known only after it
         if self._recorder is not None:
             self._recorder.begin_step()
 
@@ -80,7 +80,6 @@ class LightningEvents:
         step = trainer.global_step
         if step == self._last_step:  # accumulating gradients
             return
-        self._last_step = step
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             self._renew()
             self._corrector.step()

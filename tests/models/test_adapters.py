@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from csulora_callback.models.adapters import find_adapter
-from csulora_callback.models.factors import digest, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.models.factors import digest, equal, from_peft_state_dict, to_peft_state_dict
 from tests.helpers.lab import tiny_llama, with_lora
 
 
@@ -72,6 +72,15 @@ def test_the_active_trainable_adapter_is_found_whatever_its_name():
     assert set(adapter.layers) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
 
 
+def test_of_two_active_adapters_the_one_that_is_trained_is_found():
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["first", "second"])
+    for parameter in (p for name, p in model.named_parameters() if ".first." in name):
+        parameter.requires_grad_(False)
+    assert find_adapter(model).name == "second"
+
+
 def test_an_adapter_loaded_for_inference_is_found():
     model = with_lora(tiny_llama())
     model.requires_grad_(False)
@@ -119,6 +128,12 @@ def test_digest_sees_values_and_names_and_not_the_width_of_the_same_values():
     assert digest(factors) == digest({"a": tuple(tensor.float() for tensor in factors["a"])})
     assert digest(factors) != digest({"b": factors["a"]})
     assert digest(factors) != digest({"a": (factors["a"][0] + 1, factors["a"][1])})
+
+
+def test_the_same_values_in_another_dtype_are_not_equal():
+    factors = {"a": (torch.ones(2, 3), torch.ones(3, 2))}
+    assert equal(factors, {"a": (torch.ones(2, 3), torch.ones(3, 2))})
+    assert not equal(factors, {"a": (torch.ones(2, 3), torch.ones(3, 2).half())})
 
 
 class WithHead(nn.Module):

@@ -140,6 +140,21 @@ def test_a_copy_leaves_the_texts_behind_and_is_whole(written, tmp_path):
     assert equal(Sidecar.load(tmp_path).raw, Sidecar.load(written).raw)
 
 
+def test_a_copy_of_nothing_takes_an_old_record_away(written, tmp_path):
+    shutil.copytree(written, tmp_path / "uploaded")
+    sidecar.copy(tmp_path / "without", tmp_path / "uploaded")
+    assert not (tmp_path / "uploaded/csulora").exists()
+
+
+def test_beside_shards_the_raw_adapter_gets_a_config_and_the_live_one_stays(written, pair, tmp_path):
+    model = fresh_model(pair)
+    before = model.peft_config["default"].to_dict()
+    Sidecar.load(written).save(tmp_path, model.peft_config["default"])
+    assert model.peft_config["default"].to_dict() == before
+    raw_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), tmp_path / "csulora/raw")
+    assert_same(live(raw_model), raw(written))
+
+
 def test_two_who_save_into_one_folder_leave_one_whole(written, pair, subspace, tmp_path):
     """Each thread is a run of its own with other weights; the last adapter's record is there, or none."""
     models = [fresh_model(pair, init_lora_weights=False, seed=seed) for seed in (2, 3)]

@@ -101,6 +101,13 @@ def test_rank_never_exceeds_that_of_the_displacement():
     assert_leading(basis, D, 3, tolerance=1e-5)
 
 
+def test_what_is_cut_says_its_own_rank():
+    base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+    whole = SafetySubspace.estimate(base, aligned, energy=0.9, progress=False)
+    cut, small = whole.truncated(2), SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+    assert {**cut.metadata, "rank": 2, "energy": None} == cut.metadata == small.metadata
+
+
 def test_all_energy_of_a_low_rank_displacement_needs_no_more_than_its_rank():
     D = displacement(64, 48, torch.tensor([3.0, 2.0, 1.0]))
     basis = SafetySubspace.estimate(*pair_with_displacement(D), energy=1.0, progress=False)["0"]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from csulora_callback import SafetySubspace
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import from_peft_state_dict, to_peft_state_dict
+from csulora_callback.sidecar import Sidecar
 from tests.helpers.huggingface import callback, checkpoints, fresh_model, losses, train
 from tests.helpers.lab import assert_same, corrected_by_hand, live, make_trainer, raw, saved
 
@@ -233,6 +234,8 @@ def test_every_n_steps_corrects_the_live_weights_and_compounds(pair, subspace, t
     for step in (6, 8):
         assert_same(saved(ours / f"checkpoint-{step}"), saved(tmp_path / f"hand/checkpoint-{step}"))
         assert_same(raw(ours / f"checkpoint-{step}"), saved(ours / f"checkpoint-{step}"))
+        record = Sidecar.load(ours / f"checkpoint-{step}").record
+        assert record["raw_digest"] == record["corrected_digest"]
     assert_same(live(trainer.model), live(by_hand.model))
     for step in (3, 6):
         resumed = train(

@@ -158,6 +158,18 @@ def test_another_trainer_takes_the_model_of_one_that_failed(pair, tmp_path, agai
         assert_same(trained, saved(folder))
 
 
+def test_a_crashed_run_is_over_when_its_callback_begins_another(pair, tmp_path):
+    ours = callback(pair)
+    crashed = make_trainer(fresh_model(pair), tmp_path / "crashed", [ours, Fails("on_step_end", ZeroDivisionError)])
+    owners = (crashed.model, crashed, crashed.callback_handler)
+    before = [replaced(owner) for owner in owners]
+    with pytest.raises(ZeroDivisionError):
+        crashed.train()
+    assert all(replaced(owner) > names for owner, names in zip(owners, before, strict=True))
+    make_trainer(fresh_model(pair), tmp_path / "next", [ours], max_steps=1).train()
+    assert [replaced(owner) for owner in owners] == before
+
+
 def test_a_full_disk_in_a_save_leaves_the_weights_that_were_trained(pair, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from peft import PeftModel
@@ -153,6 +154,34 @@ def test_every_n_steps_and_a_second_fit(pair, subspace, tmp_path):
         assert_corrected(path, subspace)
 
 
+def test_every_n_steps_counts_steps_and_not_accumulated_batches(pair, subspace, tmp_path):
+    class CorrectByHand(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx % 2 == 1 and trainer.global_step % 2 == 0:
+                adapter = find_adapter(pl_module)
+                done = corrected_by_hand(to_peft_state_dict(adapter.read()), subspace)
+                adapter.write(from_peft_state_dict(done, list(adapter.layers), ""))
+
+    def run(folder, ours, ckpt_path=None):
+        module = Module(pair[1])
+        adapter = find_adapter(module)  # one that was trained before: the correction is no identity on it
+        adapter.write({name: (A, torch.full_like(B, 0.01)) for name, (A, B) in adapter.read().items()})
+        saving = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        settings = {"accumulate_grad_batches": 2, "ckpt_path": ckpt_path}
+        return fit(pair, tmp_path, [ours, saving], module, **settings)
+
+    by_hand, ours = run("hand", CorrectByHand()), run("ours", callback(pair, every_n_steps=2))
+    assert ours.losses == by_hand.losses
+    assert_same(live(ours.lightning_module), live(by_hand.lightning_module))
+    checkpoints = [tmp_path / folder / "step=2.ckpt" for folder in ("hand", "ours")]
+    by_hand, ours = (
+        run("resumed-hand", CorrectByHand(), checkpoints[0]),
+        run("resumed-ours", callback(pair, every_n_steps=2), checkpoints[1]),
+    )
+    assert ours.losses == by_hand.losses
+    assert_same(live(ours.lightning_module), live(by_hand.lightning_module))
+
+
 def test_drift_goes_through_the_loggers_with_the_loss(pair, subspace, tmp_path):
     logger = CSVLogger(tmp_path)
     trainer = fit(pair, tmp_path, [callback(pair)], logger=logger, enable_checkpointing=False)
@@ -221,7 +250,10 @@ def test_flat_parameters_are_refused(pair):
 def test_one_callback_in_two_trainers_keeps_their_modules_apart(pair, subspace, tmp_path):
     ours = callback(pair)
     first = fit(pair, tmp_path, [ours], enable_checkpointing=False)
-    fit(pair, tmp_path, [ours], enable_checkpointing=False, max_epochs=1)
+    second = fit(pair, tmp_path, [ours], enable_checkpointing=False, max_epochs=1)
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    assert_corrected(tmp_path / "second.ckpt", subspace)
+    assert_same(factors_in(tmp_path / "second.ckpt")[0], live(second.lightning_module))
     first.save_checkpoint(tmp_path / "again.ckpt")
     assert_corrected(tmp_path / "again.ckpt", subspace)
     assert_same(factors_in(tmp_path / "again.ckpt")[0], live(first.lightning_module))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from csulora_callback.models.adapters import find_adapter
 from tests.helpers import lab, trl
@@ -99,6 +99,18 @@ def check_event(pair, subspace, place: Path, plain: Path) -> None:
     if ships:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), place / "by hand")
         torch.testing.assert_close(torch.load(place / "merged.pt"), merged_by_peft(model), rtol=0, atol=1e-6)
+
+
+def test_what_a_trainer_of_ones_own_writes_with_a_checkpoint_is_corrected(pair, subspace, tmp_path):
+    class Own(Trainer):
+        def _save_checkpoint(self, model, trial):
+            super()._save_checkpoint(model, trial)
+            torch.save(live(self.model), tmp_path / f"checkpoint-{self.state.global_step}/own.pt")
+
+    arguments = TrainingArguments(**lab.TRAINING, output_dir=tmp_path, save_steps=4)
+    Own(model=fresh_model(pair), args=arguments, train_dataset=lab.Tokens(), callbacks=[callback(pair)]).train()
+    for folder in checkpoints(tmp_path):
+        assert_same(torch.load(folder / "own.pt"), corrected_by_hand(raw(folder), subspace))
 
 
 def test_weights_that_are_written_in_on_save_stay(pair, tmp_path):

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from csulora_callback.models.factors import digest, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.sidecar import Sidecar
 from tests.helpers.lab import Tokens, assert_same, corrected_by_hand, live
-from tests.helpers.lightning import Module, callback, factors_in, fit
+from tests.helpers.lightning import Module, assert_corrected, callback, factors_in, fit
 
 OTHERS = {
     "nobody": lambda: [],
@@ -134,6 +136,11 @@ def test_saves_after_the_fit_have_their_record_and_their_adapter(pair, tmp_path)
     module.network.half().save_pretrained(tmp_path / "half")
     assert_same(load_file(tmp_path / "half/adapter_model.safetensors"), {k: v.half() for k, v in shipped.items()})
     assert_same(load_file(tmp_path / "half/csulora/raw/adapter_model.safetensors"), kept)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    halves, record = factors_in(tmp_path / "half.ckpt")[0], torch.load(tmp_path / "half.ckpt")["csulora"]["record"]
+    assert_same(halves, {k: v.half() for k, v in shipped.items()})
+    assert record["corrected_digest"] == digest(from_peft_state_dict(halves, list(record["modules"]), "half.ckpt"))
+    assert_same(to_peft_state_dict(Sidecar.load(tmp_path / "half.adapter").raw), kept)
     # What is changed after the fit is nobody's correction: it is written as it is, without a record.
     with torch.no_grad():
         for parameter in (p for n, p in module.named_parameters() if "lora_B" in n):
@@ -143,6 +150,39 @@ def test_saves_after_the_fit_have_their_record_and_their_adapter(pair, tmp_path)
     assert factors_in(tmp_path / "changed.ckpt")[1] is None
     assert not (tmp_path / "changed.adapter/csulora").exists()
     assert_same(load_file(tmp_path / "run-0.1.adapter/adapter_model.safetensors"), shipped)
+
+
+def test_what_others_keep_of_the_state_dict_in_a_checkpoint_stays_raw(pair, subspace, tmp_path):
+    class Keeps(Callback):
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            checkpoint["kept"] = checkpoint["state_dict"]
+
+    run(pair, tmp_path, [Keeps()], [callback(pair)])
+    checkpoint = torch.load(tmp_path / "ckpt/step=4.ckpt")
+    state, kept = factors_in(tmp_path / "ckpt/step=4.ckpt")
+    for peft, key in checkpoint["csulora"]["keys"].items():
+        assert torch.equal(checkpoint["kept"][key], kept[peft])
+    assert_same(state, corrected_by_hand(kept, subspace))
+
+
+def test_two_saves_at_once_are_both_corrected(pair, subspace, tmp_path):
+    """Another thread saves while this one has its dictionary made."""
+
+    class Meanwhile(Callback):
+        thread = None
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            if self.thread is None:
+                path = tmp_path / "other.ckpt"
+                self.thread = threading.Thread(target=trainer.save_checkpoint, args=(path,))
+                self.thread.start()
+                self.thread.join(timeout=0.5)  # it waits for this one
+
+    meanwhile = Meanwhile()
+    run(pair, tmp_path, [meanwhile], [callback(pair)])
+    meanwhile.thread.join()
+    for path in (tmp_path / "other.ckpt", *(tmp_path / "by hand/batch_end-1").glob("*.ckpt")):
+        assert_corrected(path, subspace)
 
 
 @pytest.mark.parametrize("mode", ["link", True])
@@ -193,6 +233,24 @@ def test_an_adapter_is_gone_before_its_checkpoint_changes(pair, tmp_path, monkey
     with pytest.raises(OSError, match="No space left"):
         trainer.save_checkpoint(tmp_path / "best.ckpt")
     assert not (tmp_path / "best.adapter").exists()
+
+
+def test_validation_of_a_checkpoint_after_a_crash_sees_what_ships(pair, tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise ZeroDivisionError
+
+    module = Watched(pair[1])
+    with pytest.raises(ZeroDivisionError):
+        fit(pair, tmp_path, [callback(pair), Fails()], module, enable_checkpointing=False)
+    data = DataLoader(Tokens(count=8, seed=4), batch_size=4)
+    module.seen.clear()
+    module.trainer.validate(module, data, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert len(module.seen) == 2
+    for weights in module.seen:
+        assert_same(weights, factors_in(tmp_path / "last.ckpt")[0])
 
 
 def test_validation_after_the_fit_and_of_a_checkpoint_sees_what_ships(pair, tmp_path):
