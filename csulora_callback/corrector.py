@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +19,12 @@ from csulora_callback.method.token_space import InputGain, input_gains
 from csulora_callback.models import sharding
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter, find_adapter
-from csulora_callback.models.factors import Factors, all_finite, digest, equal, equal_each, is_cast
+from csulora_callback.models.factors import Factors, all_finite, cast_alike, digest, equal, is_cast
 from csulora_callback.models.processes import Processes
 from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.swap import LOCK, Swap, Swaps
 
 logger = logging.getLogger(__name__)
-
-# Others may save from a thread while corrected factors come and go. One for all: one of its own could not be pickled.
-_LOCK = RLock()
-
-
-@dataclass(frozen=True)
-class _Swap:
-    """Corrected factors in the place of others; nothing is ``put`` where the live ones were corrected already."""
-
-    adapter: CorrectedAdapter
-    before: list[Tensor]  # what this process held, in the order of the adapter's parameters
-    put: list[Tensor]
-    activations: Activations | None
 
 
 class SafetyCorrector:
@@ -86,8 +72,8 @@ class SafetyCorrector:
         self._input_gains: dict[str, InputGain] | None = None
         self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in self.adapter.layers.items()}
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
-        self._swap: _Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
-        self._inside: list[CorrectedAdapter] = []  # those that stand in the model now
+        self._swap: Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
+        self._swaps = Swaps(self.adapter)
         self._applied: CorrectedAdapter | None = None  # the last correction made for good
         self._warned = False
 
@@ -106,7 +92,7 @@ class SafetyCorrector:
 
     def known(self, factors: Factors) -> CorrectedAdapter | None:
         """The correction that these factors are the result of, also after a cast; ``None`` where they are raw."""
-        for known in (*self._inside, self._applied):
+        for known in (*self._swaps.inside, self._applied):
             if known is not None and is_cast(factors, known.corrected):
                 return known.held_as(factors)
         return None
@@ -150,14 +136,14 @@ class SafetyCorrector:
 
         ``None`` where it does not hold them all.
         """
-        with _LOCK:
+        with LOCK:
             state = dict(state_dict())
             factors = self.adapter.factors_in(state, module)
             return state, None if factors is None else {n: tuple(sharding.gather(pair)) for n, pair in factors.items()}
 
     def inside(self) -> CorrectedAdapter | None:
         """The correction that stands in the model at the moment, within :meth:`corrected`."""
-        return self._inside[-1] if self._inside else None
+        return self._swaps.inside[-1] if self._swaps.inside else None
 
     def measure(self) -> dict[str, float]:
         """The metrics of the correction as it would be made now; the model is not touched."""
@@ -200,45 +186,55 @@ class SafetyCorrector:
         """
         swap = self._swap_for_live()
         try:
-            self._begin(swap)
+            self._swaps.begin(swap)
             yield swap.adapter
         except BaseException:
             if not self.adapter.is_sharded:
-                self._end(swap)
+                self._swaps.end(swap)
             raise
-        self._end(swap)
+        self._swaps.end(swap)
 
-    def _swap_for_live(self) -> _Swap:
-        with _LOCK:
-            before, swap = self.adapter.held(), self._swap
-            again = swap is not None and swap.activations is self._activations and _same(before, swap.before)
-            if self._everywhere(again):
-                return swap
+    @contextmanager
+    def lifted(self, for_good: bool = False) -> Iterator[None]:
+        """What stands under a correction is live inside, and the correction of what it became there after.
+
+        For those who change weights relative to what they are: an optimizer that goes from the weights that it trains
+        to their average and back would otherwise do so from corrected ones.
+
+        Args:
+            for_good: whether it is the correction that :meth:`apply` made, and not one of :meth:`corrected`.
+        """
+        with LOCK:
+            swap = self._swaps.innermost()
+            if swap is not None:
+                self._swaps.lift(swap)
+                try:
+                    yield
+                finally:
+                    self._swaps.lower(swap, self._swap_for_live())
+            elif for_good and self.is_live():
+                live, applied = self.adapter.read(), self._applied
+                self.adapter.write(cast_alike(live, applied.corrected, applied.raw) or applied.raw)
+                try:
+                    yield
+                finally:
+                    self.apply()
+            else:
+                yield
+
+    def _swap_for_live(self) -> Swap:
+        with LOCK:
+            before = self.adapter.held()
+            if self._everywhere(self._swap is not None and self._swap.fits(before, self._activations)):
+                return Swap(self._swap.adapter, self._swap.before, self._swap.put, self._activations)
             before = [tensor.clone() for tensor in before]
             live = self.adapter.whole(before)
             known = self.known(live)
-            if known is not None:
-                return _Swap(known, [], [], self._activations)
-            adapter = self._compute(live)
-            if adapter.corrected is adapter.raw:
-                return _Swap(adapter, [], [], self._activations)
-            self._swap = _Swap(adapter, before, self.adapter.as_held(adapter.corrected), self._activations)
-            return self._swap
-
-    def _begin(self, swap: _Swap) -> None:
-        if swap.put:
-            with _LOCK:
-                self._inside.append(swap.adapter)
-                self.adapter.hold(swap.put)
-
-    def _end(self, swap: _Swap) -> None:
-        if swap.put:
-            with _LOCK:
-                found = self.adapter.held()
-                ours = equal_each(found, swap.put)
-                kept = [old if own else new for old, new, own in zip(swap.before, found, ours, strict=True)]
-                self.adapter.hold(kept)
-                self._inside.remove(swap.adapter)
+            adapter = known or self._compute(live)
+            if known is not None or adapter.corrected is adapter.raw:
+                return Swap(adapter, before, [])
+            self._swap = Swap(adapter, before, self.adapter.as_held(adapter.corrected), self._activations)
+            return Swap(adapter, before, self._swap.put, self._activations)
 
     def _everywhere(self, flag: bool) -> bool:
         """Whether ``flag`` holds on every process, where they share the factors."""
@@ -287,7 +283,3 @@ class SafetyCorrector:
             self._input_gains = input_gains(seen.task, seen.probes, strength, device=device)
         unread = torch.empty(0, self.adapter.layers[name].shape[2])  # nothing to attenuate by
         return self._input_gains.get(name, InputGain(unread, unread))
-
-
-def _same(left: list[Tensor], right: list[Tensor]) -> bool:
-    return [(x.shape, x.dtype) for x in left] == [(y.shape, y.dtype) for y in right] and all(equal_each(left, right))

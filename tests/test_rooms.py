@@ -18,7 +18,7 @@ LIBRARY = ({"method"}, {"models", "judging"}, {STATE}, {"reporting"}, {"trainers
 RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibration", "benchmarks"}, {"run"})
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
-    **dict.fromkeys(("corrected", "corrected_config", "corrector", "record", "sidecar"), STATE),
+    **dict.fromkeys(("corrected", "corrected_config", "corrector", "record", "sidecar", "swap"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "callback"), FRONT_DOORS),
 }
