@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from csulora_callback.arguments import check, check_source, is_path
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
@@ -114,9 +115,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                 f"{'neither' if base_model is None else 'both'}. "
                 "Pass base_model='org/base' or subspace='file.safetensors'."
             )
-        _check_source("base_model", base_model, nn.Module)
-        _check_source("aligned_model", aligned_model, nn.Module)
-        _check_source("subspace", subspace, SafetySubspace)
+        check_source("base_model", base_model, nn.Module)
+        check_source("aligned_model", aligned_model, nn.Module)
+        check_source("subspace", subspace, SafetySubspace)
         if isinstance(subspace, SafetySubspace):
             check_metadata(subspace.metadata)
         check_rank_rule(rank, energy)
@@ -128,8 +129,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                 "Pass one of them, such as penalty=Penalty.guard(3.0)."
             )
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
-            if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-                raise ValueError(f"`{name}`: expected a number of steps ≥ 1 or None, but got {steps!r}.")
+            whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+            check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
+        for name, flag in (("evaluate_corrected", evaluate_corrected), ("export_adapter", export_adapter)):
+            check(name, isinstance(flag, bool), "True or False", flag)
+        for name, path in (("cache_dir", cache_dir), ("resume_from", resume_from)):
+            check(name, path is None or is_path(path), "the path of a folder or None", path)
         data_aware = penalty is not None and penalty.on_probes is not None
         if data_aware != (probes is not None):
             raise ValueError(
@@ -160,7 +165,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     def __reduce__(self) -> tuple:
         # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
         plain = next(kind for kind in type(self).__mro__ if kind.__dict__.get("_made_from") is None)
-        return _bare, (plain,), self.__dict__
+        return _bare, (plain,), {**self.__dict__, "_run": None, "_fit": None}  # a copy is at work in no Trainer
 
     def corrected(self) -> AbstractContextManager[CorrectedAdapter]:
         """What ships is live in the model inside: ``with callback.corrected(): ...``, while training or after it.
@@ -262,12 +267,6 @@ def _bare(kind: type[CSULoRACallback]) -> CSULoRACallback:
 @cache
 def _mixed(kind: type[CSULoRACallback], bases: tuple[type, ...]) -> type[CSULoRACallback]:
     return type(kind.__name__, (kind, *bases), {"_made_from": kind, "__doc__": kind.__doc__})
-
-
-def _check_source(name: str, source: object, kind: type) -> None:
-    if source is None or isinstance(source, kind) or (isinstance(source, str | os.PathLike) and str(source)):
-        return
-    raise ValueError(f"`{name}`: expected a path, a Hub id or a {kind.__name__}, but got {source!r}.")
 
 
 def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:

@@ -19,15 +19,17 @@ class CorrectedLoraConfig(LoraConfig):
     ``PeftModel.save_pretrained`` writes an adapter's weights and then its config. If what was just written are the
     corrected factors, as they are or after a cast, the sidecar follows; if they were changed since, nothing does. The
     model itself has no trace of the run. (Models of transformers with an adapter of their own, by ``add_adapter``,
-    write the config first: after training they are saved without a sidecar.)
+    write the config first: they are left without one, and saved without a sidecar after training.)
     """
 
-    sidecar: Sidecar
-    corrected: Factors
+    sidecar = None  # a Sidecar; a copy that PEFT makes for another adapter has none
+    corrected = None  # Factors
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: object) -> None:
         """Write the config, and the sidecar of the adapter that lies beside it."""
         super().save_pretrained(save_directory, **kwargs)
+        if self.sidecar is None:
+            return
         state, names = read_adapter(save_directory), list(self.corrected)
         if not {(name, factor) for name in names for factor in "AB"} <= factor_keys(state).keys():
             return

@@ -133,8 +133,8 @@ def read_record(folder: str | os.PathLike) -> dict:
 
 
 def _files_in(place: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder by its path there, except the record."""
-    files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / RECORD)
+    """SHA-256 of every file below a folder by its path there, except the record and what file browsers leave."""
+    files = sorted(path for path in place.rglob("[!.]*") if path.is_file() and path != place / RECORD)
     return {path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -20,7 +20,7 @@ KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method
 FILES = {
     **dict.fromkeys(("corrected", "corrected_config", "corrector", "record", "sidecar", "swap"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
-    **dict.fromkeys(("__init__", "callback"), FRONT_DOORS),
+    **dict.fromkeys(("__init__", "arguments", "callback"), FRONT_DOORS),
 }
 PUBLIC = {
     "AttackSuccessRate",

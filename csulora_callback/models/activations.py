@@ -116,8 +116,10 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
 
 
 def running_model(adapter: Adapter) -> nn.Module:
-    """The module whose forward pass is the model's: a LightningModule only holds it."""
-    return next(m for m in adapter.model.modules() if isinstance(m, (PeftModel, PreTrainedModel)))
+    """The module whose forward pass is the model's: a LightningModule only holds it, maybe beside others."""
+    own = next(iter(adapter.layers.values())).module
+    models = (module for module in adapter.model.modules() if isinstance(module, (PeftModel, PreTrainedModel)))
+    return next(model for model in models if any(module is own for module in model.modules()))
 
 
 class _Listener:

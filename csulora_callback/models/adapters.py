@@ -159,10 +159,15 @@ def find_adapter(model: nn.Module) -> Adapter:
             any part of what is trained is of a kind that the correction cannot see (the message names module and
             kind).
     """
-    configs = next((module.peft_config for module in model.modules() if hasattr(module, "peft_config")), {})
+    adapted_model = _adapted(model)
+    configs = {} if adapted_model is None else adapted_model.peft_config
     for config in configs.values():
         check_tuner(config)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers = {
+        n: m
+        for n, m in (model if adapted_model is None else adapted_model).named_modules()
+        if isinstance(m, BaseTunerLayer)
+    }
     if not layers:
         raise ValueError(
             "`model`: expected a model with LoRA layers, but found none. Wrap it with peft.get_peft_model(model, "
@@ -181,6 +186,21 @@ def find_adapter(model: nn.Module) -> Adapter:
         adapted[module_name(name)] = AdaptedLayer(module, adapter)
     check_nothing_else_trains(model, {id(p) for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)})
     return Adapter(adapter, adapted, configs[adapter], model)
+
+
+def _adapted(model: nn.Module) -> nn.Module | None:
+    """The outermost module in ``model`` that has adapters; of several, as a teacher and a student, the trained one."""
+    found = []
+    for module in model.modules():
+        if hasattr(module, "peft_config") and not any(module is inner for outer in found for inner in outer.modules()):
+            found.append(module)
+    trained = [module for module in found if any(parameter.requires_grad for parameter in module.parameters())]
+    if len(found) > 1 and len(trained) != 1:
+        raise ValueError(
+            f"`model`: expected one model with adapters that trains, but got {len(trained)} of {len(found)}. Freeze "
+            "the others with requires_grad_(False)."
+        )
+    return next(iter(trained if len(found) > 1 else found), None)
 
 
 def _in_pairs(names: Iterable[str], tensors: list[Tensor]) -> Factors:

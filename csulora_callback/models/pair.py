@@ -77,7 +77,7 @@ def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequen
     else:
         # Names that are not in the files stay: they may be names that transformers gives on loading.
         matches = {
-            target: [name for name in there if name == target or name.endswith(f".{target}")]
+            target: [target] if target in there else [name for name in there if name.endswith(f".{target}")]
             for target in target_modules
         }
         names = {name for target, found in matches.items() for name in found or [target]}

@@ -8,12 +8,13 @@ exception, and because the order of callbacks then does not matter.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate.optimizer import AcceleratedOptimizer
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
@@ -23,6 +24,7 @@ from csulora_callback import sidecar
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import cast_alike
 from csulora_callback.trainers.engines import saves_shards_only
 from csulora_callback.trainers.patches import Patches, calling, is_running, surrounded
@@ -33,7 +35,15 @@ from csulora_callback.trainers.save_pretrained import saving_corrected
 if TYPE_CHECKING:
     from transformers import Trainer
 
-logger = logging.getLogger(__name__)
+
+def innermost_optimizer(optimizer: object) -> object:
+    """The optimizer without accelerate's wrapper."""
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def changes_of(adapter: Adapter) -> int:
+    """How often anyone has written into the factors, as torch counts it for its own purposes."""
+    return sum(parameter._version for layer in adapter.layers.values() for parameter in (layer.lora_A, layer.lora_B))
 
 
 class HuggingFaceRun:
@@ -49,7 +59,14 @@ class HuggingFaceRun:
     ) -> None:
         self.callback, self.trainer, self.handler = callback, trainer, handler
         self.corrector, self.recorder = corrector, recorder
-        self._patches, self._thread = Patches(), threading.get_ident()
+        self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
+        self._is_finished = False
+        self._changes = self._largest_step = None  # of the factors, as their version counters count
+
+    @property
+    def is_training(self) -> bool:
+        """Whether its Trainer trains at the moment, and was not ended by an exception."""
+        return self.is_open and is_running(self.trainer, self._thread)
 
     @property
     def is_open(self) -> bool:
@@ -73,6 +90,10 @@ class HuggingFaceRun:
         self._surround(self.handler, "on_step_end", self._step_end)
         self._surround(self.handler, "on_log", self._log)
         self._surround(self.handler, "on_train_end", self._train_end)
+        for name in ("train", "eval"):  # of optimizers that keep other weights for evaluations, such as schedule-free
+            optimizer = innermost_optimizer(self.trainer.optimizer)
+            if hasattr(optimizer, name):
+                self._optimizer.replace(optimizer, name, surrounded(self._switch, self._is_in_list))
 
     def close(self) -> None:
         """Put back all that was replaced; twice is once."""
@@ -86,8 +107,9 @@ class HuggingFaceRun:
         """
         from transformers import Trainer  # not at the top, see HuggingFaceEvents.on_train_begin
 
-        trains = is_running(self.trainer, self._thread)
-        return self._is_listening() and (trains or calling(Trainer) in (None, self.trainer))
+        if self._is_listening() and not self.is_training and self._has_moved_on():
+            self.close()
+        return self._is_listening() and (self.is_training or calling(Trainer) in (None, self.trainer))
 
     def checkpoint_folder(self) -> Path:
         """The folder of the present step."""
@@ -124,15 +146,27 @@ class HuggingFaceRun:
         if adapter.metrics and not logged:
             history.append({**adapter.metrics, "epoch": self.state.epoch, "step": step})
 
-    def warn_not_corrected(self) -> None:
-        logger.warning("A state_dict without LoRA factors is saved outside a checkpoint: it is not corrected.")
-
     def _surround(self, owner: object, name: str, call: Callable) -> None:
         self._patches.replace(owner, name, surrounded(call, self._is_listening))
 
     def _is_listening(self) -> bool:
+        return self.is_open and self._is_in_list()
+
+    def _is_in_list(self) -> bool:
         """Users may remove the callback from the Trainer's list at any time."""
-        return self.is_open and any(callback is self.callback for callback in self.handler.callbacks)
+        return any(callback is self.callback for callback in self.handler.callbacks)
+
+    def _has_moved_on(self) -> bool:
+        """Whether the factors have changed by more than a step since the run was interrupted: someone trains them."""
+        if self._largest_step is None:
+            return False
+        return changes_of(self.corrector.adapter) - self._changes > 2 * self._largest_step
+
+    def _count_changes(self) -> None:
+        changes = changes_of(self.corrector.adapter)
+        if self._changes is not None:
+            self._largest_step = max(self._largest_step or 1, changes - self._changes)
+        self._changes = changes
 
     def _corrected(self, original: Callable, *args: object, **kwargs: object) -> object:
         self.renew()
@@ -158,6 +192,7 @@ class HuggingFaceRun:
 
     def _step_end(self, original: Callable, *args: object, **kwargs: object) -> object:
         control = original(*args, **kwargs)  # the others first: they may read, or bring in, raw weights
+        self._count_changes()
         every = self.callback.every_n_steps
         if every is not None and self.state.global_step % every == 0:
             self.renew()
@@ -170,7 +205,8 @@ class HuggingFaceRun:
             self.renew(if_doubled=True)
             metrics = self.corrector.measure()
             logs.update(metrics)
-            state.log_history[-1].update(metrics)
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(metrics)
         return original(args, state, control, logs)
 
     def _train_end(self, original: Callable, *args: object, **kwargs: object) -> object:
@@ -178,13 +214,26 @@ class HuggingFaceRun:
         self._apply()
         control = original(*args, **kwargs)
         self._apply()  # a moving average may have come in
-        remember(self.corrector.adapter.config, self.corrector.compute())
+        self._remember()
         self.close()
         return control
+
+    def _remember(self) -> None:
+        if isinstance(self.corrector.adapter.model, PeftModel):  # others save the config before the weights
+            remember(self.corrector.adapter.config, self.corrector.compute())
+
+    def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
+        """Goes from the weights that are trained to others and back, relative to what they are."""
+        with self.corrector.lifted(for_good=self._is_finished):
+            result = original(*args, **kwargs)
+        if self._is_finished:
+            self._remember()
+        return result
 
     def _apply(self) -> None:
         self.renew()  # of the raw model only: nothing is read where a corrected one is live
         self.corrector.apply()
+        self._is_finished = True
 
     def _mark_best(self) -> None:
         """The best checkpoint, if one was loaded, is corrected already."""

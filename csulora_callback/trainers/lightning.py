@@ -42,8 +42,17 @@ class LightningEvents:
         """Begin anew: the adapter may only be made later, in ``configure_model``."""
         if stage == "fit":
             refuse_strategy(trainer)
+            if any(isinstance(other, LightningEvents) and other is not self for other in trainer.callbacks):
+                raise ValueError(
+                    "`callbacks`: expected one CSULoRACallback, but got several. Combine them into one penalty."
+                )
             if self._fit is not None:
-                self._fit.end()  # it may have crashed
+                if self._fit.trainer is not trainer and self._fit.is_training:
+                    raise ValueError(
+                        "`callbacks`: expected a CSULoRACallback of this Trainer's own, but another Trainer is still "
+                        "training with it. Make a new one for this one."
+                    )
+                self._fit.end()  # it was ended by an exception
             self._corrector = None
             self.raw_is_loaded = False
             self._fit = LightningRun(self, trainer, pl_module)
@@ -63,10 +72,13 @@ class LightningEvents:
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the subspace and refuse what cannot be corrected, before the first step."""
         self._begin(trainer, pl_module)
+        self._fit.follow_optimizers()
         self._renew()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A data-aware penalty looks at the batches; a step counts where the batch that ends it does."""
+        if self._fit is None or not self._fit.is_training:
+            raise RuntimeError("expected CSULoRACallback to be added before trainer.fit(), but training had begun.")
         self._last_step = trainer.global_step  # not at setup: a resumed one is known only after it
         if self._recorder is not None:
             self._recorder.begin_step()
@@ -97,7 +109,7 @@ class LightningEvents:
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the corrected model in memory; checkpoints written after this find it corrected already."""
         self._renew()
-        self._corrector.apply()
+        self._fit.apply()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An averaging callback may have brought its weights in after that."""

@@ -150,7 +150,7 @@ def export(
 
     def make(folder: Path) -> None:
         selected = {"selected_adapters": [own.name]} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(folder, state_dict=state, **selected)
+        type(model).save_pretrained(model, folder, state_dict=state, **selected)  # not as a fit has replaced it
         _flatten(folder, own.name)
         if adapter is not None:
             adapter.sidecar.save(folder, own.config)

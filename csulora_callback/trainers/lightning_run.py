@@ -14,13 +14,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.activations import running_model
 from csulora_callback.trainers import lightning_checkpoint as files
 from csulora_callback.trainers.engines import is_strategy
-from csulora_callback.trainers.patches import Patches, surrounded
+from csulora_callback.trainers.patches import Patches, is_running, surrounded
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.save_pretrained import saving_corrected
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +40,9 @@ class LightningRun:
         self.callback, self.trainer, self.pl_module = callback, trainer, pl_module
         self.corrector: SafetyCorrector | None = None
         self.recorder: ActivationRecorder | None = None
-        self._fit, self._saves, self._thread = Patches(), Patches(), threading.get_ident()
+        self._fit, self._saves, self._optimizers = Patches(self), Patches(self), Patches(self)
+        self._thread, self._writer = threading.get_ident(), None
+        self._is_finished = False
         self._fit.replace(trainer.strategy, "load_checkpoint", self._surrounded(self._load))
 
     def open(self, corrector: SafetyCorrector, recorder: ActivationRecorder | None) -> None:
@@ -51,12 +57,50 @@ class LightningRun:
                 if hasattr(checkpoints, "_link_checkpoint"):  # Lightning's own; others make no links
                     self._fit.replace(checkpoints, "_link_checkpoint", self._surrounded(self._link))
         self._saves.replace(self.trainer, "save_checkpoint", self._surrounded(self._save))
+        model = running_model(corrector.adapter)
+        self._fit.replace(model, "save_pretrained", saving_corrected(self, model))
+
+    def follow_optimizers(self) -> None:
+        """Those that keep other weights for evaluations, as schedule-free ones do, go there and back from raw ones."""
+        for optimizer in self.trainer.optimizers:
+            for name in ("train", "eval"):
+                if hasattr(optimizer, name):
+                    self._optimizers.replace(optimizer, name, self._surrounded(self._switch))
+
+    @property
+    def is_training(self) -> bool:
+        """Whether its fit goes on at the moment, and was not ended by an exception."""
+        return self._fit.in_place and is_running(self.trainer, self._thread)
+
+    def is_saving(self) -> bool:
+        """Whether a ``save_pretrained`` that begins now is one of this fit."""
+        return self._fit.in_place and self._is_listening()
+
+    def renew_alone(self) -> None:
+        """Before a ``save_pretrained`` by hand: of several processes one alone may be here, or another thread."""
+        alone = self.recorder is not None and self.recorder.processes.size == 1
+        if alone and threading.get_ident() == self._thread:
+            self._renew()
+
+    def record(self, adapter: CorrectedAdapter) -> None:
+        """Lightning's checkpoints have their record in them, and no history that should say it too."""
+
+    def checkpoint_folder(self) -> None:
+        """What ``save_pretrained`` writes is never what a fit resumes from."""
+
+    def apply(self) -> None:
+        """Correct the weights in memory for good."""
+        self.corrector.apply()
+        self._is_finished = True
 
     def finish(self) -> None:
         """Leave the corrected model in memory, once. A sharded one cannot be touched after its strategy is gone."""
         if not self.corrector.adapter.is_sharded:
-            self.corrector.apply()
-            remember(self.corrector.adapter.config, self.corrector.compute())
+            self.apply()
+            if isinstance(
+                running_model(self.corrector.adapter), PeftModel
+            ):  # others save the config before the weights
+                remember(self.corrector.adapter.config, self.corrector.compute())
 
     def end(self) -> None:
         """The fit is over: put back what was replaced, except ``trainer.save_checkpoint``."""
@@ -96,8 +140,10 @@ class LightningRun:
             files.link_adapter(filepath, linkpath)
 
     def _save(self, original: Callable, *args: object, **kwargs: object) -> None:
+        if self._writer == threading.get_ident():  # a save inside a save, from a hook
+            return original(*args, **kwargs)
         with _SAVING:
-            saving = Patches()
+            saving, self._writer = Patches(self), threading.get_ident()
             saving.replace(self.trainer.strategy, "save_checkpoint", self._surrounded(self._write))
             try:
                 if threading.get_ident() == self._thread:
@@ -105,6 +151,7 @@ class LightningRun:
                 original(*args, **kwargs)
             finally:
                 saving.undo()
+                self._writer = None
 
     def _write(
         self, original: Callable, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any = None
@@ -124,6 +171,11 @@ class LightningRun:
             original(checkpoint, filepath, storage_options)
         if exports and self._writes_beside(filepath):
             files.export(files.adapter_beside(filepath), state, self.corrector, adapter)
+
+    def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
+        """Goes from the weights that are trained to others and back, relative to what they are."""
+        with self.corrector.lifted(for_good=self._is_finished):
+            return original(*args, **kwargs)
 
     def _correction(self, factors: dict) -> CorrectedAdapter | None:
         """While a fit lasts everything is corrected; after it what is known to be corrected, and nothing else."""

@@ -17,6 +17,7 @@ class Patches:
     A run that an exception ended cannot put back what it replaced: the next one that replaces one of the methods does.
 
     Attributes:
+        run: whose they are.
         in_place: whether they are replaced at the moment.
 
     Example:
@@ -29,7 +30,8 @@ class Patches:
         ('OPEN', None, 'open')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: object = None) -> None:
+        self.run = run
         self._undo = ExitStack()
         self.in_place = False
 
@@ -86,6 +88,17 @@ def _release(owner: object, name: str) -> None:
             patches.undo()
         else:  # a copy took the attribute along
             delattr(owner, name)
+
+
+def run_of(owner: object, name: str) -> object:
+    """The run that has replaced a method, if one has and did not end.
+
+    Example:
+        >>> run_of(Patches(), "undo") is None
+        True
+    """
+    patches, of = getattr(vars(owner).get(name), "replaced_by", (None, None))
+    return patches.run if of is owner else None
 
 
 def calling(kind: type[T]) -> T | None:

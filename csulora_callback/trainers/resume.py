@@ -42,9 +42,10 @@ def raw_of_resumed(
     found = find_sidecar(live, folders)
     if found is None and (resume_from is not None or _was_corrected(state)):
         raise ValueError(
-            f"`resume_from`: training resumes at step {state.global_step} from a corrected checkpoint, but its raw "
-            f"factors were not found: no {sidecar.FOLDER}/{sidecar.RECORD} in {place} belongs to the adapter in the "
-            "model. Pass CSULoRACallback(resume_from=...) with the folder that trainer.train() got."
+            f"`resume_from`: expected the raw factors of the corrected checkpoint that training resumes from, at step "
+            f"{state.global_step}, but no {sidecar.FOLDER}/{sidecar.RECORD} in {place} belongs to the adapter in the "
+            "model. Pass CSULoRACallback(resume_from=...) with the folder that trainer.train() got, or leave it out "
+            "for a checkpoint that was written without the callback."
         )
     return found
 
@@ -60,23 +61,27 @@ def find_sidecar(live: Factors, folders: Iterable[Path]) -> Sidecar | None:
             continue
         try:
             record = sidecar.read_record(folder)
-            beside = read_adapter(adapter_folder(folder, record["adapter"]))
-            if digest(live) == record["raw_digest"]:  # or a run without the callback has saved over what it describes
+            beside = _factors(read_adapter(adapter_folder(folder, record["adapter"])), live)
+            if beside is not None and digest(beside) != record["corrected_digest"]:
+                if is_cast(live, beside):
+                    logger.warning("%s was saved over without the callback: its record is not believed.", folder)
+                continue
+            if digest(live) == record["raw_digest"]:  # nothing has to be put back
                 return Sidecar.load(folder)
         except ValueError as error:  # some other run's broken file is no reason not to resume this one
             logger.warning("Passed over while looking for raw factors: %s", error)
             continue
-        if digest(live) == record["corrected_digest"] or _is_held_by(beside, live):
+        if digest(live) == record["corrected_digest"] or (beside is not None and is_cast(live, beside)):
             return Sidecar.load(folder)
     return None
 
 
-def _is_held_by(beside: dict, live: Factors) -> bool:
-    """Whether the state dict of an adapter holds the factors, maybe in another dtype."""
+def _factors(state: dict, live: Factors) -> Factors | None:
+    """The factors of the same modules in an adapter's state dict, if it holds them."""
     try:
-        return is_cast(live, from_peft_state_dict(beside, list(live), ""))
+        return from_peft_state_dict(state, list(live), "")
     except ValueError:  # it is no adapter, or one of other modules
-        return False
+        return None
 
 
 def _was_corrected(state: TrainerState) -> bool:

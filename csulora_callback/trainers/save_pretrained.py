@@ -6,54 +6,76 @@ folder, so that an upload carries it.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
 from csulora_callback import sidecar
 from csulora_callback.corrected import CorrectedAdapter
+from csulora_callback.corrector import SafetyCorrector
 
-if TYPE_CHECKING:
-    from csulora_callback.trainers.huggingface_run import HuggingFaceRun
+logger = logging.getLogger(__name__)
 
 
-def saving_corrected(run: HuggingFaceRun, model: nn.Module) -> Callable[[Callable], Callable]:
+class SavingRun(Protocol):
+    """What a run of either trainer says of a save."""
+
+    corrector: SafetyCorrector
+
+    def is_saving(self) -> bool: ...
+
+    def renew_alone(self) -> None: ...
+
+    def record(self, adapter: CorrectedAdapter) -> None: ...
+
+    def checkpoint_folder(self) -> Path | None: ...
+
+
+def saving_corrected(run: SavingRun, model: nn.Module) -> Callable[[Callable], Callable]:
     """What to make of ``model.save_pretrained`` while a run lasts."""
 
     def wrap(original: Callable) -> Callable:
         def save_pretrained(target: nn.Module, save_directory: str | os.PathLike, *args, **kwargs) -> object:
             if target is not model:  # a deep copy took the attribute along
                 return type(target).save_pretrained(target, save_directory, *args, **kwargs)
-            if not run.is_saving() or not _saves(kwargs, run.corrector.adapter.name):
+            named = _named(target, save_directory, args, kwargs)
+            if not run.is_saving() or not _saves(named, run.corrector.adapter.name):
                 return original(save_directory, *args, **kwargs)
-            return _Save(run, original, save_directory, args, kwargs).run()
+            return _Save(run, model, original, named).run()
 
         return types.MethodType(save_pretrained, model)
 
     return wrap
 
 
-def _saves(kwargs: dict, name: str) -> bool:
+def _named(model: nn.Module, save_directory: str | os.PathLike, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by name, wherever they stood."""
+    bound = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **kwargs)
+    arguments = dict(list(bound.arguments.items())[1:])
+    return {**arguments.pop("kwargs", {}), **arguments}
+
+
+def _saves(named: dict, name: str) -> bool:
     """Whether the adapter is among those that are saved."""
-    selected = kwargs.get("selected_adapters")
+    selected = named.get("selected_adapters")
     return selected is None or name in selected
 
 
 class _Save:
     """One call of ``save_pretrained``."""
 
-    def __init__(
-        self, run: HuggingFaceRun, original: Callable, folder: str | os.PathLike, args: tuple, kwargs: dict
-    ) -> None:
+    def __init__(self, run: SavingRun, model: nn.Module, original: Callable, named: dict) -> None:
         self.corrector, self.training = run.corrector, run
-        self.original, self.folder, self.args = original, folder, args
-        self.kwargs = dict(kwargs)
-        self.given = self.kwargs.pop("state_dict", None)
-        self.writes = kwargs.get("is_main_process", True)
+        self.model, self.original, self.named = model, original, dict(named)
+        self.folder = self.named.pop("save_directory")
+        self.given = self.named.pop("state_dict", None)
+        self.writes = named.get("is_main_process", True)
 
     def run(self) -> object:
         if self.given is None and self.corrector.adapter.is_sharded:
@@ -61,12 +83,12 @@ class _Save:
                 return self._write(adapter, None)
         if self.given is None:
             self.training.renew_alone()
-        model = self.corrector.adapter.model
+        model = self.model
         state, factors = self.corrector.taken(model.state_dict if self.given is None else lambda: self.given, model)
         # Gathered from all processes, while only the one that writes is here: nothing collective may follow.
         adapter = self.corrector.inside() if factors is None else self.corrector.compute(factors)
         if adapter is None:
-            self.training.warn_not_corrected()
+            logger.warning("A state_dict without LoRA factors is saved outside a checkpoint: it is not corrected.")
             return self._original(state)
         if factors is not None:
             state |= self.corrector.adapter.to_state_dict(adapter.corrected, model)
@@ -83,7 +105,8 @@ class _Save:
         return result
 
     def _original(self, state: dict | None) -> object:
-        return self.original(self.folder, *self.args, state_dict=state, **self.kwargs)
+        return self.original(self.folder, state_dict=state, **self.named)
 
     def _is_checkpoint(self) -> bool:
-        return Path(self.folder).resolve() == self.training.checkpoint_folder().resolve()
+        checkpoint = self.training.checkpoint_folder()
+        return checkpoint is not None and Path(self.folder).resolve() == checkpoint.resolve()

@@ -1,0 +1,22 @@
+"""Checks of the callback's arguments: what was expected, and what came."""
+
+from __future__ import annotations
+
+import os
+
+
+def check_source(name: str, source: object, kind: type) -> None:
+    """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None."""
+    fits = source is None or isinstance(source, kind) or is_path(source)
+    check(name, fits, f"a path, a Hub id or a {kind.__name__}", source)
+
+
+def is_path(value: object) -> bool:
+    """Whether a value names a file, a folder or something on the Hub."""
+    return isinstance(value, str | os.PathLike) and bool(str(value))
+
+
+def check(name: str, fits: bool, expected: str, got: object) -> None:
+    """Raise ``ValueError`` that names the argument, unless it ``fits``."""
+    if not fits:
+        raise ValueError(f"`{name}`: expected {expected}, but got {got!r}.")
