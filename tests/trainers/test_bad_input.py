@@ -231,7 +231,9 @@ def test_a_resume_that_cannot_find_the_raw_factors(pair, subspace, tmp_path):
 
     model = with_lora(aligned_model(pair))
     text = refused([CSULoRACallback(subspace=subspace)], tmp_path / "output", model, resume=str(moved), step=4)
-    assert_says(text, "`resume_from`", "at step 4", "raw factors were not found", "resume_from=...")
+    assert_says(
+        text, "`resume_from`", "at step 4", "expected the raw factors of the corrected checkpoint", "resume_from=..."
+    )
     wrong = CSULoRACallback(subspace=subspace, resume_from=tmp_path / "straight" / "checkpoint-8")
     text = refused([wrong], tmp_path / "output", with_lora(aligned_model(pair)), resume=str(moved), step=4)
     assert_says(text, "`resume_from`", "checkpoint-8")
