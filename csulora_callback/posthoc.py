@@ -114,7 +114,8 @@ def correct_adapter(
     saved = SavedAdapter.read(source.folder)
     if not all_finite(saved.factors):
         raise ValueError(
-            f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an earlier checkpoint."
+            f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an "
+            "earlier checkpoint."
         )
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
