@@ -20,6 +20,7 @@ from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import running_model
+from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers import lightning_checkpoint as files
 from csulora_callback.trainers.engines import is_strategy
 from csulora_callback.trainers.patches import Patches, is_running, surrounded
@@ -170,7 +171,7 @@ class LightningRun:
         with self.corrector.corrected() if live else nullcontext():
             original(checkpoint, filepath, storage_options)
         if exports and self._writes_beside(filepath):
-            files.export(files.adapter_beside(filepath), state, self.corrector, adapter)
+            files.export(adapter_beside(filepath), state, self.corrector, adapter)
 
     def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
         """Goes from the weights that are trained to others and back, relative to what they are."""
