@@ -1,14 +1,15 @@
 r"""Where an update lies and which way it points, measured without correcting it.
 
-With the small products ``K_A = A Aᵀ``, ``K_B = Bᵀ B`` and those of the parts inside the subspace, ``p_A`` of ``A V`` and
-``p_B`` of ``Uᵀ B``, all of them ``r × r``, the energies of the blocks of ``Δ = s·B·A`` are
+With the small products ``K_A = A Aᵀ``, ``K_B = Bᵀ B`` and those of the parts inside the subspace, ``p_A`` of ``A V``
+and ``p_B`` of ``Uᵀ B``, all of them ``r × r``, the energies of the blocks of ``Δ = s·B·A`` are
 
     ``e_aligned = s² ⟨p_B, p_A⟩``,        ``e_output = s² ⟨p_B, K_A − p_A⟩``,
     ``e_input = s² ⟨K_B − p_B, p_A⟩``,    ``e_off = s² ⟨K_B − p_B, K_A − p_A⟩``,
 
-which takes no QR and no SVD. A share of the energy says little alone, as a random update has some of it in every block:
-:func:`chance_shares`. The alignment displaced the weight by ``D``; an update undoes the share ``−⟨Δ, D⟩ / ‖D‖²`` of it,
-which is 1 for ``Δ = −D``, 0 for a random one, and negative where the update goes on in the direction of the alignment.
+which takes no QR and no SVD. A share of the energy says little alone, as a random update has some of it in every
+block: :func:`chance_shares`. The alignment displaced the weight by ``D``; an update undoes the share
+``−⟨Δ, D⟩ / ‖D‖²`` of it, which is 1 for ``Δ = −D``, 0 for a random one, and negative where the update goes on in the
+direction of the alignment.
 """
 
 from __future__ import annotations

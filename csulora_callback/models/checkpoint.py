@@ -205,7 +205,8 @@ def open_checkpoint(
         return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
-    return Checkpoint(str(source), *read_folder(folder, str(source)), folder).require(required)
+    name = str(source) if revision is None else f"{source}@{revision}"
+    return Checkpoint(name, *read_folder(folder, name), folder).require(required)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
