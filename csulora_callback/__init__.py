@@ -12,6 +12,7 @@ from csulora_callback.judging.safety_metrics import AttackSuccessRate, Coherence
 from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.penalty import Penalty
+from csulora_callback.posthoc import CorrectedFolder, correct_adapter, restore_adapter
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
@@ -20,6 +21,7 @@ __all__ = [
     "CSULoRACallback",
     "Coherence",
     "CoherenceJudge",
+    "CorrectedFolder",
     "Correction",
     "OverRefusalRate",
     "Penalty",
@@ -30,5 +32,7 @@ __all__ = [
     "SafetyDrift",
     "SafetySubspace",
     "correct",
+    "correct_adapter",
+    "restore_adapter",
     "wilson_interval",
 ]

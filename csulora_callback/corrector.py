@@ -6,24 +6,21 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import RLock
 
-import torch
 from torch import Tensor, nn
 
-from csulora_callback.corrected import CorrectedAdapter, record_of
-from csulora_callback.method.correction import Correction, correct
-from csulora_callback.method.drift import SafetyDrift
+from csulora_callback.corrected import CorrectedAdapter
+from csulora_callback.correcting import Correcting
 from csulora_callback.method.gauge import CorrectionOverflowError
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.method.token_space import InputGain, input_gains
+from csulora_callback.method.token_space import InputGain
 from csulora_callback.models import sharding
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.factors import Factors, all_finite, digest, equal, equal_each, is_cast
 from csulora_callback.models.processes import Processes
-from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.subspace import SafetySubspace
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +81,7 @@ class SafetyCorrector:
         self.penalty = penalty
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
-        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in self.adapter.layers.items()}
+        self._correcting = Correcting(self.adapter.name, self.adapter.layers, subspace, penalty)
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: _Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._inside: list[CorrectedAdapter] = []  # those that stand in the model now
@@ -131,16 +128,9 @@ class SafetyCorrector:
         if not all_finite(raw) or not (self._activations is None or self._activations.finite):
             return self._left_raw(raw, "the factors, or activations with them, hold NaN or Inf")
         try:
-            corrections = {name: self._correct(name, *raw[name]) for name in raw}
+            self._last = self._correcting.correct(raw, self._gains(raw), self._texts)
         except CorrectionOverflowError as error:
             return self._left_raw(raw, str(error))
-        drift = SafetyDrift()
-        for correction in corrections.values():
-            drift.update(correction)
-        metrics = drift.compute()
-        corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
-        record = self._recorder(raw, corrected, corrections, metrics)
-        self._last = CorrectedAdapter(raw, corrected, metrics, record, self._texts)
         return self._last
 
     def taken(
@@ -244,23 +234,6 @@ class SafetyCorrector:
         """Whether ``flag`` holds on every process, where they share the factors."""
         return all(Processes.all().gather(flag)) if self.adapter.is_sharded else flag
 
-    def _recorder(
-        self,
-        raw: Factors,
-        corrected: Factors,
-        corrections: dict[str, Correction],
-        metrics: dict[str, float],
-        status: str = "corrected",
-    ) -> Callable[[], dict]:
-        scalings = {name: layer.scaling for name, layer in self.adapter.layers.items()}
-        about = {
-            "status": status,
-            "adapter": self.adapter.name,
-            "penalty": self.penalty.to_json(),
-            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
-        }
-        return partial(record_of, raw, corrected, corrections, metrics, scalings, about)
-
     def _left_raw(self, raw: Factors, reason: str) -> CorrectedAdapter:
         """What is saved where nothing can be corrected: training is not stopped for it, and the record says so."""
         if not self._warned:
@@ -268,25 +241,13 @@ class SafetyCorrector:
             logger.warning(
                 "What is saved now is the raw adapter, not a corrected one, and its record says so: %s.", reason
             )
-        record = self._recorder(raw, raw, {}, {}, status=f"not corrected: {reason}")
-        return CorrectedAdapter(raw, raw, {}, record, self._texts)
+        return self._correcting.left_raw(raw, reason, self._texts)
 
-    def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor) -> Correction:
-        U, V = (side.to(lora_A.device) for side in self._bases[name])
-        scaling, gain = self.adapter.layers[name].scaling, self._input_gain(name, lora_A.device)
-        try:
-            return correct(lora_A, lora_B, U, V, self.penalty, scaling, input_gain=gain)
-        except CorrectionOverflowError as error:
-            raise CorrectionOverflowError(f"module '{name}': {error}") from error
-
-    def _input_gain(self, name: str, device: torch.device) -> InputGain | None:
-        if self.penalty.on_probes is None:
-            return None
+    def _gains(self, raw: Factors) -> dict[str, InputGain] | None:
         if self._input_gains is None:
-            seen, strength = self.activations, self.penalty.on_probes
-            self._input_gains = input_gains(seen.task, seen.probes, strength, device=device)
-        unread = torch.empty(0, self.adapter.layers[name].shape[2])  # nothing to attenuate by
-        return self._input_gains.get(name, InputGain(unread, unread))
+            device = next(iter(raw.values()))[0].device
+            self._input_gains = self._correcting.gains(self._activations, device)
+        return self._input_gains
 
 
 def _same(left: list[Tensor], right: list[Tensor]) -> bool:

@@ -48,11 +48,17 @@ class Sidecar:
     texts: Texts | None = None
     corrected: Factors | None = None
 
-    def save(self, folder: str | os.PathLike, config: PeftConfig) -> None:
+    def save(self, folder: str | os.PathLike, config: PeftConfig, source: Path | None = None) -> None:
         """Write ``folder/csulora/`` beside the adapter that was just saved into ``folder``.
 
         Where that is not the one that the record describes, because someone else has written there meanwhile, nothing
         is written but a warning.
+
+        Args:
+            folder: what the adapter was saved into.
+            config: the adapter's, for where no config lies beside.
+            source: the folder that the raw adapter's config and whatever else it holds are copied from, where they
+                are not those of the adapter beside it: one that was expanded has other ranks.
         """
         folder = Path(folder)
         beside = adapter_folder(folder, self.record["adapter"])
@@ -65,10 +71,10 @@ class Sidecar:
                 FOLDER,
             )
             return
-        put_folder(folder / FOLDER, lambda target: self._write(beside, target, config))
+        put_folder(folder / FOLDER, lambda target: self._write(source or beside, target, config))
 
-    def _write(self, beside: Path, target: Path, config: PeftConfig) -> None:
-        write_with_factors(beside, self.raw, target / RAW, config)
+    def _write(self, source: Path, target: Path, config: PeftConfig) -> None:
+        write_with_factors(source, self.raw, target / RAW, config)
         if self.texts is not None:
             (target / TEXTS).write_text(json.dumps(asdict(self.texts)), encoding="utf-8")
         (target / RECORD).write_text(seal(self.record, _files_in(target)), encoding="utf-8")

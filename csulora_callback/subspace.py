@@ -22,6 +22,7 @@ from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.checkpoint import Source
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.saved_adapter import SavedLayer
 from csulora_callback.subspace_cache import CachedSubspace
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ class SafetySubspace(Mapping[str, Basis]):
         return cls(*subspace_file.read(Path(path)))
 
 
-def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | SavedLayer) -> tuple[Tensor, Tensor]:
     """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
 
     Raises:

@@ -18,7 +18,8 @@ LIBRARY = ({"method"}, {"models", "judging"}, {STATE}, {"reporting"}, {"trainers
 RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibration", "benchmarks"}, {"run"})
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
-    **dict.fromkeys(("corrected", "corrected_config", "corrector", "record", "sidecar"), STATE),
+    **dict.fromkeys(("adapter_source", "corrected", "corrected_config", "correcting", "corrector"), STATE),
+    **dict.fromkeys(("posthoc", "record", "sidecar"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "callback"), FRONT_DOORS),
 }
@@ -27,6 +28,7 @@ PUBLIC = {
     "CSULoRACallback",
     "Coherence",
     "CoherenceJudge",
+    "CorrectedFolder",
     "Correction",
     "OverRefusalRate",
     "Penalty",
@@ -37,6 +39,8 @@ PUBLIC = {
     "SafetyDrift",
     "SafetySubspace",
     "correct",
+    "correct_adapter",
+    "restore_adapter",
     "wilson_interval",
 }
 

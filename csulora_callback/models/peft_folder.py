@@ -32,6 +32,17 @@ def adapter_folder(folder: str | os.PathLike, name: str) -> Path:
     return inside if any((inside / file).is_file() for file in (WEIGHTS, WEIGHTS_NAME)) else folder
 
 
+def adapter_beside(checkpoint: str | os.PathLike) -> Path:
+    """``NAME.adapter`` of the checkpoint ``NAME.ckpt``, or of ``NAME`` where it has another ending or none.
+
+    Example:
+        >>> adapter_beside("out/best.ckpt").name, adapter_beside("out/run-0.1").name
+        ('best.adapter', 'run-0.1.adapter')
+    """
+    path = Path(checkpoint)
+    return path.with_name(f"{path.name.removesuffix('.ckpt')}.adapter")
+
+
 def read_adapter(folder: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict in an adapter's folder, on the CPU; nothing where the folder holds no adapter.
 

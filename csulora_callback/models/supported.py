@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer
@@ -10,7 +11,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from csulora_callback.models.names import module_name
 
@@ -29,12 +30,34 @@ _MODULES_TO_SAVE = (
 )
 
 
-def check_tuner(config: PeftConfig) -> None:
+# Options of a LoraConfig whose update is not s·B·A of the modules that it names, and what to do about each.
+_OPTIONS = {
+    "use_dora": "Train with use_dora=False.",
+    "lora_bias": "Train with lora_bias=False.",
+    "modules_to_save": _MODULES_TO_SAVE,
+    "trainable_token_indices": _TRAINABLE_TOKENS,
+    "target_parameters": "Leave that option out, and name modules in target_modules.",
+    **dict.fromkeys(
+        (
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "monteclora_config",
+            "use_bdlora",
+            "use_qalora",
+            "velora_config",
+        ),
+        "Leave that option out.",
+    ),
+}
+
+
+def check_tuner(config: PeftConfig, argument: str = "model") -> None:
     """Raise ``ValueError`` unless a config of PEFT is one of LoRA."""
     if config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"`model`: expected an adapter of LoraConfig, but got one of {type(config).__name__}, whose update is not "
-            "s·B·A and would reach the checkpoint uncorrected. Train with peft.LoraConfig instead."
+            f"`{argument}`: expected an adapter of LoraConfig, but got one of {type(config).__name__}, whose update is "
+            "not s·B·A and would reach the checkpoint uncorrected. Train with peft.LoraConfig instead."
         )
 
 
@@ -48,20 +71,20 @@ def check_kind(name: str, module: BaseTunerLayer) -> None:
         raise _unsupported(name, kind, "Train with peft.LoraConfig instead.")
 
 
-def check_config(config: PeftConfig) -> None:
+def check_config(config: PeftConfig, argument: str = "model") -> None:
     """Raise ``ValueError`` unless the factors are the aligned model's update, and every module has its own name."""
-    check_tuner(config)
+    check_tuner(config, argument)
     start = config.init_lora_weights
     if (start.lower() if isinstance(start, str) else bool(start)) not in _PLAIN_INITIALIZATIONS:
         raise ValueError(
-            f"`model`: LoRA with init_lora_weights={start!r} is not supported: a part of the base "
+            f"`{argument}`: LoRA with init_lora_weights={start!r} is not supported: a part of the base "
             "weight lives in the factors, so they are not the update of the aligned model. "
             f"Use one of {_PLAIN_INITIALIZATIONS}."
         )
     if config.layer_replication:
         raise ValueError(
-            "`model`: LoRA with layer_replication is not supported: the names of replicated layers no longer say "
-            "which layer of the checkpoint they came from. Leave that option out."
+            f"`{argument}`: LoRA with layer_replication is not supported: the names of replicated layers no longer "
+            "say which layer of the checkpoint they came from. Leave that option out."
         )
 
 
@@ -109,6 +132,81 @@ def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
         else:
             kind, remedy = "a parameter trained outside the LoRA factors", "Freeze it: requires_grad_(False)."
         raise _unsupported(name, kind, remedy)
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` unless a saved config of LoRA, whichever PEFT wrote it, asks for nothing beside ``s·B·A``.
+
+    Example:
+        >>> check_options({"r": 8, "use_dora": False, "bias": "none"})
+        >>> check_options({"use_dora": True})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `adapter`: LoRA with use_dora=True is not supported by CSULoRA: its update would pass ...
+    """
+    for option, remedy in _OPTIONS.items():
+        if options.get(option):
+            raise _not_from_file(option, options[option], remedy)
+    if options.get("bias", "none") != "none":
+        raise _not_from_file("bias", options["bias"], "Train with bias='none'.")
+
+
+def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: str) -> list[str]:
+    """Keys of what a saved adapter holds beside its factors: resized embeddings, and nothing else.
+
+    Args:
+        state: PEFT's state dict.
+        factors: the keys of factors in it.
+        source: the file, for messages.
+
+    Raises:
+        ValueError: if a factor is no matrix, or there is something beside them that would pass uncorrected.
+
+    Example:
+        >>> import torch
+        >>> state = {"lm_head.weight": torch.ones(9, 4), "q.lora_A.weight": torch.ones(1, 4)}
+        >>> check_tensors(state, ["q.lora_A.weight"], "adapter_model.safetensors")
+        ['lm_head.weight']
+    """
+    factors = set(factors)
+    for key in factors:
+        if state[key].ndim != 2:
+            raise _unsupported(key.partition(".lora_")[0], "LoRA on a convolution", "Leave it out of target_modules.")
+    others = [key for key in state if key not in factors]
+    for key in others:
+        for part, (kind, remedy) in _TENSORS.items():
+            if part in key:
+                raise _unsupported(key.partition(part)[0], kind, remedy)
+    # PEFT takes the input and output embeddings of a model along where they were resized.
+    tables = {key.removesuffix(".weight"): state[key] for key in others if key.endswith(".weight")}
+    rows = {name: len(table) for name, table in tables.items() if table.ndim == 2}
+    biases = {key for key in others if rows.get(key.removesuffix(".bias")) == state[key].numel()}
+    unknown = sorted(set(others) - {f"{name}.weight" for name in rows} - biases)
+    if not unknown and (len(rows) > 2 or len({tables[name].shape for name in rows}) > 1):
+        unknown = sorted(f"{name}.weight" for name in rows)
+    if unknown:
+        raise ValueError(
+            f"{source}: expected LoRA factors, and at most the model's embeddings beside them, but got {unknown[0]!r} "
+            f"{tuple(state[unknown[0]].shape)}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}. What is "
+            "neither would pass uncorrected: take it out, or train without it."
+        )
+    return others
+
+
+_TENSORS = {
+    ".lora_magnitude_vector": ("DoRA (use_dora=True)", "Train with use_dora=False."),
+    ".lora_embedding_": ("LoRA on an embedding", "Leave it out of target_modules."),
+    ".lora_B.bias": ("lora_bias=True", "Train with lora_bias=False."),
+    ".token_adapter": ("the option trainable_token_indices", _TRAINABLE_TOKENS),
+    ".modules_to_save": ("modules_to_save", _MODULES_TO_SAVE),
+    ".lora_": ("a variant of LoRA", "Train with plain peft.LoraConfig instead."),
+}
+
+
+def _not_from_file(option: str, value: object, remedy: str) -> ValueError:
+    return ValueError(
+        f"`adapter`: LoRA with {option}={value!r} is not supported by CSULoRA: its update would pass uncorrected. "
+        f"{remedy}"
+    )
 
 
 def _unsupported(name: str, kind: str, remedy: str) -> ValueError:

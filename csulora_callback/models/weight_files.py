@@ -156,14 +156,29 @@ def fetch_folder(source: str | os.PathLike, revision: str | None) -> Path:
     """
 
     def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["config.json", *patterns]))
+        return _fetch(source, revision, "checkpoint", ["config.json", *patterns])
 
+    folder = fetch("model*.safetensors", "model.safetensors.index.json")
+    return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
+
+
+def fetch_adapter(source: str | os.PathLike, revision: str | None) -> Path:
+    """The folder that the adapter of a Hub id was downloaded to, with what may lie in ``csulora/`` beside it.
+
+    Raises:
+        FileNotFoundError: if it is no Hub id, or the Hub does not give it.
+    """
+    return _fetch(
+        source, revision, "PEFT adapter", ["adapter_config.json", "adapter_model.*", "README.md", "csulora/*"]
+    )
+
+
+def _fetch(source: str | os.PathLike, revision: str | None, what: str, patterns: list[str]) -> Path:
     try:
-        folder = fetch("model*.safetensors", "model.safetensors.index.json")
-        return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise FileNotFoundError(
-            f"{source}: expected a folder with a checkpoint or a Hub id, but it is neither."
+            f"{source}: expected a folder with a {what} or a Hub id, but it is neither."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(

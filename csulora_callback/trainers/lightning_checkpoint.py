@@ -22,6 +22,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models import sharding
 from csulora_callback.models.activations import running_model
 from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, to_peft_state_dict
+from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.models.whole_files import discard_folder, put_folder
 
 if TYPE_CHECKING:
@@ -93,17 +94,6 @@ def put_raw_back(checkpoint: dict[str, Any]) -> bool:
     for peft, key in saved["keys"].items():
         state[key] = saved["raw"][peft].to(state[key].device, state[key].dtype)
     return True
-
-
-def adapter_beside(checkpoint: str | os.PathLike) -> Path:
-    """``NAME.adapter`` of the checkpoint ``NAME.ckpt``, or of ``NAME`` where it has another ending or none.
-
-    Example:
-        >>> adapter_beside("out/best.ckpt").name, adapter_beside("out/run-0.1").name
-        ('best.adapter', 'run-0.1.adapter')
-    """
-    path = Path(checkpoint)
-    return path.with_name(f"{path.name.removesuffix('.ckpt')}.adapter")
 
 
 def remove_adapter(checkpoint: str | os.PathLike) -> None:

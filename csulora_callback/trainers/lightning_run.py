@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers import lightning_checkpoint as files
 from csulora_callback.trainers.engines import is_strategy
 from csulora_callback.trainers.patches import Patches, surrounded
@@ -123,7 +124,7 @@ class LightningRun:
         with self.corrector.corrected() if live else nullcontext():
             original(checkpoint, filepath, storage_options)
         if exports and self._writes_beside(filepath):
-            files.export(files.adapter_beside(filepath), state, self.corrector, adapter)
+            files.export(adapter_beside(filepath), state, self.corrector, adapter)
 
     def _correction(self, factors: dict) -> CorrectedAdapter | None:
         """While a fit lasts everything is corrected; after it what is known to be corrected, and nothing else."""

@@ -1,0 +1,108 @@
+"""Where an adapter lies, and where its raw factors do: in a folder, beside a Lightning checkpoint, or on the Hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME
+
+from csulora_callback.models.peft_folder import adapter_beside, adapter_folder
+from csulora_callback.models.weight_files import fetch_adapter
+from csulora_callback.sidecar import FOLDER, RAW, RECORD, Sidecar, read_record
+
+
+def find_adapter_folder(adapter: str | os.PathLike, argument: str = "adapter") -> Path:
+    """The local folder that is meant: itself, ``NAME.adapter`` of ``NAME.ckpt``, or what the Hub gives of an id.
+
+    Args:
+        adapter: a folder, a Lightning checkpoint, or a Hub id, of a revision where it ends in ``@revision``.
+        argument: its name in messages.
+
+    Raises:
+        FileNotFoundError: if it is nothing of the kind.
+        ValueError: if it is no path at all.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> find_adapter_folder(folder) == Path(folder)
+        True
+    """
+    if not isinstance(adapter, str | os.PathLike) or not str(adapter):
+        raise ValueError(f"`{argument}`: expected a folder, a Lightning checkpoint or a Hub id, but got {adapter!r}.")
+    path = Path(adapter)
+    beside = adapter_beside(path)
+    if path.suffix == ".ckpt" and os.path.exists(path):
+        if not beside.is_dir():
+            raise FileNotFoundError(
+                f"`{argument}`: expected the adapter {beside.name} beside {path}, but there is none. Lightning's "
+                "callback writes it unless export_adapter=False."
+            )
+        return beside
+    if os.path.isdir(path):  # unlike Path's, also False for names that no system takes
+        return path
+    source, _, revision = str(adapter).partition("@")
+    try:
+        return fetch_adapter(source, revision or None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`{argument}`: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class RawAdapter:
+    """An adapter before any correction.
+
+    Attributes:
+        folder: what holds its weights and config.
+        beside: where the adapter itself lies, which is another folder if it was corrected. Beside shards there is
+            nothing in it.
+        sidecar: of the correction that it came out of; ``None`` if it is raw itself.
+    """
+
+    folder: Path
+    beside: Path
+    sidecar: Sidecar | None
+
+    @classmethod
+    def find(cls, root: Path, argument: str = "adapter") -> RawAdapter:
+        """In what was saved into ``root``, or, if the adapter has a name of its own, above it.
+
+        Raises:
+            FileNotFoundError: if there is no adapter; ``argument`` is the name of ``root`` in messages.
+            ValueError: if there is more than one, or a ``csulora/`` that is damaged or another adapter's.
+        """
+        try:
+            place = _sidecar_place(root)
+            sidecar = None if place is None else Sidecar.load(place)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(
+                f"`{argument}`: expected the raw factors of {root} in its {FOLDER}/, as nothing is corrected twice, "
+                f"but they cannot be had. {error} Where the adapter is raw for certain, delete the {FOLDER}/."
+            ) from error
+        if sidecar is None:
+            folder = _only_adapter(root, argument)
+            return cls(folder, folder, None)
+        return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar)
+
+
+def _sidecar_place(root: Path) -> Path | None:
+    if (root / FOLDER).is_dir():
+        return root
+    above = root.absolute().parent
+    if (above / FOLDER / RECORD).is_file():
+        name = read_record(above)["adapter"]
+        if adapter_folder(above, name) == above / root.absolute().name:
+            return above
+    return None
+
+
+def _only_adapter(root: Path, argument: str) -> Path:
+    if (root / CONFIG_NAME).is_file():
+        return root
+    inside = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
+    if len(inside) == 1:
+        return inside[0]
+    found = f"adapters in {[path.name for path in inside]}. Pass one of these" if inside else "none"
+    raise FileNotFoundError(f"`{argument}`: expected a folder with {CONFIG_NAME}, but {root} has {found}.")

@@ -1,0 +1,122 @@
+"""The one way from an adapter's factors to corrected ones: a live model's, a dictionary's, or a folder's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from csulora_callback.corrected import CorrectedAdapter, record_of
+from csulora_callback.method.correction import Correction, correct
+from csulora_callback.method.drift import SafetyDrift
+from csulora_callback.method.gauge import CorrectionOverflowError
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.method.token_space import InputGain, input_gains
+from csulora_callback.models.activations import Activations, Texts
+from csulora_callback.models.adapters import AdaptedLayer
+from csulora_callback.models.factors import Factors
+from csulora_callback.models.saved_adapter import SavedLayer
+from csulora_callback.subspace import SafetySubspace, oriented_basis
+
+Rank = Literal["truncate", "expand"]
+
+
+class Correcting:
+    """What a correction is made with, whatever the factors are.
+
+    Args:
+        adapter: its name, for the record.
+        layers: what the adapter is attached to, by module name; their scalings are read at every correction.
+        subspace: must hold a basis, of the right shape, for every layer.
+        penalty: the table of multipliers.
+        rank: see :func:`~csulora_callback.correct`.
+
+    Raises:
+        ValueError: if a layer has no basis in ``subspace`` or one of another shape; the module is named.
+
+    Example:
+        >>> import torch
+        >>> from csulora_callback import Penalty, SafetySubspace
+        >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+        >>> layers = {"0": SavedLayer(shape=(6, 1, 8), scaling=2.0, stored_transposed=False)}
+        >>> correcting = Correcting("default", layers, subspace, Penalty.projection())
+        >>> done = correcting.correct({"0": (torch.ones(1, 8), torch.ones(6, 1))})
+        >>> 0 < done.metrics["csulora/attenuation"] < 1
+        True
+    """
+
+    def __init__(
+        self,
+        adapter: str,
+        layers: Mapping[str, AdaptedLayer | SavedLayer],
+        subspace: SafetySubspace,
+        penalty: Penalty,
+        rank: Rank = "truncate",
+    ) -> None:
+        self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
+        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
+
+    def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
+        """What a data-aware penalty makes of the activations; ``None`` for every other penalty."""
+        if self.penalty.on_probes is None:
+            return None
+        return input_gains(activations.task, activations.probes, self.penalty.on_probes, device=device)
+
+    def correct(
+        self, raw: Factors, gains: Mapping[str, InputGain] | None = None, texts: Texts | None = None
+    ) -> CorrectedAdapter:
+        """The correction of ``raw``, on the factors' device and in their dtype.
+
+        Args:
+            raw: finite factors of these layers.
+            gains: of :meth:`gains`; where a data-aware penalty has none of a module, nothing of it is attenuated.
+            texts: what the activations are of, to be kept with the result.
+
+        Raises:
+            CorrectionOverflowError: if the corrected factors would overflow their dtype; the module is named.
+        """
+        corrections = {name: self._correct(name, *raw[name], gains) for name in raw}
+        drift = SafetyDrift()
+        for correction in corrections.values():
+            drift.update(correction)
+        metrics = drift.compute()
+        corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
+        record = self._recorder(raw, corrected, corrections, metrics, "corrected")
+        return CorrectedAdapter(raw, corrected, metrics, record, texts)
+
+    def left_raw(self, raw: Factors, reason: str, texts: Texts | None = None) -> CorrectedAdapter:
+        """What stands for a correction that could not be made: the raw factors, and a record that says so."""
+        record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}")
+        return CorrectedAdapter(raw, raw, {}, record, texts)
+
+    def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor, gains: Mapping[str, InputGain] | None) -> Correction:
+        U, V = (side.to(lora_A.device) for side in self._bases[name])
+        gain = None
+        if gains is not None:
+            unread = torch.empty(0, lora_A.shape[1])  # nothing to attenuate by
+            gain = gains.get(name, InputGain(unread, unread))
+        try:
+            return correct(lora_A, lora_B, U, V, self.penalty, self.layers[name].scaling, self.rank, gain)
+        except CorrectionOverflowError as error:
+            raise CorrectionOverflowError(f"module '{name}': {error}") from error
+
+    def _recorder(
+        self,
+        raw: Factors,
+        corrected: Factors,
+        corrections: dict[str, Correction],
+        metrics: dict[str, float],
+        status: str,
+    ) -> Callable[[], dict]:
+        scalings = {name: layer.scaling for name, layer in self.layers.items()}
+        about = {
+            "status": status,
+            "adapter": self.adapter,
+            "penalty": self.penalty.to_json(),
+            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
+        }
+        return partial(record_of, raw, corrected, corrections, metrics, scalings, about)

@@ -1,0 +1,206 @@
+"""An adapter as PEFT saved it, understood without its model: factors, scalings, and what else lies in the folder.
+
+What cannot be corrected is refused here as it is in a live model (:mod:`csulora_callback.models.adapters`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from csulora_callback.models.factors import Factors, factor_keys, from_peft_state_dict
+from csulora_callback.models.foreign import first_line
+from csulora_callback.models.peft_folder import read_adapter
+from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One LoRA layer as far as a correction has to know it, see :class:`~.adapters.AdaptedLayer`."""
+
+    shape: tuple[int, int, int]  # (d_out, r, d_in)
+    scaling: float
+    stored_transposed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class SavedAdapter:
+    """The raw material of a correction out of an adapter's folder.
+
+    Attributes:
+        folder: where it lies.
+        options: ``adapter_config.json``, with whatever the PEFT that wrote it knows.
+        config: the same as the PEFT that is installed reads it.
+        factors: on the CPU, as stored.
+        scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
+    """
+
+    folder: Path
+    options: dict
+    config: LoraConfig
+    factors: Factors
+    scalings: dict[str, float]
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """Read a folder with ``adapter_config.json`` and the weights.
+
+        Raises:
+            FileNotFoundError: if one of them is not there.
+            ValueError: if one is corrupt, they do not fit together, or the adapter is of a kind that cannot be
+                corrected from its files.
+
+        Example:
+            >>> import tempfile
+            >>> from peft import get_peft_model
+            >>> from torch import nn
+            >>> lora = LoraConfig(r=2, lora_alpha=8, target_modules=["0"])
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> get_peft_model(nn.Sequential(nn.Linear(4, 3)), lora).save_pretrained(folder)
+            >>> SavedAdapter.read(folder).scalings
+            {'0': 4.0}
+        """
+        options, config = _read_config(folder)
+        check_tuner(config, "adapter")
+        check_options(options)
+        check_config(config, "adapter")
+        state = read_adapter(folder)
+        keys = factor_keys(state)
+        if not keys:
+            raise FileNotFoundError(f"{folder}: expected the weights of a LoRA adapter, but found none.")
+        beside = check_tensors(state, keys.values(), str(folder))
+        if beside:
+            logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
+        factors = from_peft_state_dict(state, list(dict.fromkeys(name for name, _ in keys)), str(folder))
+        scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
+        return cls(folder, options, config, factors, scalings)
+
+    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
+        """Its layers, with the orientation that each weight is stored in."""
+        return {
+            name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[name])
+            for name, (A, B) in self.factors.items()
+        }
+
+    def stored_transposed(self, stored: Mapping[str, tuple[int, int]]) -> dict[str, bool]:
+        """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does.
+
+        The shape in which it is stored tells, unless the matrix is square. Of these the config's ``fan_in_fan_out``
+        tells: PEFT writes there what it found, but of the module that it came to last. So it is not believed where
+        another module of the adapter shows the opposite.
+
+        Args:
+            stored: shapes of the weights as stored, by module; missing ones are missed elsewhere.
+
+        Raises:
+            ValueError: if that of a square module cannot be told.
+        """
+        said, shown, square = bool(self.config.fan_in_fan_out), {}, []
+        for name, (A, B) in self.factors.items():
+            d_out, d_in = len(B), A.shape[1]
+            if d_out == d_in:
+                square.append(name)
+            else:
+                shown[name] = stored.get(name) == (d_in, d_out)
+        against = [name for name in shown if name in stored and shown[name] != said]
+        if square and against:
+            raise ValueError(
+                f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
+                f"transformers' Conv1D does, cannot be told from files: {CONFIG_NAME} says fan_in_fan_out={said}, and "
+                f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
+                "SafetyCorrector(model, subspace, penalty).apply()."
+            )
+        return {**shown, **dict.fromkeys(square, said)}
+
+
+def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
+    """Rank and scaling that PEFT gives a module.
+
+    Raises:
+        ValueError: if the config gives it none, or one that is not finite.
+
+    Example:
+        >>> config = LoraConfig(r=4, lora_alpha=8, rank_pattern={"v_proj": 16}, use_rslora=True)
+        >>> scaling_of(config, "model.layers.0.v_proj"), scaling_of(config, "model.layers.0.q_proj")
+        ((16, 2.0), (4, 4.0))
+    """
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(ranks, name), config.r)
+    alpha = alphas.get(get_pattern_key(alphas, name), config.lora_alpha)
+    try:
+        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        finite = math.isfinite(scaling)
+    except (TypeError, ValueError, ArithmeticError):
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"`adapter`: expected a rank ≥ 1 and a finite lora_alpha for module '{name}', but {CONFIG_NAME} says "
+            f"{r!r} and {alpha!r}. Take the folder from a copy."
+        )
+    return r, scaling
+
+
+def options_for_ranks(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, object]:
+    """The entries of a config that gives each module its rank, and the scaling that it has.
+
+    Example:
+        >>> options = options_for_ranks({"q": 8, "k": 8, "v": 4}, {"q": 2.0, "k": 2.0, "v": 2.0}, use_rslora=False)
+        >>> options["r"], options["lora_alpha"], options["rank_pattern"], options["alpha_pattern"]
+        (8, 16, {'^v': 4}, {'^v': 8})
+    """
+    alphas = {name: _whole(scalings[name] * (math.sqrt(rank) if use_rslora else rank)) for name, rank in ranks.items()}
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {_pattern(name): ranks[name] for name in ranks if ranks[name] != r},
+        "alpha_pattern": {_pattern(name): alphas[name] for name in ranks if alphas[name] != alpha},
+    }
+
+
+def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}.")
+    try:
+        options = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return dict(options), PeftConfig.from_pretrained(folder)
+    except Exception as error:  # PEFT makes an object of whatever stands there, and fails in as many ways
+        raise ValueError(
+            f"{folder / CONFIG_NAME}: expected the config of a PEFT adapter, but it cannot be read "
+            f"({first_line(error)}). Fetch it again."
+        ) from error
+
+
+def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> float:
+    r, scaling = scaling_of(config, name)
+    if not len(lora_A) == lora_B.shape[1] == r:
+        raise ValueError(
+            f"`adapter`: expected factors of rank {r} for module '{name}', as {CONFIG_NAME} says, but got "
+            f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}. Take config and weights from one copy."
+        )
+    return scaling
+
+
+def _most_common(values: Iterable[float]) -> float:
+    values = list(values)
+    return max(dict.fromkeys(values), key=values.count)
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _pattern(name: str) -> str:
+    """A key that PEFT, which takes it for a regular expression, finds for this module alone."""
+    return "^" + name.replace(".", r"\.")

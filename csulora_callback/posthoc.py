@@ -1,0 +1,200 @@
+"""Corrections after training: of an adapter on disk or on the Hub, without its model where weights are enough."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME
+
+from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
+from csulora_callback.corrected import CorrectedAdapter
+from csulora_callback.correcting import Correcting, Rank
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.models.factors import Factors, all_finite
+from csulora_callback.models.peft_folder import write_with_factors
+from csulora_callback.models.probes import Probes
+from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
+from csulora_callback.models.whole_files import put_folder
+from csulora_callback.sidecar import FOLDER
+from csulora_callback.subspace import SafetySubspace
+
+logger = logging.getLogger(__name__)
+
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectedFolder:
+    """What :func:`correct_adapter` wrote.
+
+    Attributes:
+        output: the folder.
+        metrics: the keys of :class:`~csulora_callback.SafetyDrift`, over all modules.
+        record: what ``csulora/correction.json`` in it says, but for the digests of files.
+        from_raw: whether the adapter was corrected before, and its raw factors were what was corrected now.
+    """
+
+    output: Path
+    metrics: dict[str, float]
+    record: dict
+    from_raw: bool
+
+
+def correct_adapter(
+    adapter: str | os.PathLike,
+    subspace: SafetySubspace | str | os.PathLike,
+    output: str | os.PathLike,
+    penalty: Penalty,
+    rank: Rank = "truncate",
+    probes: Probes | None = None,
+    task: str | os.PathLike | Sequence[Sequence[int]] | None = None,
+    aligned_model: str | os.PathLike | None = None,
+) -> CorrectedFolder:
+    """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
+
+    The model under the adapter is not needed where weights alone decide: scalings follow from the adapter's config. An
+    adapter that was corrected before starts from the raw factors in its ``csulora/``, and a log line says so; nothing
+    is ever corrected twice, as long as that folder was kept. With the settings of a run the result is what
+    :class:`~csulora_callback.CSULoRACallback` wrote there, bit for bit on the same device.
+
+    Args:
+        adapter: a folder that PEFT, a ``Trainer`` or the callback wrote; a Lightning checkpoint with its
+            ``NAME.adapter``; or a Hub id, of a revision where it ends in ``@revision``. It is never written to.
+        subspace: of the aligned model that the adapter was trained on, or the path of a saved one.
+        output: a folder that does not exist yet, or is empty. It appears whole or not at all, with ``csulora/`` in
+            it, so that the correction can be undone.
+        penalty: the table of multipliers. A data-aware one has the model read, which is loaded for it.
+        rank: ``"truncate"`` keeps the adapter's rank; ``"expand"`` loses nothing of the closest safe update, and the
+            adapter's rank at most doubles, its scaling stays.
+        probes: prompts that are to be refused, as for the callback; only for a data-aware penalty. By default those
+            that the checkpoint holds.
+        task: what the adapter was trained on, likewise: rows of token ids, or a source of rows with a column ``text``
+            or ``messages``. By default what the checkpoint holds.
+        aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
+            given or loaded, the subspace has to be one of it.
+
+    Raises:
+        FileNotFoundError: if the adapter, the subspace or the model is not there.
+        ValueError: if an argument is out of range; the adapter is of a kind that cannot be corrected, holds NaN or
+            Inf, or stands beside a ``csulora/`` that is damaged or another's; the subspace does not fit; or the
+            output is not free.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from csulora_callback import Penalty, SafetySubspace, correct_adapter
+        >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+        >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+        >>> lora = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> folder = tempfile.mkdtemp()
+        >>> get_peft_model(aligned, lora).save_pretrained(f"{folder}/trained")
+        >>> done = correct_adapter(f"{folder}/trained", subspace, f"{folder}/corrected", Penalty.csulora(10.0))
+        >>> 0 < done.metrics["csulora/attenuation"] < 1, done.from_raw
+        (True, False)
+        >>> again = correct_adapter(f"{folder}/corrected", subspace, f"{folder}/other", Penalty.guard(3.0))
+        >>> again.from_raw
+        True
+    """
+    _check_arguments(penalty, rank, probes, task)
+    root = find_adapter_folder(adapter)
+    output = _free(output, root)
+    source = RawAdapter.find(root)
+    saved = SavedAdapter.read(source.folder)
+    if source.sidecar is not None:
+        logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
+    if not all_finite(saved.factors):
+        raise ValueError(f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf.")
+    if not isinstance(subspace, SafetySubspace):
+        subspace = SafetySubspace.load(subspace)
+    name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
+    done = Correcting(name, _layers(saved, subspace), subspace, penalty, rank).correct(saved.factors)
+    put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, card=source.beside / _CARD))
+    return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
+
+
+def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) -> Path:
+    """Write the raw adapter of a corrected one as a plain PEFT folder: the correction undone.
+
+    Args:
+        checkpoint: what the callback or :func:`correct_adapter` wrote, in any form that the latter takes.
+        output: a folder that does not exist yet, or is empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: if there is no adapter, or none that was corrected.
+        ValueError: if its ``csulora/`` is damaged or another adapter's, or the output is not free.
+
+    Example:
+        >>> import tempfile
+        >>> restore_adapter(tempfile.mkdtemp(), "raw")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        FileNotFoundError: `checkpoint`: expected a folder with adapter_config.json, but ... has none.
+    """
+    root = find_adapter_folder(checkpoint, "checkpoint")
+    output = _free(output, root)
+    source = RawAdapter.find(root, "checkpoint")
+    if source.sidecar is None:
+        raise FileNotFoundError(
+            f"`checkpoint`: expected an adapter that was corrected, but {root} has no {FOLDER}/ with its raw factors. "
+            "It is raw already, or that folder was left behind when it was copied."
+        )
+    put_folder(output, lambda unfinished: shutil.copytree(source.folder, unfinished, dirs_exist_ok=True))
+    return output
+
+
+def _check_arguments(penalty: object, rank: object, probes: object, task: object) -> None:
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+    if rank not in ("truncate", "expand"):
+        raise ValueError(f"`rank`: expected 'truncate' or 'expand', but got {rank!r}.")
+    for name, given in (("probes", probes), ("task", task)):
+        if given is not None and penalty.on_probes is None:
+            raise ValueError(
+                f"`{name}`: expected none, as only Penalty.data_aware measures by them, but got some. "
+                "Pass penalty=Penalty.data_aware(strength) too."
+            )
+
+
+def _free(output: str | os.PathLike, root: Path) -> Path:
+    """The path of a folder to be written that takes nothing's place and changes nothing of the adapter's."""
+    if not isinstance(output, str | os.PathLike) or not str(output):
+        raise ValueError(f"`output`: expected the path of a folder, but got {output!r}.")
+    path, inside = Path(output), Path(output).resolve()
+    if inside == root.resolve() or root.resolve() in inside.parents:
+        raise ValueError(
+            f"`output`: expected a folder outside of the adapter's, {root}, as that is never written to, but got "
+            f"{path}. Name another one."
+        )
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"`output`: expected a folder that does not exist yet, or is empty, but {path} is there.")
+    return path
+
+
+def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:
+    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
+    return saved.layers(saved.stored_transposed(stored))
+
+
+def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:
+    write_with_factors(saved.folder, done.corrected, folder, saved.config)
+    options = {**saved.options, "inference_mode": True}
+    if rank == "expand":
+        options |= _options_for(done.corrected, saved)
+    (folder / CONFIG_NAME).write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
+    if card.is_file():
+        shutil.copyfile(card, folder / _CARD)
+    done.sidecar.save(folder, saved.config, source=saved.folder)
+
+
+def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:
+    ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
+    return options_for_ranks(ranks, saved.scalings, bool(saved.config.use_rslora))
