@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from csulora_callback.method.measure import Drift, along_displacement, along_kept, kept_displacement, measure, total
-from csulora_callback.models.factors import Factors
+from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
@@ -70,19 +70,38 @@ def inspect_adapter(
     """The drift of each of several states of one adapter, such as raw and corrected.
 
     Args:
-        adapter: scaling and shape of every adapted module.
-        states: the factors of these modules, by the state's name.
+        adapter: any of the states, for the scalings that they share.
+        states: the factors of the same modules, by the state's name.
         subspace: must hold a basis for every one of them.
         pair: the checkpoints that the subspace is of. With them ``⟨Δ, D⟩`` is that of the whole displacement, one pair
             of weights in memory at a time; without, it is that of the part that the subspace keeps.
 
     Raises:
-        ValueError: if the subspace lacks a module or holds one of another shape, or a weight cannot be read.
+        ValueError: if factors hold NaN or Inf, the subspace lacks a module or holds one of another shape, or a weight
+            cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+        >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> get_peft_model(aligned, LoraConfig(r=2, target_modules=["0"])).save_pretrained(folder)
+        >>> adapter = SavedAdapter.read(folder)
+        >>> inspect_adapter(adapter, {"raw": adapter.factors}, subspace)["raw"].together.undone  # B begins as 0
+        0.0
     """
-    bases = {name: oriented_basis(subspace, name, layer) for name, layer in adapter.layers.items()}
+    for state, factors in states.items():
+        if not all_finite(factors):
+            raise ValueError(
+                f"`adapter`: expected finite factors, but the {state} ones in {adapter.folder} hold NaN or Inf."
+            )
+    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
-    for name, layer in adapter.layers.items():
-        U, V = bases[name]
+    for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
+        U, V = oriented_basis(subspace, name, layer)
         D = None if pair is None else _displacement(pair, name, layer.stored_transposed)
         for state, factors in states.items():
             A, B = factors[name]

@@ -19,9 +19,9 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "corrected", "corrected_config", "correcting", "corrector"), STATE),
-    **dict.fromkeys(("posthoc", "record", "sidecar"), STATE),
+    **dict.fromkeys(("inspection", "posthoc", "record", "sidecar"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
-    **dict.fromkeys(("__init__", "callback"), FRONT_DOORS),
+    **dict.fromkeys(("__init__", "__main__", "callback", "cli"), FRONT_DOORS),
 }
 PUBLIC = {
     "AttackSuccessRate",

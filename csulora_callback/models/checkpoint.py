@@ -209,6 +209,24 @@ def open_checkpoint(
     return Checkpoint(name, *read_folder(folder, name), folder).require(required)
 
 
+def checkpoint_named(name: str) -> Checkpoint:
+    """Of what stands in a command line: a folder, or a Hub id that may end in ``@revision``.
+
+    Raises:
+        FileNotFoundError: as :func:`open_checkpoint` does.
+        ValueError: likewise.
+
+    Example:
+        >>> checkpoint_named("no/such/model@v1")
+        Traceback (most recent call last):
+        FileNotFoundError: no/such/model: expected a folder with a checkpoint or a Hub id, but it is neither.
+    """
+    source, at, revision = name.rpartition("@")
+    if not at or os.path.isdir(name):
+        return open_checkpoint(name)
+    return open_checkpoint(source, revision=revision)
+
+
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
     readers, shapes, collective = {}, {}, False
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import attrgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +12,8 @@ from rich.table import Table
 from csulora_callback.inspection import Inspection
 from csulora_callback.method.measure import Drift
 from csulora_callback.method.penalty import BLOCKS
-from csulora_callback.reporting.terminal import heat_map, make_table, percent, signed
+from csulora_callback.reporting.terminal import heat_map, make_table, percent, print_section, signed
+from csulora_callback.subspace import SafetySubspace
 
 WORST = 10
 BLOCK_NAMES = {
@@ -19,64 +22,82 @@ BLOCK_NAMES = {
     "input": "partial, input half",
     "off": "off-subspace",
 }
-_COLUMNS = ["‖Δ‖", *(f"{block} (chance)" for block in BLOCKS), "undone"]
 
 
-def print_inspection(console: Console, states: Mapping[str, Inspection]) -> None:
-    """Of all states their sums; of the first one, which is the raw one where there is one, everything."""
+def print_inspection(
+    console: Console,
+    adapter: str,
+    states: Mapping[str, Inspection],
+    record: Mapping | None,
+    subspace: SafetySubspace,
+    kept: bool,
+) -> None:
+    """Of all states their sums; of the first one, which is the raw one where there is one, everything.
+
+    Args:
+        console: where to.
+        adapter: its name.
+        states: inspections by the state's name.
+        record: of its correction, if there was one.
+        subspace: what it was measured by.
+        kept: whether ``⟨Δ, D⟩`` is that of the part of the displacement that the subspace keeps.
+    """
     state, inspection = next(iter(states.items()))
-    of = f" of the {state} update" if len(states) > 1 else ""
+    console.print(_about(adapter, inspection, record, subspace, kept), soft_wrap=True)
+    of = f", {state} update" if len(states) > 1 else ""
     layers, kinds = inspection.by_layer(), inspection.by_kind()
     numbers, short = short_layers(layers), short_kinds(kinds)
-    console.print(together_table(console, states))
+    units = "energy shares in %, in brackets what chance gives"
+    print_section(console, f"All modules ({units})", together_table(console, states))
     if len(kinds) > 1:
         groups = {short[kind]: drift for kind, drift in kinds.items()}
-        console.print(group_table(console, f"By kind of module{of}", "kind", groups))
+        print_section(console, f"By kind of module{of} ({units})", group_table(console, "kind", groups))
     if len(layers) > 1:
         groups = {numbers[layer]: drift for layer, drift in layers.items()}
-        console.print(group_table(console, f"By layer{of}", "layer", groups))
+        print_section(console, f"By layer{of} ({units})", group_table(console, "layer", groups))
     cells = {(numbers[layer], short[kind]): d for (layer, kind), d in inspection.by_layer_and_kind().items()}
     for title, value in (
-        ("Share of the alignment that is undone", lambda drift: drift.undone),
-        ("Share in the fully aligned block, above chance", lambda d: d.shares["aligned"] - d.chance["aligned"]),
+        ("Alignment undone", attrgetter("undone")),
+        ("Energy in the fully aligned block above what chance gives", _above_chance),
     ):
         shown = {cell: value(drift) for cell, drift in cells.items()}
-        console.print(heat_map(console, f"{title}{of}", list(numbers.values()), list(short.values()), shown))
-    console.print(worst_table(console, f"Modules that undo most of the alignment{of}", inspection))
+        table = heat_map(console, list(numbers.values()), list(short.values()), shown)
+        print_section(console, f"{title}, by layer and kind{of} (%)", table)
+    print_section(console, f"Modules that undo most of the alignment{of} ({units})", worst_table(console, inspection))
 
 
 def together_table(console: Console, states: Mapping[str, Inspection]) -> Table:
     """Over all modules, each state in a column."""
     drifts = [inspection.together for inspection in states.values()]
-    many = len(states) > 1
-    columns = [f"{state} {what}".strip() for state in (states if many else [""]) for what in ("update", "chance")]
-    table = make_table(console, "All modules", ["", *columns])
+    table = make_table(console, ["", *(states if len(states) > 1 else ["update"])])
 
-    def add(name: str, values: Iterable[tuple[str, str]]) -> None:
-        table.add_row(name, *(text for pair in values for text in pair))
+    def add(name: str, value: Callable[[Drift], str]) -> None:
+        table.add_row(name, *map(value, drifts))
 
-    add("norm of the update ‖Δ‖", ((f"{drift.total_energy**0.5:.4g}", "") for drift in drifts))
+    add("norm of the update ‖Δ‖", lambda drift: f"{drift.total_energy**0.5:.4g}")
     for block, name in BLOCK_NAMES.items():
-        add(name, ((percent(drift.shares[block]), percent(drift.chance[block])) for drift in drifts))
-    add("alignment undone −⟨Δ, D⟩/‖D‖²", ((signed(drift.undone), percent(0.0)) for drift in drifts))
+        add(name, partial(_share, block))
+    add("alignment undone −⟨Δ, D⟩/‖D‖² (%)", lambda drift: signed(drift.undone))
     return table
 
 
-def group_table(console: Console, title: str, what: str, groups: Mapping[str, Drift]) -> Table:
+def group_table(console: Console, what: str, groups: Mapping[str, Drift]) -> Table:
     """One row for each group of modules, shares with what chance gives behind them."""
-    table = make_table(console, title, [what, *_COLUMNS])
+    table = make_table(console, [what, "‖Δ‖", *BLOCKS, "undone"])
     for name, drift in groups.items():
-        table.add_row(name, *_row(drift))
+        shares = (_share(block, drift) for block in BLOCKS)
+        table.add_row(name, f"{drift.total_energy**0.5:.3g}", *shares, signed(drift.undone))
     return table
 
 
-def worst_table(console: Console, title: str, inspection: Inspection) -> Table:
+def worst_table(console: Console, inspection: Inspection) -> Table:
     """The modules that contribute most to what is undone of the whole alignment."""
     whole = inspection.together.displacement
-    table = make_table(console, title, ["module", *_COLUMNS, "of the whole"])
+    table = make_table(console, ["module", "‖Δ‖", "aligned", "undone", "of the whole"])
     for name in inspection.worst(WORST):
         drift = inspection.modules[name]
-        table.add_row(name, *_row(drift), signed(-drift.along / whole))
+        numbers = (_share("aligned", drift), signed(drift.undone), signed(-drift.along / whole))
+        table.add_row(name, f"{drift.total_energy**0.5:.3g}", *numbers)
     if not table.row_count:
         table.add_row("none: no module's update points against the alignment")
     return table
@@ -119,9 +140,26 @@ def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
     return {kind: end if last.count(end) == 1 else kind for kind, end in zip(kinds, last, strict=True)}
 
 
-def _row(drift: Drift) -> list[str]:
-    shares = [f"{percent(drift.shares[block])} ({percent(drift.chance[block])})" for block in BLOCKS]
-    return [f"{drift.total_energy**0.5:.4g}", *shares, signed(drift.undone)]
+def _about(adapter: str, inspection: Inspection, record: Mapping | None, subspace: SafetySubspace, kept: bool) -> str:
+    lines = [f"{adapter}: {len(inspection.modules)} modules."]
+    if record is not None:
+        how = " ".join(map(str, record["penalty"].values()))
+        lines.append(f"It is {record['status']} ({how}); its raw update lies in csulora/ beside it.")
+    energy = f"{subspace.energy_kept:.1%} of the displacement's energy"
+    lines.append(
+        f"The alignment D is the part that the subspace keeps: {energy}."
+        if kept
+        else f"The alignment D is the whole displacement; the subspace keeps {energy}."
+    )
+    return "\n".join(lines)
+
+
+def _above_chance(drift: Drift) -> float:
+    return drift.shares["aligned"] - drift.chance["aligned"]
+
+
+def _share(block: str, drift: Drift) -> str:
+    return f"{percent(drift.shares[block])} ({percent(drift.chance[block])})"
 
 
 def _json(drift: Drift) -> dict:

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.reporting.inspection import short_kinds
-from csulora_callback.reporting.terminal import facts, make_table, percent
+from csulora_callback.reporting.terminal import facts, make_table, percent, print_section
 from csulora_callback.subspace import SafetySubspace
 
 
@@ -18,14 +18,14 @@ def print_subspace(console: Console, subspace: SafetySubspace) -> None:
     rows |= {
         "modules": str(len(subspace)),
         "rank": f"{ranks[0]}–{ranks[-1]} ({rule})" if ranks[0] != ranks[-1] else f"{ranks[0]} ({rule})",
-        "energy kept": percent(subspace.energy_kept),
+        "energy kept": f"{percent(subspace.energy_kept)} %",
         "fingerprint": subspace.fingerprint,
     }
-    console.print(facts(console, "Safety subspace", rows))
+    print_section(console, "Safety subspace", facts(console, rows))
     kinds: dict[str, list] = {}
     for name, basis in subspace.items():
         kinds.setdefault(layer_and_kind(name)[1], []).append(basis)
-    table = make_table(console, "By kind of module", ["kind", "modules", "shape", "rank", "‖D‖", "energy kept"])
+    table = make_table(console, ["kind", "modules", "shape", "rank", "‖D‖", "energy kept, %"])
     for kind, short in short_kinds(kinds).items():
         bases = kinds[kind]
         shapes = {f"{len(basis.U)} × {len(basis.V)}" for basis in bases}
@@ -34,7 +34,7 @@ def print_subspace(console: Console, subspace: SafetySubspace) -> None:
         kept = SafetySubspace(dict(enumerate(bases)), {}).energy_kept
         rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
         table.add_row(short, str(len(bases)), ", ".join(sorted(shapes)), rank, f"{norm:.4g}", percent(kept))
-    console.print(table)
+    print_section(console, "By kind of module", table)
 
 
 def subspace_json(subspace: SafetySubspace) -> dict:
@@ -57,4 +57,4 @@ def subspace_json(subspace: SafetySubspace) -> dict:
 
 def _rule(subspace: SafetySubspace) -> str:
     rank, energy = subspace.metadata["rank"], subspace.metadata["energy"]
-    return f"asked for: {rank}" if energy is None else f"asked for: {percent(energy)} of the energy"
+    return f"asked for: {rank}" if energy is None else f"asked for: {percent(energy)} % of the energy"
