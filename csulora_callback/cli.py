@@ -161,14 +161,18 @@ def inspect(
         found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
         seen = inspect_adapter(saved, states, found, pair)
     record = None if source.sidecar is None else source.sidecar.record
-    data = {
-        "adapter": adapter,
-        "correction": record and {"status": record["status"], "penalty": record["penalty"]},
-        "subspace": {"fingerprint": found.fingerprint, "energy_kept": found.energy_kept},
-        "displacement": "kept" if pair is None else "whole",
-        "states": {state: inspection_json(inspection) for state, inspection in seen.items()},
-    }
-    show(as_json, lambda: data, lambda console: print_inspection(console, adapter, seen, record, found, pair is None))
+    kept = pair is None
+
+    def data() -> dict:
+        return {
+            "adapter": adapter,
+            "correction": record and {"status": record["status"], "penalty": record["penalty"]},
+            "subspace": {"fingerprint": found.fingerprint, "energy_kept": found.energy_kept},
+            "displacement": "kept" if kept else "whole",
+            "states": {state: inspection_json(inspection) for state, inspection in seen.items()},
+        }
+
+    show(as_json, data, lambda console: print_inspection(console, adapter, seen, record, found, kept))
 
 
 @app.command(

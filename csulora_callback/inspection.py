@@ -38,8 +38,9 @@ class Inspection:
         return total(self.modules.values())
 
     def by_layer(self) -> dict[str, Drift]:
-        """Of each layer; of modules outside all layers under an empty name."""
-        return self._by(lambda name: layer_and_kind(name)[0])
+        """Of each layer, in their order; of modules outside all layers last, under an empty name."""
+        layers = self._by(lambda name: layer_and_kind(name)[0])
+        return {layer: layers[layer] for layer in sorted(layers, key=_place)}
 
     def by_kind(self) -> dict[str, Drift]:
         """Of each kind of module over all layers."""
@@ -59,6 +60,11 @@ class Inspection:
         for name, drift in self.modules.items():
             groups.setdefault(key(name), []).append(drift)
         return {group: total(drifts) for group, drifts in groups.items()}
+
+
+def _place(layer: str) -> tuple[bool, str, int]:
+    stack, _, number = layer.rpartition(".")
+    return not layer, stack, int(number or 0)
 
 
 def inspect_adapter(

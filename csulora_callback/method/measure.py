@@ -64,7 +64,7 @@ class Drift:
     @property
     def undone(self) -> float:
         """``−⟨Δ, D⟩ / ‖D‖²``; 0 where there is no displacement."""
-        return -self.along / self.displacement if self.displacement else 0.0
+        return 0.0 - self.along / self.displacement if self.displacement else 0.0
 
     def _relative(self, energy: Mapping[str, float]) -> dict[str, float]:
         whole = self.total_energy
