@@ -18,12 +18,11 @@ from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.activations import running_model
 from csulora_callback.models.adapters import Adapter, find_adapter
-from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.reporting.start import print_start
-from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_file import check_metadata
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
@@ -198,7 +197,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, self.penalty, activations)
         if self.subspace is not None:
-            _check_origin(subspace, aligned, processes)
+            check_origin(subspace, aligned, processes)
         still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, seconds=time.perf_counter() - started)
@@ -274,22 +273,3 @@ def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:
     """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
     weight = next(iter(adapter.layers.values())).module.get_base_layer().weight
     return model if weight.is_floating_point() else adapter.config.base_model_name_or_path
-
-
-def _check_origin(subspace: SafetySubspace, aligned: str | os.PathLike | nn.Module, processes: Processes) -> None:
-    """Refuse a subspace that was estimated from other aligned weights than the adapter sits on."""
-    origin, names = subspace.metadata["aligned"], list(subspace)
-    checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
-    dtype = str(checkpoint.weight(names[0]).dtype).removeprefix("torch.")
-    if origin["dtypes"] != [dtype]:
-        logger.warning(
-            "The subspace was estimated from %s weights and the model holds %s ones: whether they are the same "
-            "checkpoint cannot be checked.",
-            "/".join(origin["dtypes"]),
-            dtype,
-        )
-    elif checkpoint.fingerprint(names, processes) != origin["fingerprint"]:
-        raise ValueError(
-            f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
-            f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."
-        )

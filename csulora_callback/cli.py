@@ -7,6 +7,7 @@ The exit status is 0, 1 where something failed or a file is not what it should b
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from enum import Enum
 from pathlib import Path
@@ -219,9 +220,10 @@ def correct(
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter)).folder
             found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
-        done = correct_adapter(
-            adapter, found, place, chosen, rank=rank.value, probes=probes, task=task, aligned_model=aligned
-        )
+        # A subspace that was just estimated from ALIGNED needs no check that it is of it.
+        model = aligned if base is None or chosen.on_probes is not None else None
+        texts = {"probes": probes, "task": task}
+        done = correct_adapter(adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model)
     written = not dry_run
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))
 
@@ -250,10 +252,16 @@ def _check_one_of(subspace: Path | None, base: str | None) -> None:
 
 
 def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
-    aligned = aligned or adapter.config.base_model_name_or_path
+    aligned = aligned or _named_by(adapter)
     if not aligned:
         raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
     return CheckpointPair.open(checkpoint_named(base), checkpoint_named(aligned), list(adapter.factors))
+
+
+def _named_by(adapter: SavedAdapter) -> str | None:
+    """The checkpoint that the adapter's config names, with its revision on the Hub."""
+    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+    return f"{name}@{revision}" if name and revision and not os.path.isdir(name) else name
 
 
 def _estimate(pair: CheckpointPair) -> SafetySubspace:

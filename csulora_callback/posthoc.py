@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,14 @@ from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
+from csulora_callback.models.processes import Processes
 from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
+from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder
+from csulora_callback.rereading import choose_texts, load_with_adapter, read_again
 from csulora_callback.sidecar import FOLDER
-from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace import SafetySubspace, check_origin
+from csulora_callback.subspace_file import check_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def correct_adapter(
     penalty: Penalty,
     rank: Rank = "truncate",
     probes: Probes | None = None,
-    task: str | os.PathLike | Sequence[Sequence[int]] | None = None,
+    task: TaskRows | None = None,
     aligned_model: str | os.PathLike | None = None,
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
@@ -74,8 +77,8 @@ def correct_adapter(
             adapter's rank at most doubles, its scaling stays.
         probes: prompts that are to be refused, as for the callback; only for a data-aware penalty. By default those
             that the checkpoint holds.
-        task: what the adapter was trained on, likewise: rows of token ids, or a source of rows with a column ``text``
-            or ``messages``. By default what the checkpoint holds.
+        task: what the adapter was trained on, likewise: rows of token ids, or a source with a column ``text``,
+            ``messages`` or ``input_ids``. By default what the checkpoint holds.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
             given or loaded, the subspace has to be one of it.
 
@@ -107,14 +110,24 @@ def correct_adapter(
     output = _free(output, root)
     source = RawAdapter.find(root)
     saved = SavedAdapter.read(source.folder)
-    if source.sidecar is not None:
-        logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
     if not all_finite(saved.factors):
         raise ValueError(f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf.")
-    if not isinstance(subspace, SafetySubspace):
-        subspace = SafetySubspace.load(subspace)
+    if source.sidecar is not None:
+        logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
+    subspace = _opened(subspace)
+    if penalty.on_probes is None:
+        if aligned_model is not None:
+            check_origin(subspace, aligned_model, Processes())
+        layers, activations = _layers(saved, subspace), None
+    else:
+        kept = None if source.sidecar is None else source.sidecar.texts
+        texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
+        live = load_with_adapter(saved, aligned_model)
+        check_origin(subspace, live.model, Processes())
+        layers, activations = live.layers, read_again(live, texts)
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
-    done = Correcting(name, _layers(saved, subspace), subspace, penalty, rank).correct(saved.factors)
+    correcting = Correcting(name, layers, subspace, penalty, rank)
+    done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, card=source.beside / _CARD))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 
@@ -177,6 +190,15 @@ def _free(output: str | os.PathLike, root: Path) -> Path:
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"`output`: expected a folder that does not exist yet, or is empty, but {path} is there.")
     return path
+
+
+def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
+    if isinstance(subspace, SafetySubspace):
+        check_metadata(subspace.metadata)
+        return subspace
+    if not isinstance(subspace, str | os.PathLike) or not str(subspace):
+        raise ValueError(f"`subspace`: expected a SafetySubspace or the path of a saved one, but got {subspace!r}.")
+    return SafetySubspace.load(subspace)
 
 
 def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:

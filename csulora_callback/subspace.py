@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from csulora_callback import subspace_file
 from csulora_callback.method.basis import Basis, basis_of, check_basis, check_rank_rule
 from csulora_callback.models.adapters import AdaptedLayer
-from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.checkpoint import Source, open_checkpoint
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.saved_adapter import SavedLayer
@@ -264,3 +264,26 @@ def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | Sa
             f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
         )
     return U, V
+
+
+def check_origin(subspace: SafetySubspace, aligned: Source, processes: Processes) -> None:
+    """Refuse a subspace that was estimated from other aligned weights than the adapter sits on.
+
+    Raises:
+        ValueError: if its fingerprint says so. Weights of another dtype cannot be compared, and cost a warning.
+    """
+    origin, names = subspace.metadata["aligned"], list(subspace)
+    checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
+    dtype = str(checkpoint.weight(names[0]).dtype).removeprefix("torch.")
+    if origin["dtypes"] != [dtype]:
+        logger.warning(
+            "The subspace was estimated from %s weights and the model holds %s ones: whether they are the same "
+            "checkpoint cannot be checked.",
+            "/".join(origin["dtypes"]),
+            dtype,
+        )
+    elif checkpoint.fingerprint(names, processes) != origin["fingerprint"]:
+        raise ValueError(
+            f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
+            f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."
+        )

@@ -19,7 +19,7 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "corrected", "corrected_config", "correcting", "corrector"), STATE),
-    **dict.fromkeys(("inspection", "posthoc", "record", "sidecar"), STATE),
+    **dict.fromkeys(("inspection", "posthoc", "record", "rereading", "sidecar"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "__main__", "callback", "cli"), FRONT_DOORS),
 }

@@ -90,7 +90,7 @@ def tokenize(prompts: Sequence[str] | Sequence[Sequence[int]], checkpoint: str |
     return beginnings
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
+def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, argument: str = "probes") -> None:
     """Raise ``ValueError`` unless a model whose input embedding has ``vocabulary`` rows can read these token ids.
 
     Example:
@@ -104,8 +104,8 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int) -> None:
         for token in row:
             if not 0 <= token < vocabulary:
                 raise ValueError(
-                    f"`probes`: expected token ids from 0 to {vocabulary - 1}, which the model's input embedding has, "
-                    f"but got {token} in {short(list(row))}. Pass the ids of the model's own tokenizer."
+                    f"`{argument}`: expected token ids from 0 to {vocabulary - 1}, which the model's input embedding "
+                    f"has, but got {token} in {short(list(row))}. Pass the ids of the model's own tokenizer."
                 )
 
 
@@ -165,21 +165,35 @@ def _different(rows: list[list[int]]) -> set[tuple[int, ...]]:
     return {tuple(row) for row in rows}
 
 
-def _asked(prompts: list[str], checkpoint: str | None) -> list[list[int]]:
+def load_tokenizer(checkpoint: str | None, argument: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint, for the texts of an argument.
+
+    Raises:
+        ValueError: if there is no checkpoint, or none can be loaded from it without running code that lies there.
+
+    Example:
+        >>> load_tokenizer(None, "probes")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `probes`: expected token ids, as the model under the adapter came from no checkpoint ...
+    """
     if not checkpoint:  # of None transformers makes the name 'None', and looks for it on the Hub
         raise ValueError(
-            "`probes`: expected token ids, as the model under the adapter came from no checkpoint that could have a "
-            "tokenizer, but got texts. Pass [tokenizer(prompt).input_ids for prompt in prompts]."
+            f"`{argument}`: expected token ids, as the model under the adapter came from no checkpoint that could "
+            "have a tokenizer, but got texts. Pass [tokenizer(text).input_ids for text in texts]."
         )
     try:
         # False, as with None transformers asks on the terminal whether to run code that lies beside the tokenizer.
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # of files that are missing or broken in one of many ways
         raise ValueError(
-            f"`probes`: expected a tokenizer in {checkpoint!r}, the checkpoint under the adapter, but none can be "
-            f"loaded without running code that lies beside it ({first_line(error)}). Pass the prompts as lists of "
+            f"`{argument}`: expected a tokenizer in {checkpoint!r}, the checkpoint under the adapter, but none can be "
+            f"loaded without running code that lies beside it ({first_line(error)}). Pass the texts as lists of "
             "token ids instead."
         ) from error
+
+
+def _asked(prompts: list[str], checkpoint: str | None) -> list[list[int]]:
+    tokenizer = load_tokenizer(checkpoint, "probes")
     # Beside them a prompt that differs from the first, so that one alone can be seen to make no difference.
     *rows, other = _ids(tokenizer, [*prompts, f"{prompts[0]} {prompts[0]}"], checkpoint)
     if not any(rows) or _different(rows) == {tuple(other)}:

@@ -56,8 +56,8 @@ def check_tuner(config: PeftConfig, argument: str = "model") -> None:
     """Raise ``ValueError`` unless a config of PEFT is one of LoRA."""
     if config.peft_type != PeftType.LORA:
         raise ValueError(
-            f"`{argument}`: expected an adapter of LoraConfig, but got one of {type(config).__name__}, whose update is "
-            "not s·B·A and would reach the checkpoint uncorrected. Train with peft.LoraConfig instead."
+            f"`{argument}`: expected an adapter of LoraConfig, but got one of {type(config).__name__}, whose update "
+            "is not s·B·A and would reach the checkpoint uncorrected. Train with peft.LoraConfig instead."
         )
 
 

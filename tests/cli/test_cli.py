@@ -249,3 +249,21 @@ def test_letters_that_the_output_lacks_are_no_reason_to_fail(lab):
     done = run_process("subspace", "--show", lab / "subspace.safetensors", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "?D?" in done.stdout
+
+
+def test_a_data_aware_correction_has_the_model_read_what_is_given(lab, subspace, tmp_path):
+    files = {}
+    for name, rows in (("probes", [[0, 5, 6, 7], [0, 9, 8]]), ("task", [[3, 4, 5], [6, 7, 8, 9]])):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({"input_ids": row, "prompt": row}) + "\n" for row in rows))
+    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "data_aware", "--strength", "4")
+    texts = [part for name, file in files.items() for part in (f"--{name}", file)]
+    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "made", *rule, *texts, "--json")
+    assert status == 0, error
+    assert json.loads(output)["penalty"] == Penalty.data_aware(4.0).to_json()
+    expected = {"probes": [[0, 5, 6, 7], [0, 9, 8]], "task": [[3, 4, 5], [6, 7, 8, 9]]}
+    correct_adapter(lab / "raw", subspace, tmp_path / "expected", Penalty.data_aware(4.0), **expected)
+    assert_same(saved(tmp_path / "made"), saved(tmp_path / "expected"))
+    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
+    assert (status, output) == (1, "")
+    assert "`probes`: expected prompts that are to be refused" in error

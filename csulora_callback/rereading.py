@@ -1,0 +1,112 @@
+"""What a data-aware penalty measures by, after training: the model of a saved adapter is loaded, and reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from csulora_callback.models.activations import Activations, Texts, running_model
+from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.foreign import first_line
+from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
+from csulora_callback.models.saved_adapter import SavedAdapter
+from csulora_callback.models.sharding import full_shape
+from csulora_callback.models.task_rows import TaskRows, read_task
+
+logger = logging.getLogger(__name__)
+
+
+def choose_texts(
+    saved: SavedAdapter,
+    kept: Texts | None,
+    probes: Probes | None,
+    task: TaskRows | None,
+    checkpoint: str | None,
+) -> Texts:
+    """What the model is to read: what is given, and for the rest what the checkpoint kept of its training.
+
+    Args:
+        saved: the adapter.
+        kept: out of its ``csulora/texts.json``.
+        probes: prompts that are to be refused.
+        task: rows of what the adapter was trained on.
+        checkpoint: where a tokenizer is loaded from.
+
+    Raises:
+        ValueError: if there are no probes, or what is given cannot be read.
+
+    Example:
+        >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
+        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3)
+    """
+    if probes is None and kept is None:
+        raise ValueError(
+            f"`probes`: expected prompts that are to be refused, as the penalty is data-aware and {saved.folder} has "
+            "no texts.json of a data-aware run beside it, but got none. Pass probes='prompts.jsonl', or a list."
+        )
+    asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
+    if task is not None:
+        sample = read_task(task, checkpoint)
+        return Texts(sample.rows, asked, sample.seen)
+    if kept is None or not kept.task:
+        logger.warning(
+            "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
+            "what the adapter was trained on, or the Trainer's checkpoint, which holds some."
+        )
+        return Texts([], asked, 0)
+    return Texts(kept.task, asked, kept.seen)
+
+
+def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | None) -> Adapter:
+    """The adapter in its model, which is loaded, on a GPU if there is one, in the dtype that it is stored in.
+
+    Raises:
+        ValueError: if the config names no model, it cannot be loaded, or the adapter is not one of this model.
+    """
+    checkpoint = aligned_model or saved.config.base_model_name_or_path
+    if not checkpoint:
+        raise ValueError(
+            "`aligned_model`: expected the model under the adapter, as a data-aware penalty has it read and the "
+            "adapter's config does not say which it is, but got none. Pass its folder or Hub id."
+        )
+    revision = None if aligned_model else saved.config.revision
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, revision=revision, dtype="auto", device_map="auto", trust_remote_code=False
+        )
+        model = PeftModel.from_pretrained(model, saved.folder)
+    except Exception as error:  # of files that are missing or broken in one of many ways
+        raise ValueError(
+            f"`aligned_model`: expected the model under the adapter in {os.fspath(checkpoint)!r}, as a data-aware "
+            f"penalty has it read, but it cannot be loaded with the adapter ({first_line(error)}). Pass the folder or "
+            "Hub id of the one that the adapter was trained on."
+        ) from error
+    adapter = find_adapter(model)
+    if adapter.layers.keys() != saved.factors.keys():
+        odd = sorted(adapter.layers.keys() ^ saved.factors.keys())
+        raise ValueError(
+            f"`aligned_model`: expected the model under the adapter, but in {os.fspath(checkpoint)!r} it would sit on "
+            f"other modules: {odd[0]!r}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}."
+        )
+    return adapter
+
+
+def read_again(adapter: Adapter, texts: Texts) -> Activations:
+    """Have the model read them, with the raw adapter in it.
+
+    Raises:
+        ValueError: if it cannot, or what it makes of them is not finite.
+    """
+    vocabulary = full_shape(running_model(adapter).get_input_embeddings().weight)[0]
+    check_ids(texts.probes, vocabulary)
+    check_ids(texts.task, vocabulary, "task")
+    activations = Activations.read(adapter, texts)
+    if not activations.finite:
+        raise ValueError(
+            "`adapter`: expected one whose model reads the texts with finite activations, but got NaN or Inf. Use a "
+            "penalty that reads weights alone."
+        )
+    return activations
