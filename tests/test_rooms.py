@@ -155,3 +155,12 @@ def test_no_file_is_longer_than_one_sitting():
 def test_every_module_is_imported_by_its_doctests():
     for path in Path("csulora_callback").rglob("*.py"):
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+
+
+def test_only_the_command_line_needs_typer():
+    importing = [
+        path for path in Path("csulora_callback").rglob("*.py") if "typer" in imported(ast.parse(path.read_text()))
+    ]
+    assert importing == [Path("csulora_callback/cli.py")]
+    program = "import sys, csulora_callback; sys.exit('typer' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -267,3 +267,24 @@ def test_a_data_aware_correction_has_the_model_read_what_is_given(lab, subspace,
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
     assert (status, output) == (1, "")
     assert "`probes`: expected prompts that are to be refused" in error
+
+
+def test_names_on_the_hub_may_have_a_revision(lab, pair, tmp_path):
+    def keep(name: str, revision: str, commit: str, folder: Path) -> None:
+        repo = tmp_path / f"models--some-org--{name}"
+        shutil.copytree(folder, repo / "snapshots" / commit)
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / revision).write_text(commit)
+
+    keep("model", "main", "a" * 40, pair[0])
+    keep("model", "chat", "b" * 40, pair[1])
+    keep("adapter", "main", "c" * 40, lab / "corrected")
+    keep("adapter", "first", "d" * 40, lab / "raw")
+    checkpoints = ("--base", "some-org/model", "--aligned", "some-org/model@chat")
+    done = run_process("inspect", "some-org/adapter@first", *checkpoints, "--json", HF_HUB_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    expected = json.loads(run("inspect", lab / "raw", "--base", pair[0], "--json")[1])
+    assert json.loads(done.stdout) == {**expected, "adapter": "some-org/adapter@first"}
+    done = run_process("subspace", "some-org/model", "some-org/model@none", "-o", "s", HF_HUB_CACHE=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "csulora: some-org/model: not a local folder, and the Hub did not give it" in done.stderr
