@@ -32,17 +32,17 @@ def find_adapter_folder(adapter: str | os.PathLike, argument: str = "adapter") -
     """
     if not isinstance(adapter, str | os.PathLike) or not str(adapter):
         raise ValueError(f"`{argument}`: expected a folder, a Lightning checkpoint or a Hub id, but got {adapter!r}.")
-    path = Path(adapter)
-    beside = adapter_beside(path)
-    if path.suffix == ".ckpt" and os.path.exists(path):
-        if not beside.is_dir():
-            raise FileNotFoundError(
-                f"`{argument}`: expected the adapter {beside.name} beside {path}, but there is none. Lightning's "
-                "callback writes it unless export_adapter=False."
-            )
+    path, beside = Path(adapter), adapter_beside(adapter)
+    if path.suffix == ".ckpt" and beside.is_dir():
         return beside
     if os.path.isdir(path):  # unlike Path's, also False for names that no system takes
         return path
+    if os.path.isfile(path):
+        raise FileNotFoundError(
+            f"`{argument}`: expected a folder with an adapter, or a Lightning checkpoint NAME.ckpt with NAME.adapter "
+            f"beside it, which the callback writes unless export_adapter=False, but got the file {path}. Pass the "
+            "folder that it lies in, or train with export_adapter=True."
+        )
     source, _, revision = str(adapter).partition("@")
     try:
         return fetch_adapter(source, revision or None)

@@ -117,6 +117,7 @@ class Correcting:
             "status": status,
             "adapter": self.adapter,
             "penalty": self.penalty.to_json(),
+            "rank": self.rank,
             "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
         }
         return partial(record_of, raw, corrected, corrections, metrics, scalings, about)

@@ -123,7 +123,8 @@ def correct_adapter(
         kept = None if source.sidecar is None else source.sidecar.texts
         texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
         live = load_with_adapter(saved, aligned_model)
-        check_origin(subspace, live.model, Processes())
+        if next(iter(live.layers.values())).module.get_base_layer().weight.is_floating_point():
+            check_origin(subspace, live.model, Processes())  # of a quantized model nothing can be said
         layers, activations = live.layers, read_again(live, texts)
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank)

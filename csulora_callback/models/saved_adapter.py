@@ -78,7 +78,9 @@ class SavedAdapter:
         state = read_adapter(folder)
         keys = factor_keys(state)
         if not keys:
-            raise FileNotFoundError(f"{folder}: expected the weights of a LoRA adapter, but found none.")
+            raise FileNotFoundError(
+                f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
+            )
         beside = check_tensors(state, keys.values(), str(folder))
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
@@ -101,19 +103,18 @@ class SavedAdapter:
         another module of the adapter shows the opposite.
 
         Args:
-            stored: shapes of the weights as stored, by module; missing ones are missed elsewhere.
+            stored: shapes of the weights as stored, by module. Of others the config tells too.
 
         Raises:
             ValueError: if that of a square module cannot be told.
         """
         said, shown, square = bool(self.config.fan_in_fan_out), {}, []
         for name, (A, B) in self.factors.items():
-            d_out, d_in = len(B), A.shape[1]
-            if d_out == d_in:
+            if len(B) == A.shape[1]:
                 square.append(name)
-            else:
-                shown[name] = stored.get(name) == (d_in, d_out)
-        against = [name for name in shown if name in stored and shown[name] != said]
+            elif name in stored:
+                shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
+        against = [name for name in shown if shown[name] != said]
         if square and against:
             raise ValueError(
                 f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
@@ -121,7 +122,7 @@ class SavedAdapter:
                 f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
                 "SafetyCorrector(model, subspace, penalty).apply()."
             )
-        return {**shown, **dict.fromkeys(square, said)}
+        return {**dict.fromkeys(self.factors, said), **shown}
 
 
 def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
@@ -171,7 +172,9 @@ def options_for_ranks(ranks: Mapping[str, int], scalings: Mapping[str, float], u
 
 def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
     if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}.")
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}. Fetch it again."
+        )
     try:
         options = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         return dict(options), PeftConfig.from_pretrained(folder)

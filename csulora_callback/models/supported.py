@@ -176,9 +176,10 @@ def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: s
         for part, (kind, remedy) in _TENSORS.items():
             if part in key:
                 raise _unsupported(key.partition(part)[0], kind, remedy)
-    # PEFT takes the input and output embeddings of a model along where they were resized.
+    # PEFT takes the input and output embeddings along where they were resized. They lie outside of numbered layers.
     tables = {key.removesuffix(".weight"): state[key] for key in others if key.endswith(".weight")}
-    rows = {name: len(table) for name, table in tables.items() if table.ndim == 2}
+    inner = [name for name in tables if any(part.isdigit() for part in name.split("."))]
+    rows = {name: len(table) for name, table in tables.items() if table.ndim == 2 and name not in inner}
     biases = {key for key in others if rows.get(key.removesuffix(".bias")) == state[key].numel()}
     unknown = sorted(set(others) - {f"{name}.weight" for name in rows} - biases)
     if not unknown and (len(rows) > 2 or len({tables[name].shape for name in rows}) > 1):

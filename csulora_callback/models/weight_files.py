@@ -181,7 +181,8 @@ def _fetch(source: str | os.PathLike, revision: str | None, what: str, patterns:
             f"{source}: expected a folder with a {what} or a Hub id, but it is neither."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        of = "" if revision is None else f" of revision {revision!r}"
         raise FileNotFoundError(
-            f"{source}: not a local folder, and the Hub did not give it ({type(error).__name__}). Check the name, "
+            f"{source}: not a local folder, and the Hub did not give it{of} ({type(error).__name__}). Check the name, "
             "log in with `hf auth login` if it is gated, and unset HF_HUB_OFFLINE if it is not in the cache."
         ) from error

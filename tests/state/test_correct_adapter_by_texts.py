@@ -89,7 +89,10 @@ BAD = {
     "negative": ({"probes": PROBES, "task": [[-1]]}, "`task`: expected rows of token ids"),
     "a token too many": ({"probes": PROBES, "task": [[32]]}, "`task`: expected token ids from 0 to 31"),
     "another": ({"probes": [[32]]}, "`probes`: expected token ids from 0 to 31"),
-    "no model": ({"probes": PROBES, "aligned_model": "nowhere"}, "`aligned_model`: expected the model under the"),
+    "no model": (
+        {"probes": PROBES, "aligned_model": "no/such/folder"},
+        "`aligned_model`: expected the model under the",
+    ),
     "no file": ({"probes": PROBES, "task": "a.jsonl"}, "`task`: no such file"),
     "probes for nothing": ({"penalty": Penalty.guard(1.0), "probes": PROBES}, "`probes`: expected none, as only"),
     "task for nothing": ({"penalty": Penalty.guard(1.0), "task": PROBES}, "`task`: expected none, as only"),
