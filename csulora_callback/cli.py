@@ -20,7 +20,7 @@ from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.inspection import inspect_adapter
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.checkpoint import checkpoint_named
+from csulora_callback.models.checkpoint import checkpoint_named, model_named
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
@@ -221,7 +221,8 @@ def correct(
             raw = RawAdapter.find(find_adapter_folder(adapter)).folder
             found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
         # A subspace that was just estimated from ALIGNED needs no check that it is of it.
-        model = aligned if base is None or chosen.on_probes is not None else None
+        needed = aligned is not None and (base is None or chosen.on_probes is not None)
+        model = model_named(aligned) if needed else None
         texts = {"probes": probes, "task": task}
         done = correct_adapter(adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model)
     written = not dry_run

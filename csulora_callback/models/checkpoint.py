@@ -221,10 +221,27 @@ def checkpoint_named(name: str) -> Checkpoint:
         Traceback (most recent call last):
         FileNotFoundError: no/such/model: expected a folder with a checkpoint or a Hub id, but it is neither.
     """
-    source, at, revision = name.rpartition("@")
-    if not at or os.path.isdir(name):
-        return open_checkpoint(name)
+    source, revision = _split(name)
     return open_checkpoint(source, revision=revision)
+
+
+def model_named(name: str) -> str:
+    """What transformers loads of what :func:`checkpoint_named` takes: of a revision the folder it was downloaded to.
+
+    Raises:
+        FileNotFoundError: if the Hub does not give the revision.
+
+    Example:
+        >>> model_named("org/model")
+        'org/model'
+    """
+    source, revision = _split(name)
+    return source if revision is None else str(fetch_folder(source, revision, "*.json", "*.jinja", "*.model", "*.txt"))
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    source, at, revision = name.rpartition("@")
+    return (source, revision) if at and not os.path.isdir(name) else (name, None)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:

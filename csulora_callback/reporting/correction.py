@@ -14,6 +14,7 @@ def print_correction(console: Console, done: CorrectedFolder, written: bool) -> 
     name, *parameters = about["penalty"].values()
     rows = {
         "penalty": " ".join([name, *map(str, parameters)]),
+        "rank": done.record["rank"],
         "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",
         "modules": str(about["modules"]),
         "norm of the update": f"{about['norm_before']:.4g} before, {about['norm_after']:.4g} after",
@@ -32,6 +33,7 @@ def correction_json(done: CorrectedFolder, written: bool) -> dict:
         "output": str(done.output) if written else None,
         "from_raw": done.from_raw,
         "penalty": done.record["penalty"],
+        "rank": done.record["rank"],
         "modules": len(done.record["modules"]),
         "norm_before": before,
         "norm_after": before * (1.0 - metrics["csulora/attenuation"]),

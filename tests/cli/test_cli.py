@@ -127,6 +127,14 @@ def test_a_correction_is_made_made_again_and_undone(lab, subspace, tmp_path):
     assert_same(saved(restored), saved(lab / "raw"))
 
 
+def test_an_expanded_correction_is_inspected_beside_its_raw_update(lab, subspace, tmp_path):
+    done = correct_adapter(lab / "raw", subspace, tmp_path / "made", PENALTY, rank="expand")
+    status, output, error = run("inspect", tmp_path / "made", "--subspace", lab / "subspace.safetensors", "--json")
+    assert status == 0, error
+    before, after = (json.loads(output)["states"][state]["together"]["update_norm"] for state in ("raw", "corrected"))
+    assert 1 - after / before == pytest.approx(done.metrics["csulora/attenuation"], abs=1e-6)
+
+
 def test_a_checkpoint_of_training_is_restored(lab, tmp_path):
     status, output, _ = run("restore", lab / "corrected", "-o", tmp_path / "raw", "--json")
     assert (status, json.loads(output)) == (0, {"output": str(tmp_path / "raw")})
@@ -141,6 +149,7 @@ def test_a_dry_run_writes_nothing(lab, pair, tmp_path):
     status, output, _ = run("correct", lab / "raw", "--base", pair[0], "--rank", "expand", "--dry-run")
     assert status == 0
     assert "nothing (dry run)" in output
+    assert "expand" in output
 
 
 def test_help_shows_examples():
@@ -269,6 +278,7 @@ def test_a_data_aware_correction_has_the_model_read_what_is_given(lab, subspace,
     assert "`probes`: expected prompts that are to be refused" in error
 
 
+@pytest.mark.slow
 def test_names_on_the_hub_may_have_a_revision(lab, pair, tmp_path):
     def keep(name: str, revision: str, commit: str, folder: Path) -> None:
         repo = tmp_path / f"models--some-org--{name}"
@@ -285,6 +295,15 @@ def test_names_on_the_hub_may_have_a_revision(lab, pair, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = json.loads(run("inspect", lab / "raw", "--base", pair[0], "--json")[1])
     assert json.loads(done.stdout) == {**expected, "adapter": "some-org/adapter@first"}
+    texts = ("--penalty", "data_aware", "--probes", tmp_path / "probes.jsonl")
+    texts[-1].write_text('{"prompt": [0, 5, 6]}\n{"prompt": [0, 7]}\n')
+    rule = ("--subspace", lab / "subspace.safetensors", "--dry-run")
+    for penalty in ((), texts):
+        for model, status in (("model@chat", 0), ("model", 1)):  # the subspace is of the one, not of the other
+            arguments = ("some-org/adapter@first", *rule, "--aligned", f"some-org/{model}", *penalty)
+            done = run_process("correct", *arguments, HF_HUB_CACHE=str(tmp_path))
+            assert done.returncode == status, done.stderr
+            assert status == 0 or "`subspace`: expected one of the aligned model in use" in done.stderr
     done = run_process("subspace", "some-org/model", "some-org/model@none", "-o", "s", HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert "csulora: some-org/model: not a local folder, and the Hub did not give it" in done.stderr
+    assert "csulora: some-org/model: not a local folder, and the Hub did not give it of revision 'none'" in done.stderr
