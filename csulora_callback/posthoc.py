@@ -15,6 +15,8 @@ from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting, Rank
 from csulora_callback.method.penalty import Penalty
+from csulora_callback.models.activations import Activations, Texts
+from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
@@ -37,7 +39,7 @@ class CorrectedFolder:
     """What :func:`correct_adapter` wrote.
 
     Attributes:
-        output: the folder.
+        output: the folder, as an absolute path.
         metrics: the keys of :class:`~csulora_callback.SafetyDrift`, over all modules.
         record: what ``csulora/correction.json`` in it says, but for the digests of files.
         from_raw: whether the adapter was corrected before, and its raw factors were what was corrected now.
@@ -111,7 +113,9 @@ def correct_adapter(
     source = RawAdapter.find(root)
     saved = SavedAdapter.read(source.folder)
     if not all_finite(saved.factors):
-        raise ValueError(f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf.")
+        raise ValueError(
+            f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an earlier checkpoint."
+        )
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
     subspace = _opened(subspace)
@@ -122,10 +126,7 @@ def correct_adapter(
     else:
         kept = None if source.sidecar is None else source.sidecar.texts
         texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
-        live = load_with_adapter(saved, aligned_model)
-        if next(iter(live.layers.values())).module.get_base_layer().weight.is_floating_point():
-            check_origin(subspace, live.model, Processes())  # of a quantized model nothing can be said
-        layers, activations = live.layers, read_again(live, texts)
+        layers, activations = _read(saved, subspace, texts, aligned_model)
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
@@ -141,7 +142,7 @@ def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) ->
         output: a folder that does not exist yet, or is empty.
 
     Returns:
-        The folder.
+        The folder, as an absolute path.
 
     Raises:
         FileNotFoundError: if there is no adapter, or none that was corrected.
@@ -189,8 +190,10 @@ def _free(output: str | os.PathLike, root: Path) -> Path:
             f"{path}. Name another one."
         )
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"`output`: expected a folder that does not exist yet, or is empty, but {path} is there.")
-    return path
+        raise ValueError(
+            f"`output`: expected a folder that does not exist yet, or is empty, but {path} is there. Name another one."
+        )
+    return inside
 
 
 def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
@@ -205,6 +208,16 @@ def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
 def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:
     stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
     return saved.layers(saved.stored_transposed(stored))
+
+
+def _read(
+    saved: SavedAdapter, subspace: SafetySubspace, texts: Texts, aligned_model: str | os.PathLike | None
+) -> tuple[dict[str, AdaptedLayer], Activations]:
+    """The live layers, and what enters them while the model reads; a subspace of another model is refused first."""
+    adapter = load_with_adapter(saved, aligned_model)
+    if next(iter(adapter.layers.values())).module.get_base_layer().weight.is_floating_point():
+        check_origin(subspace, adapter.model, Processes())  # of a quantized model nothing can be said
+    return adapter.layers, read_again(adapter, texts)
 
 
 def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:

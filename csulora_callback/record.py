@@ -7,6 +7,8 @@ import json
 import math
 import re
 
+from csulora_callback.models.foreign import stays_inside
+
 FORMAT = 2
 
 
@@ -59,6 +61,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and stays_inside(value)  # a folder is looked for by it
+
+
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
@@ -89,7 +95,7 @@ def _are_modules(value: object) -> bool:
 
 _FIELDS = {
     "status": (_is_text, "a text"),
-    "adapter": (_is_text, "a text"),
+    "adapter": (_is_name, "the name of an adapter"),
     "penalty": (_is_section, "a section"),
     "subspace": (_is_section, "a section"),
     "raw_digest": (_is_digest, "a SHA-256"),

@@ -186,7 +186,8 @@ def test_outputs_that_are_not_free(copy, corrected, subspace, tmp_path):
         restore_adapter(corrected, corrected)
     refusal(copy, subspace, tmp_path, "`output`: expected the path of a folder, but got ''", output="")
     (tmp_path / "new").mkdir()
-    correct_adapter(copy, subspace, tmp_path / "new", PENALTY)
+    (tmp_path / "also").symlink_to(tmp_path / "new")
+    assert correct_adapter(copy, subspace, tmp_path / "also", PENALTY).output == tmp_path / "new"
     assert (tmp_path / "new" / WEIGHTS).is_file()
 
 

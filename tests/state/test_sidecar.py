@@ -97,6 +97,7 @@ def test_records_that_are_none_are_refused_by_name(text):
     ("field", "value"),
     [
         ("adapter", 3),
+        ("adapter", "../../elsewhere"),
         ("modules", {}),
         ("modules", {"q_proj": {"scaling": "2"}}),
         ("modules", {"q_proj": {"scaling": True}}),
