@@ -19,9 +19,9 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "corrected", "corrected_config", "correcting", "corrector"), STATE),
-    **dict.fromkeys(("posthoc", "record", "rereading", "sidecar", "swap"), STATE),
+    **dict.fromkeys(("inspection", "posthoc", "record", "rereading", "sidecar", "swap"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
-    **dict.fromkeys(("__init__", "arguments", "callback"), FRONT_DOORS),
+    **dict.fromkeys(("__init__", "__main__", "arguments", "callback", "cli"), FRONT_DOORS),
 }
 PUBLIC = {
     "AttackSuccessRate",
@@ -155,3 +155,12 @@ def test_no_file_is_longer_than_one_sitting():
 def test_every_module_is_imported_by_its_doctests():
     for path in Path("csulora_callback").rglob("*.py"):
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+
+
+def test_only_the_command_line_needs_typer():
+    importing = [
+        path for path in Path("csulora_callback").rglob("*.py") if "typer" in imported(ast.parse(path.read_text()))
+    ]
+    assert importing == [Path("csulora_callback/cli.py")]
+    program = "import sys, csulora_callback; sys.exit('typer' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -205,7 +205,43 @@ def open_checkpoint(
         return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
-    return Checkpoint(str(source), *read_folder(folder, str(source)), folder).require(required)
+    name = str(source) if revision is None else f"{source}@{revision}"
+    return Checkpoint(name, *read_folder(folder, name), folder).require(required)
+
+
+def checkpoint_named(name: str) -> Checkpoint:
+    """Of what stands in a command line: a folder, or a Hub id that may end in ``@revision``.
+
+    Raises:
+        FileNotFoundError: as :func:`open_checkpoint` does.
+        ValueError: likewise.
+
+    Example:
+        >>> checkpoint_named("no/such/model@v1")
+        Traceback (most recent call last):
+        FileNotFoundError: no/such/model: expected a folder with a checkpoint or a Hub id, but it is neither.
+    """
+    source, revision = _split(name)
+    return open_checkpoint(source, revision=revision)
+
+
+def model_named(name: str) -> str:
+    """What transformers loads of what :func:`checkpoint_named` takes: of a revision the folder it was downloaded to.
+
+    Raises:
+        FileNotFoundError: if the Hub does not give the revision.
+
+    Example:
+        >>> model_named("org/model")
+        'org/model'
+    """
+    source, revision = _split(name)
+    return source if revision is None else str(fetch_folder(source, revision, "*.json", "*.jinja", "*.model", "*.txt"))
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    source, at, revision = name.rpartition("@")
+    return (source, revision) if at and not os.path.isdir(name) else (name, None)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 _DDP = re.compile(r"^(?:_orig_mod\.)?module\.")  # compiled or not
+_NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))[0-9]+(?=\.|$)")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)")
 
 
@@ -20,3 +21,22 @@ def module_name(raw: str) -> str:
     name = _WRAPPERS.sub("", _DDP.sub("", raw)).rstrip(".")
     # A PeftModel may itself sit inside another module (a LightningModule, say): its inside is what has the name.
     return name.rpartition("base_model.model.")[2]
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """The layer that a module lies in, and what it is there; of a module outside all layers the first is empty.
+
+    Of the numbers in a name the first counts: others, as of experts, are no layers, and their modules are of one kind.
+
+    Example:
+        >>> layer_and_kind("model.layers.11.self_attn.q_proj")
+        ('model.layers.11', 'self_attn.q_proj')
+        >>> layer_and_kind("model.layers.0.mlp.experts.3.up_proj")
+        ('model.layers.0', 'mlp.experts.*.up_proj')
+        >>> layer_and_kind("lm_head")
+        ('', 'lm_head')
+    """
+    found = _NUMBER.search(name)
+    if found is None or found.end() == len(name):  # a number alone, as in nn.Sequential, is the module itself
+        return "", name
+    return name[: found.end()], _NUMBER.sub("*", name[found.end() + 1 :])

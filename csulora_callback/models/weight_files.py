@@ -148,15 +148,15 @@ def _bin_entry(path: Path, key: str, value: object) -> tuple[Callable[[], Tensor
     return refuse, ()
 
 
-def fetch_folder(source: str | os.PathLike, revision: str | None) -> Path:
-    """The folder that the weight files of a Hub id were downloaded to.
+def fetch_folder(source: str | os.PathLike, revision: str | None, *beside: str) -> Path:
+    """The folder that the weight files of a Hub id were downloaded to, and files of the patterns ``beside``.
 
     Raises:
         FileNotFoundError: if it is no Hub id, or the Hub does not give it.
     """
 
     def fetch(*patterns: str) -> Path:
-        return _fetch(source, revision, "checkpoint", ["config.json", *patterns])
+        return _fetch(source, revision, "checkpoint", ["config.json", *beside, *patterns])
 
     folder = fetch("model*.safetensors", "model.safetensors.index.json")
     return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")

@@ -1,0 +1,273 @@
+"""The command ``csulora``: subspaces estimated and shown, adapters inspected, corrected and restored.
+
+Data goes to the standard output, all else to the standard error: progress, warnings, and one line for what went wrong.
+The exit status is 0, 1 where something failed or a file is not what it should be, and 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
+from csulora_callback.inspection import inspect_adapter
+from csulora_callback.method.basis import check_rank_rule
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.models.checkpoint import checkpoint_named, model_named
+from csulora_callback.models.pair import CheckpointPair
+from csulora_callback.models.saved_adapter import SavedAdapter
+from csulora_callback.posthoc import correct_adapter, restore_adapter
+from csulora_callback.reporting.correction import correction_json, print_correction
+from csulora_callback.reporting.inspection import inspection_json, print_inspection
+from csulora_callback.reporting.streams import arguments, demand, set_up_streams, show, working
+from csulora_callback.reporting.subspace import print_subspace, subspace_json
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_cache import default_cache_dir
+
+logger = logging.getLogger(__name__)
+
+
+class Kind(str, Enum):
+    """The penalties that have a name."""
+
+    csulora = "csulora"
+    separable = "separable"
+    guard = "guard"
+    projection = "projection"
+    data_aware = "data_aware"
+
+
+class Rank(str, Enum):
+    """What to do where the closest safe update does not fit the adapter's rank."""
+
+    truncate = "truncate"
+    expand = "expand"
+
+
+def _examples(*commands: str) -> str:
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])  # \b: leave the lines alone
+
+
+app = typer.Typer(
+    name="csulora",
+    help="Keep LoRA fine-tuning inside the safety subspace of an aligned model. BASE, ALIGNED and ADAPTER are folders "
+    "or Hub ids, which may have a revision: org/model@v1.",
+    epilog=_examples(
+        "csulora subspace meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct -o llama.safetensors",
+        "csulora inspect out/checkpoint-100 --subspace llama.safetensors",
+        "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors --penalty guard",
+        "csulora restore safe/ -o raw/",
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # keeps examples as they are written
+)
+
+AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter, corrected before or not.")]
+SubspaceOption = Annotated[
+    Path | None, typer.Option("--subspace", metavar="FILE", help="A safety subspace that `csulora subspace` wrote.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option("--base", metavar="BASE", help="The unaligned base checkpoint, to estimate a subspace of rank 64."),
+]
+AlignedOption = Annotated[
+    str | None,
+    typer.Option("--aligned", metavar="ALIGNED", help="The aligned checkpoint; else what the adapter names."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+@app.command(
+    epilog=_examples(
+        "csulora subspace meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct -o llama.safetensors",
+        "csulora subspace base/ aligned/ -o small.safetensors --rank 16 --target-modules q_proj,v_proj",
+        "csulora subspace --show llama.safetensors",
+    )
+)
+def subspace(
+    base: Annotated[str | None, typer.Argument(metavar="BASE", help="The unaligned base checkpoint.")] = None,
+    aligned: Annotated[str | None, typer.Argument(metavar="ALIGNED", help="The aligned checkpoint.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Singular vectors on each side; 64 by default.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Keep this share of the energy instead of a rank.")] = None,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Names or their last parts, may be repeated; by default all matrices."),
+    ] = None,
+    to_show: Annotated[Path | None, typer.Option("--show", metavar="FILE", help="Show a file instead.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Estimate the safety subspace of a base and an aligned checkpoint, or show a file that holds one."""
+    if to_show is not None:
+        others = (base, aligned, output, rank, energy, target_modules)
+        demand(all(not other for other in others), "`--show`: expected nothing beside it but --json. Leave it out.")
+        with working():
+            found = SafetySubspace.load(to_show)
+    else:
+        demand(base and aligned and output, "expected BASE ALIGNED -o FILE, or --show FILE. See --help.")
+        demand(rank is None or energy is None, "`--energy`: expected no --rank beside it, but got both. Pass one.")
+        demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
+        targets = [name for names in target_modules or () for name in names.split(",") if name] or None
+        rule = {"rank": 64 if rank is None else rank, "energy": energy}
+        with arguments():
+            check_rank_rule(**rule)
+        with working():
+            found = SafetySubspace.estimate(checkpoint_named(base), checkpoint_named(aligned), targets, **rule)
+            found.save(output)
+            logger.info("written to %s", output)
+    show(as_json, lambda: subspace_json(found), lambda console: print_subspace(console, found))
+
+
+@app.command(
+    epilog=_examples(
+        "csulora inspect out/checkpoint-100 --subspace llama.safetensors",
+        "csulora inspect out/checkpoint-100 --base meta-llama/Llama-3.2-1B",
+        "csulora inspect org/adapter@v1 --base base/ --aligned aligned/ --json | jq .states.adapter.worst",
+    )
+)
+def inspect(
+    adapter: AdapterArgument,
+    subspace: SubspaceOption = None,
+    base: BaseOption = None,
+    aligned: AlignedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how far an adapter drifts, and which way, by layer and kind of module. Changes nothing.
+
+    Shares of the update's energy stand beside those that chance gives. "Undone" is the share of the alignment
+    D = aligned - base that the update takes back: with --base of all of D, with --subspace of the part of it that the
+    subspace keeps. A corrected adapter is shown beside its raw update.
+    """
+    _check_one_of(subspace, base)
+    demand(
+        base is not None or aligned is None,
+        "`--aligned`: expected it beside --base only. Leave it out.",
+    )
+    with working():
+        source = RawAdapter.find(find_adapter_folder(adapter))
+        saved = SavedAdapter.read(source.folder)
+        states = {"adapter" if source.sidecar is None else "raw": saved.factors}
+        if source.sidecar is not None and source.sidecar.corrected is not None:  # beside shards there is none
+            states["corrected"] = source.sidecar.corrected
+        pair = None if base is None else _pair(saved, base, aligned)
+        found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
+        seen = inspect_adapter(saved, states, found, pair)
+    record = None if source.sidecar is None else source.sidecar.record
+    kept = pair is None
+
+    def data() -> dict:
+        return {
+            "adapter": adapter,
+            "correction": record and {"status": record["status"], "penalty": record["penalty"]},
+            "subspace": {"fingerprint": found.fingerprint, "energy_kept": found.energy_kept},
+            "displacement": "kept" if kept else "whole",
+            "states": {state: inspection_json(inspection) for state, inspection in seen.items()},
+        }
+
+    show(as_json, data, lambda console: print_inspection(console, adapter, seen, record, found, kept))
+
+
+@app.command(
+    epilog=_examples(
+        "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors",
+        "csulora correct out/checkpoint-100 -o safe/ --base meta-llama/Llama-3.2-1B --penalty guard --strength 10",
+        "csulora correct org/adapter -o safe/ --subspace llama.safetensors --rank expand",
+        "csulora correct out/checkpoint-100 --subspace llama.safetensors --dry-run --json",
+    )
+)
+def correct(
+    adapter: AdapterArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="A folder to be made.")] = None,
+    subspace: SubspaceOption = None,
+    base: BaseOption = None,
+    aligned: AlignedOption = None,
+    penalty: Annotated[Kind, typer.Option(help="What is attenuated.")] = Kind.csulora,
+    strength: Annotated[float | None, typer.Option(help="How much; 10 by default. A projection has none.")] = None,
+    rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
+    probes: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts to be refused, for data_aware; else the checkpoint's.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct an adapter after training, and write the result as a folder of its own.
+
+    A corrected adapter starts from the raw factors in its csulora/: nothing is corrected twice. The raw factors lie in
+    the new folder too, for `csulora restore`.
+    """
+    _check_one_of(subspace, base)
+    demand(output or dry_run, "`--output`: expected a folder to be made, but got none. Pass -o OUT, or --dry-run.")
+    demand(penalty is not Kind.projection or strength is None, "`--strength`: a projection has none. Leave it out.")
+    with arguments():
+        chosen = getattr(Penalty, penalty.value)(**({} if strength is None else {"strength": strength}))
+    demand(
+        chosen.on_probes is not None or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware."
+    )
+    with working(), tempfile.TemporaryDirectory() as scratch:
+        found, place = subspace, Path(scratch, "corrected") if dry_run else output
+        if base is not None:
+            raw = RawAdapter.find(find_adapter_folder(adapter)).folder
+            found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
+        # A subspace that was just estimated from ALIGNED needs no check that it is of it.
+        needed = aligned is not None and (base is None or chosen.on_probes is not None)
+        model = model_named(aligned) if needed else None
+        texts = {"probes": probes, "task": task}
+        done = correct_adapter(adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model)
+    written = not dry_run
+    show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))
+
+
+@app.command(epilog=_examples("csulora restore safe/ -o raw/", "csulora restore out/checkpoint-100 -o raw/"))
+def restore(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A corrected adapter with its csulora/.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A folder to be made.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write the raw adapter of a corrected one: the correction undone."""
+    with working():
+        place = restore_adapter(checkpoint, output)
+    show(as_json, lambda: {"output": str(place)}, lambda console: _print_restored(console, place))
+
+
+def main() -> None:
+    """Run the command line."""
+    set_up_streams()
+    app()
+
+
+def _check_one_of(subspace: Path | None, base: str | None) -> None:
+    got = "neither" if subspace is None else "both"
+    demand((subspace is None) != (base is None), f"expected either --subspace FILE or --base BASE, but got {got}.")
+
+
+def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
+    aligned = aligned or _named_by(adapter)
+    if not aligned:
+        raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
+    return CheckpointPair.open(checkpoint_named(base), checkpoint_named(aligned), list(adapter.factors))
+
+
+def _named_by(adapter: SavedAdapter) -> str | None:
+    """The checkpoint that the adapter's config names, with its revision on the Hub."""
+    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+    return f"{name}@{revision}" if name and revision and not os.path.isdir(name) else name
+
+
+def _estimate(pair: CheckpointPair) -> SafetySubspace:
+    return SafetySubspace.estimate(pair.base, pair.aligned, pair.names, cache_dir=default_cache_dir())
+
+
+def _print_restored(console: Console, place: Path) -> None:
+    console.print(f"The raw adapter was written to {place}.", soft_wrap=True)

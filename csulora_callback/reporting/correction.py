@@ -1,0 +1,43 @@
+"""What a person reads of a correction that was made after training; and the same for machines."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from csulora_callback.posthoc import CorrectedFolder
+from csulora_callback.reporting.terminal import facts, percent, print_section
+
+
+def print_correction(console: Console, done: CorrectedFolder, written: bool) -> None:
+    """What was done, how large the update was and is, and where it lies."""
+    about = correction_json(done, written)
+    name, *parameters = about["penalty"].values()
+    rows = {
+        "penalty": " ".join([name, *map(str, parameters)]),
+        "rank": done.record["rank"],
+        "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",
+        "modules": str(about["modules"]),
+        "norm of the update": f"{about['norm_before']:.4g} before, {about['norm_after']:.4g} after",
+        "relative change": f"{percent(about['relative_change'])} %",
+        "truncation error": f"{percent(about['truncation_error'])} %",
+        "written to": str(done.output) if written else "nothing (dry run)",
+    }
+    print_section(console, "Correction", facts(console, rows))
+
+
+def correction_json(done: CorrectedFolder, written: bool) -> dict:
+    """The same as numbers; norms are those of ``‖Δ‖`` over all modules."""
+    metrics = done.metrics
+    before = metrics["csulora/update_norm"]
+    return {
+        "output": str(done.output) if written else None,
+        "from_raw": done.from_raw,
+        "penalty": done.record["penalty"],
+        "rank": done.record["rank"],
+        "modules": len(done.record["modules"]),
+        "norm_before": before,
+        "norm_after": before * (1.0 - metrics["csulora/attenuation"]),
+        "relative_change": metrics["csulora/relative_change"],
+        "truncation_error": metrics["csulora/truncation_error"],
+        "metrics": metrics,
+    }

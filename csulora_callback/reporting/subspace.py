@@ -1,0 +1,60 @@
+"""What a person reads of a safety subspace; and the same for machines."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from csulora_callback.models.names import layer_and_kind
+from csulora_callback.reporting.inspection import short_kinds
+from csulora_callback.reporting.terminal import facts, make_table, percent, print_section
+from csulora_callback.subspace import SafetySubspace
+
+
+def print_subspace(console: Console, subspace: SafetySubspace) -> None:
+    """Where it came from, and how much of the displacement it keeps in each kind of module."""
+    origin, rule = subspace.metadata, _rule(subspace)
+    ranks = sorted(len(basis.singular_values) for basis in subspace.values())
+    rows = {side: f"{origin[side]['source']} ({'/'.join(origin[side]['dtypes'])})" for side in ("base", "aligned")}
+    rows |= {
+        "modules": str(len(subspace)),
+        "rank": f"{ranks[0]}–{ranks[-1]} ({rule})" if ranks[0] != ranks[-1] else f"{ranks[0]} ({rule})",
+        "energy kept": f"{percent(subspace.energy_kept)} %",
+        "fingerprint": subspace.fingerprint,
+    }
+    print_section(console, "Safety subspace", facts(console, rows))
+    kinds: dict[str, list] = {}
+    for name, basis in subspace.items():
+        kinds.setdefault(layer_and_kind(name)[1], []).append(basis)
+    table = make_table(console, ["kind", "modules", "shape", "rank", "‖D‖", "energy kept, %"])
+    for kind, short in short_kinds(kinds).items():
+        bases = kinds[kind]
+        shapes = {f"{len(basis.U)} × {len(basis.V)}" for basis in bases}
+        ranks = sorted(len(basis.singular_values) for basis in bases)
+        norm = sum(basis.displacement**2 for basis in bases) ** 0.5
+        kept = SafetySubspace(dict(enumerate(bases)), {}).energy_kept
+        rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
+        table.add_row(short, str(len(bases)), ", ".join(sorted(shapes)), rank, f"{norm:.4g}", percent(kept))
+    print_section(console, "By kind of module", table)
+
+
+def subspace_json(subspace: SafetySubspace) -> dict:
+    """The metadata, and of every module its shape, rank, displacement and the share of it that is kept."""
+    return {
+        "metadata": subspace.metadata,
+        "fingerprint": subspace.fingerprint,
+        "energy_kept": subspace.energy_kept,
+        "modules": {
+            name: {
+                "shape": [len(basis.U), len(basis.V)],
+                "rank": len(basis.singular_values),
+                "displacement_norm": basis.displacement,
+                "energy_kept": basis.energy,
+            }
+            for name, basis in subspace.items()
+        },
+    }
+
+
+def _rule(subspace: SafetySubspace) -> str:
+    rank, energy = subspace.metadata["rank"], subspace.metadata["energy"]
+    return f"asked for: {rank}" if energy is None else f"asked for: {percent(energy)} % of the energy"
