@@ -140,8 +140,12 @@ def read_record(folder: str | os.PathLike) -> dict:
 
 def _files_in(place: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder by its path there, except the record and what file browsers leave."""
-    files = sorted(path for path in place.rglob("[!.]*") if path.is_file() and path != place / RECORD)
-    return {path.relative_to(place).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    digests = {}
+    for path in sorted(place.rglob("*")):
+        inside = path.relative_to(place)
+        if path.is_file() and path != place / RECORD and not any(part.startswith(".") for part in inside.parts):
+            digests[inside.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def _factors_beside(folder: Path, names: list[str]) -> Factors | None:

@@ -24,7 +24,6 @@ from csulora_callback import sidecar
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import cast_alike
 from csulora_callback.trainers.engines import saves_shards_only
 from csulora_callback.trainers.patches import Patches, calling, is_running, surrounded
@@ -39,11 +38,6 @@ if TYPE_CHECKING:
 def innermost_optimizer(optimizer: object) -> object:
     """The optimizer without accelerate's wrapper."""
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-
-
-def changes_of(adapter: Adapter) -> int:
-    """How often anyone has written into the factors, as torch counts it for its own purposes."""
-    return sum(parameter._version for layer in adapter.layers.values() for parameter in (layer.lora_A, layer.lora_B))
 
 
 class HuggingFaceRun:
@@ -61,7 +55,6 @@ class HuggingFaceRun:
         self.corrector, self.recorder = corrector, recorder
         self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
         self._is_finished = False
-        self._changes = self._largest_step = None  # of the factors, as their version counters count
 
     @property
     def is_training(self) -> bool:
@@ -107,8 +100,6 @@ class HuggingFaceRun:
         """
         from transformers import Trainer  # not at the top, see HuggingFaceEvents.on_train_begin
 
-        if self._is_listening() and not self.is_training and self._has_moved_on():
-            self.close()
         return self._is_listening() and (self.is_training or calling(Trainer) in (None, self.trainer))
 
     def checkpoint_folder(self) -> Path:
@@ -156,18 +147,6 @@ class HuggingFaceRun:
         """Users may remove the callback from the Trainer's list at any time."""
         return any(callback is self.callback for callback in self.handler.callbacks)
 
-    def _has_moved_on(self) -> bool:
-        """Whether the factors have changed by more than a step since the run was interrupted: someone trains them."""
-        if self._largest_step is None:
-            return False
-        return changes_of(self.corrector.adapter) - self._changes > 2 * self._largest_step
-
-    def _count_changes(self) -> None:
-        changes = changes_of(self.corrector.adapter)
-        if self._changes is not None:
-            self._largest_step = max(self._largest_step or 1, changes - self._changes)
-        self._changes = changes
-
     def _corrected(self, original: Callable, *args: object, **kwargs: object) -> object:
         self.renew()
         with self.corrector.corrected():
@@ -192,7 +171,6 @@ class HuggingFaceRun:
 
     def _step_end(self, original: Callable, *args: object, **kwargs: object) -> object:
         control = original(*args, **kwargs)  # the others first: they may read, or bring in, raw weights
-        self._count_changes()
         every = self.callback.every_n_steps
         if every is not None and self.state.global_step % every == 0:
             self.renew()
@@ -216,6 +194,7 @@ class HuggingFaceRun:
         self._apply()  # a moving average may have come in
         self._remember()
         self.close()
+        self.callback._run = None  # which would keep Trainer and optimizer alive
         return control
 
     def _remember(self) -> None:

@@ -92,6 +92,7 @@ def test_both_checkpoints_give_the_whole_displacement(lab, pair):
     assert part != pytest.approx(all_of_it, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_there_are_colors(lab):
     colors = {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm", "COLUMNS": "80"}
     arguments = ("inspect", lab / "corrected", "--subspace", lab / "subspace.safetensors")
@@ -105,6 +106,7 @@ def test_on_a_terminal_there_are_colors(lab):
     assert json.loads(as_json.stdout)["states"].keys() == {"raw", "corrected"}
 
 
+@pytest.mark.slow
 def test_a_correction_is_made_made_again_and_undone(lab, subspace, tmp_path):
     made, again, restored = (tmp_path / name for name in ("made", "again", "restored"))
     rule = ("--subspace", lab / "subspace.safetensors")
@@ -152,6 +154,7 @@ def test_a_dry_run_writes_nothing(lab, pair, tmp_path):
     assert "expand" in output
 
 
+@pytest.mark.slow
 def test_help_shows_examples():
     done = run_process("--help")
     assert done.returncode == 0
@@ -254,6 +257,7 @@ def test_factors_that_are_not_finite_are_refused(lab, tmp_path):
     assert "hold NaN or Inf" in error
 
 
+@pytest.mark.slow
 def test_letters_that_the_output_lacks_are_no_reason_to_fail(lab):
     done = run_process("subspace", "--show", lab / "subspace.safetensors", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr

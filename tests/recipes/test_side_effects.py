@@ -131,6 +131,7 @@ def test_what_was_not_chosen_for_is_refused(case):
     assert str(raised.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_without_a_target_there_are_none(tmp_path):
     settings = [*TINY, "effects.target=null", f"output={tmp_path}"]
     assert main(["recipes/frontier.yaml", *settings]) == 0

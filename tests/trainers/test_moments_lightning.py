@@ -26,7 +26,11 @@ OTHERS = {
     "moving average": lambda: [EMAWeightAveraging(decay=0.8)],
     "stochastic averaging": lambda: [StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)],
 }
-CASES = [("nobody", "first"), *((name, order) for name in list(OTHERS)[1:] for order in ("first", "last"))]
+SLOW = [("moving average", "first"), ("stochastic averaging", "first"), ("stochastic averaging", "last")]
+CASES = [
+    pytest.param(*case, marks=pytest.mark.slow if case in SLOW else (), id=" ".join(case))
+    for case in (("nobody", "first"), *((name, order) for name in list(OTHERS)[1:] for order in ("first", "last")))
+]
 
 
 class Watched(Module):
@@ -87,7 +91,7 @@ def without(pair, tmp_path_factory):
     return reference
 
 
-@pytest.mark.parametrize(("name", "order"), CASES, ids=[" ".join(case) for case in CASES])
+@pytest.mark.parametrize(("name", "order"), CASES)
 def test_every_file_is_the_correction_of_what_is_written_without_the_callback(
     pair, subspace, without, tmp_path, name, order
 ):
