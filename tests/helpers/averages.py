@@ -85,7 +85,8 @@ class Spy(TrainerCallback):
         self.trainer.save_model(place / "by the trainer")
         torch.save(get_peft_model_state_dict(model), place / "state.pt")
         merged = copy.deepcopy(model).merge_and_unload().state_dict()
-        torch.save({key: value for key, value in merged.items() if key.endswith("proj.weight")}, place / "merged.pt")
+        kept = {key: value.cpu() for key, value in merged.items() if key.endswith("proj.weight")}
+        torch.save(kept, place / "merged.pt")
 
     def on_step_begin(self, args, state, control, model, **kwargs):
         self.look("step_begin", state, model)

@@ -52,8 +52,8 @@ def assert_corrected(pair, corrected: dict, factors: dict, texts: Texts) -> None
     adapter.write(raw_factors)
     seen = Activations.read(adapter, texts)
     changed = 0.0
-    for name, (A, B) in from_peft_state_dict(corrected, list(adapter.layers), "corrected").items():
-        raw_A, raw_B = raw_factors[name]
+    for name, factors_there in from_peft_state_dict(corrected, list(adapter.layers), "corrected").items():
+        (A, B), (raw_A, raw_B) = (factor.cpu() for factor in factors_there), raw_factors[name]
         assert torch.equal(B, raw_B)
         expected = by_hand(raw_A, seen.task[name], seen.probes[name], STRENGTH, 0.1)
         torch.testing.assert_close(A.double(), expected, rtol=1e-4, atol=1e-5)
