@@ -98,9 +98,8 @@ class LightningRun:
         """Leave the corrected model in memory, once. A sharded one cannot be touched after its strategy is gone."""
         if not self.corrector.adapter.is_sharded:
             self.apply()
-            if isinstance(
-                running_model(self.corrector.adapter), PeftModel
-            ):  # others save the config before the weights
+            # Models of another kind save the config before the weights.
+            if isinstance(running_model(self.corrector.adapter), PeftModel):
                 remember(self.corrector.adapter.config, self.corrector.compute())
 
     def end(self) -> None:
