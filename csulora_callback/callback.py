@@ -17,11 +17,10 @@ from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.activations import running_model
+from csulora_callback.models.activations import vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
-from csulora_callback.models.sharding import full_shape
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_cache import default_cache_dir
@@ -226,7 +225,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self.probes is None:
             return None
         prompts = processes.together(lambda: tokenize(self.probes, adapter.config.base_model_name_or_path))
-        check_ids(prompts, full_shape(running_model(adapter).get_input_embeddings().weight)[0])
+        check_ids(prompts, vocabulary_of(adapter))
         return ActivationRecorder(adapter, prompts, processes)
 
     def _subspace_for(

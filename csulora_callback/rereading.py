@@ -8,12 +8,11 @@ import os
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from csulora_callback.models.activations import Activations, Texts, running_model
+from csulora_callback.models.activations import Activations, Texts, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
 from csulora_callback.models.saved_adapter import SavedAdapter
-from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.task_rows import TaskRows, read_task
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ def read_again(adapter: Adapter, texts: Texts) -> Activations:
     Raises:
         ValueError: if it cannot, or what it makes of them is not finite.
     """
-    vocabulary = full_shape(running_model(adapter).get_input_embeddings().weight)[0]
+    vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
     check_ids(texts.task, vocabulary, "task")
     activations = Activations.read(adapter, texts)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.sharding import full_shape
+from csulora_callback.models.training_rows import fixed_sample
 
 TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
@@ -122,6 +124,11 @@ def running_model(adapter: Adapter) -> nn.Module:
     return next(model for model in models if any(module is own for module in model.modules()))
 
 
+def vocabulary_of(adapter: Adapter) -> int:
+    """How many token ids the model under an adapter can read: the rows of its input embedding, sharded or not."""
+    return full_shape(running_model(adapter).get_input_embeddings().weight)[0]
+
+
 class _Listener:
     """Hooks that keep, of each pass, the vectors at some positions."""
 
@@ -173,7 +180,7 @@ def _not_all_tokens(name: str, got: str) -> ValueError:
 
 def _chosen(total: int, tokens: int) -> Tensor:
     chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
-    chosen[torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")[:tokens]] = True
+    chosen[fixed_sample(total, tokens)] = True
     return chosen
 
 

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from numbers import Integral
 from reprlib import repr as short
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.sources import read_rows
-from csulora_callback.models.training_rows import LENGTH
+from csulora_callback.models.training_rows import LENGTH, fixed_sample
 
 logger = logging.getLogger(__name__)
 
@@ -157,8 +156,7 @@ def _sample(prompts: Sequence) -> list:
     if len(prompts) <= PROBES:
         return list(prompts)
     logger.warning("%d of %d probes are used, a fixed sample: more would slow down every save.", PROBES, len(prompts))
-    places = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0), device="cpu")[:PROBES]
-    return [prompts[place] for place in sorted(places.tolist())]
+    return [prompts[place] for place in fixed_sample(len(prompts), PROBES)]
 
 
 def _different(rows: list[list[int]]) -> set[tuple[int, ...]]:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from numbers import Integral
 from reprlib import repr as short
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.probes import load_tokenizer
 from csulora_callback.models.sources import read_rows
-from csulora_callback.models.training_rows import LENGTH, ROWS, TrainingRows
+from csulora_callback.models.training_rows import LENGTH, ROWS, TrainingRows, fixed_sample
 
 TaskRows = str | os.PathLike | Sequence[Sequence[int]]
 """A source of rows (see :mod:`csulora_callback.models.sources`), or rows as token ids."""
@@ -40,8 +39,7 @@ def read_task(task: TaskRows, checkpoint: str | None) -> TrainingRows:
     column, given = _column(os.fspath(task)) if isinstance(task, str | os.PathLike) else ("input_ids", task)
     if not isinstance(given, Sequence) or not len(given):
         raise ValueError(f"`task`: expected a source of rows, or rows of token ids, but got {short(given)}.")
-    chosen = sorted(torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:ROWS].tolist())
-    rows = [given[place] for place in chosen]
+    rows = [given[place] for place in fixed_sample(len(given), ROWS)]
     if column != "input_ids":
         rows = _ids(load_tokenizer(checkpoint, "task"), column, rows)
     for row in rows:

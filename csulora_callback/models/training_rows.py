@@ -1,4 +1,4 @@
-"""A bounded sample of the rows that a model is trained on."""
+"""Bounded samples, the same ones every time: of the rows that a model is trained on, and of anything given whole."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ class TrainingRows:
                 row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]
                 row = row[:LENGTH].tolist()
                 self.rows[place : place + 1] = [row]
+
+
+def fixed_sample(total: int, most: int) -> list[int]:
+    """Places of at most ``most`` out of ``total``, drawn uniformly and in order; always the same ones.
+
+    Example:
+        >>> fixed_sample(3, most=64), len(fixed_sample(1000, most=64))
+        ([0, 1, 2], 64)
+    """
+    # On the CPU even where the default device is another one, which its generator could not serve.
+    places = torch.randperm(total, generator=torch.Generator().manual_seed(0), device="cpu")
+    return sorted(places[:most].tolist())
