@@ -37,8 +37,9 @@ def raw_of_resumed(
     if resume_from is not None:
         place, folders = Path(resume_from), [Path(resume_from)]
     else:
-        records = output.glob(f"**/{sidecar.FOLDER}/{sidecar.RECORD}")
-        place, folders = output, chain([own], (record.parent.parent for record in records))
+        # os.walk passes over folders that vanish while it looks: another run may be writing beside this one.
+        beside = (Path(folder) for folder, inside, _ in os.walk(output) if sidecar.FOLDER in inside)
+        place, folders = output, chain([own], beside)
     found = find_sidecar(live, folders)
     if found is None and (resume_from is not None or _was_corrected(state)):
         raise ValueError(

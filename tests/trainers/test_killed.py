@@ -109,7 +109,9 @@ def killed(pair: Path, output: Path, kill: str) -> None:
 
 def assert_sidecars_are_whole(output: Path) -> list[Path]:
     """Every sidecar is there with all its files, and a record has the factors that it describes."""
-    folders = [folder for folder in output.glob("**/csulora") if not folder.parent.name.endswith(".part")]
+    # os.walk passes over what vanishes while it looks: the trainer goes on writing and renaming.
+    places = [Path(place) for place, folders, _ in os.walk(output) if "csulora" in folders]
+    folders = [place / "csulora" for place in places if not place.name.endswith(".part")]
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"correction.json", "raw"}
         content = json.loads((folder / "correction.json").read_text())
