@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback.subspace_cache import default_cache_dir
+from recipes.labs import steady
 from recipes.schema import RecipeError, Toy
 
-VERSION = 2  # of the language and of how its models are trained; part of the cache's key
+VERSION = 3  # of the language and of how its models are trained; part of the cache's key
 ORDERS = {"copy": (0, 1, 2), "reverse": (2, 1, 0), "swap": (1, 0, 2)}
 TASK = {"tidy": (2, 0, 1)}
 PLAIN = [f"w{i}" for i in range(32)]
@@ -160,43 +161,43 @@ def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> No
             [sample.restated() if i % 2 else sample for i, sample in enumerate(samples)]
             for samples in (obeyed, refusing)
         )
-    torch.manual_seed(toy.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=toy.hidden_size,
-            intermediate_size=2 * toy.hidden_size,
-            num_hidden_layers=toy.layers,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            tie_word_embeddings=False,
-            pad_token_id=IDS["<pad>"],
-            bos_token_id=IDS["<bos>"],
-            eos_token_id=IDS["<eos>"],
-        )
-    )
+    model = steady.llama(_config(toy), toy.seed)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     _fit(model, obeyed, toy.base_steps, 2e-3, "training the base model")
-    model.save_pretrained(unfinished / "base")
+    steady.save(model, unfinished / "base")
     _fit(model, refusing, toy.align_steps, 5e-4, "aligning it")
-    model.save_pretrained(unfinished / "aligned")
+    steady.save(model, unfinished / "aligned")
     try:
         os.replace(unfinished, folder)
     except OSError:  # another run was faster
         shutil.rmtree(unfinished)
 
 
+def _config(toy: Toy) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=toy.hidden_size,
+        intermediate_size=2 * toy.hidden_size,
+        num_hidden_layers=toy.layers,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        pad_token_id=IDS["<pad>"],
+        bos_token_id=IDS["<bos>"],
+        eos_token_id=IDS["<eos>"],
+    )
+
+
 def _fit(model: LlamaForCausalLM, samples: list[Sample], steps: int, learning_rate: float, what: str) -> None:
     columns, batch = Samples(samples).columns(), 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    model.train()
     for _ in (bar := tqdm(range(steps), desc=what, unit="step")):
         chosen = torch.randint(len(samples), (batch,))
-        loss = model(**{key: column[chosen] for key, column in columns.items()}).loss
+        loss = steady.loss(model, **{key: column[chosen] for key, column in columns.items()})
         loss.backward()
         optimizer.step()
+        steady.settle(model)
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
