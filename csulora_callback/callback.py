@@ -54,7 +54,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         base_model: the unaligned base checkpoint \\( W_{base} \\): a folder, a Hub id, or a module in memory.
         aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on.
         subspace: a :class:`SafetySubspace` or the path of a saved one, instead of ``base_model``.
-        rank: \\( k \\), the number of singular vectors on each side.
+        rank: \\( k \\), the number of singular vectors on each side. By default a thirty-second of each module's
+            smaller side (64 at 2048), at least 4.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
         strength: of the default penalty, 10 by default; ``0`` corrects nothing. A ``penalty`` has its own.
@@ -90,7 +91,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         base_model: str | os.PathLike | nn.Module | None = None,
         aligned_model: str | os.PathLike | nn.Module | None = None,
         subspace: SafetySubspace | str | os.PathLike | None = None,
-        rank: int = 64,
+        rank: int | None = None,
         energy: float | None = None,
         penalty: Penalty | None = None,
         strength: float | None = None,

@@ -77,7 +77,9 @@ SubspaceOption = Annotated[
 ]
 BaseOption = Annotated[
     str | None,
-    typer.Option("--base", metavar="BASE", help="The unaligned base checkpoint, to estimate a subspace of rank 64."),
+    typer.Option(
+        "--base", metavar="BASE", help="The unaligned base checkpoint, to estimate a subspace with the default rank."
+    ),
 ]
 AlignedOption = Annotated[
     str | None,
@@ -97,7 +99,10 @@ def subspace(
     base: Annotated[str | None, typer.Argument(metavar="BASE", help="The unaligned base checkpoint.")] = None,
     aligned: Annotated[str | None, typer.Argument(metavar="ALIGNED", help="The aligned checkpoint.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Singular vectors on each side; 64 by default.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Singular vectors on each side; by default a 32nd of a module's smaller side, at least 4."),
+    ] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of the energy instead of a rank.")] = None,
     target_modules: Annotated[
         list[str] | None,
@@ -117,7 +122,7 @@ def subspace(
         demand(rank is None or energy is None, "`--energy`: expected no --rank beside it, but got both. Pass one.")
         demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
         targets = [name for names in target_modules or () for name in names.split(",") if name] or None
-        rule = {"rank": 64 if rank is None else rank, "energy": energy}
+        rule = {"rank": rank, "energy": energy}
         with arguments():
             check_rank_rule(**rule)
         with working():

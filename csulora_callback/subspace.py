@@ -36,7 +36,8 @@ class SafetySubspace(Mapping[str, Basis]):
 
     Attributes:
         bases: by module name, as in the model without PEFT.
-        metadata: fingerprints and dtypes of both checkpoints, rank rule, method, seed, versions.
+        metadata: fingerprints and dtypes of both checkpoints, method, seed, versions, and the rank rule: ``rank`` and
+            ``energy``, both None where the rank is relative.
         from_cache: whether :meth:`estimate` found it in its cache.
 
     Raises:
@@ -80,11 +81,14 @@ class SafetySubspace(Mapping[str, Basis]):
         """SHA-256 over the content of all bases."""
         return subspace_file.fingerprint(self.bases)
 
-    def truncated(self, rank: int) -> SafetySubspace:
+    def truncated(self, rank: int | None) -> SafetySubspace:
         """The subspace of a smaller ``rank``: the first singular vectors of each module.
 
+        Args:
+            rank: as for :meth:`estimate`; None is the relative one.
+
         Raises:
-            ValueError: if ``rank`` is no whole number ≥ 1.
+            ValueError: if ``rank`` is no whole number ≥ 1, or more than this subspace was estimated with.
 
         Example:
             >>> from torch import nn
@@ -94,10 +98,15 @@ class SafetySubspace(Mapping[str, Basis]):
             torch.Size([6, 2])
         """
         check_rank_rule(rank, None)
-        bases = {
-            name: Basis(basis.U[:, :rank], basis.V[:, :rank], basis.singular_values[:rank], basis.displacement)
-            for name, basis in self.bases.items()
-        }
+        by_energy, bases = self.metadata["energy"] is not None, {}
+        for name, basis in self.bases.items():
+            asked, held = (basis.rank_of(k) for k in (rank, self.metadata["rank"]))
+            if asked > held and not by_energy:  # of what was cut by energy one cannot tell
+                raise ValueError(
+                    f"`rank`: expected at most the {held} that module '{name}' was estimated with, but got {asked}. "
+                    "Estimate it again."
+                )
+            bases[name] = basis.truncated(asked)
         return SafetySubspace(bases, {**self.metadata, "rank": rank, "energy": None})
 
     @classmethod
@@ -106,7 +115,7 @@ class SafetySubspace(Mapping[str, Basis]):
         base: Source,
         aligned: Source,
         target_modules: str | Sequence[str] | None = None,
-        rank: int = 64,
+        rank: int | None = None,
         energy: float | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -125,7 +134,8 @@ class SafetySubspace(Mapping[str, Basis]):
             aligned: the aligned checkpoint, likewise.
             target_modules: full module names or their last parts (``["q_proj", "v_proj"]``), a regular expression for
                 the full name, or ``None`` for every two-dimensional weight that both checkpoints have.
-            rank: number ``k`` of singular vectors on each side; less where a displacement has fewer.
+            rank: number ``k`` of singular vectors on each side; less where a displacement has fewer. By default a
+                thirty-second of each module's smaller side (64 at 2048), at least 4.
             energy: keep instead the smallest ``k`` that holds this share of ``‖D‖²``, in ``(0, 1]``.
             device: where to compute; by default where the aligned weights are.
             progress: show a progress bar.

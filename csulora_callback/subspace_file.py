@@ -57,8 +57,10 @@ def check_metadata(metadata: object) -> None:
             _require(origin.get(field), str, f"metadata['{side}']['{field}']")
         for dtype in _require(origin.get("dtypes"), list, f"metadata['{side}']['dtypes']"):
             _require(dtype, str, f"metadata['{side}']['dtypes'][…]")
-    _require(metadata.get("rank"), int | None, "metadata['rank']")
-    _require(metadata.get("energy"), int | float | None, "metadata['energy']")
+    for field, kind in (("rank", int | None), ("energy", int | float | None)):
+        if field not in metadata:  # both None is a rule too, the relative rank, and one has to say so
+            raise ValueError(f"`subspace`: expected metadata['{field}'], but there is none. Estimate it again.")
+        _require(metadata[field], kind, f"metadata['{field}']")
 
 
 def write(bases: Mapping[str, Basis], metadata: dict, path: Path) -> None:

@@ -25,6 +25,7 @@ from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, s
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
+from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.subspace_cache import default_cache_dir
 from recipes.calibration import calibrate
 from recipes.calibration.bench import ChatBench, ToyBench
@@ -261,7 +262,7 @@ def dry_run(recipe: Recipe) -> None:
     if recipe.frontier.methods:
         table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():
-        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank {correction.rank}")
+        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank: {rank_rule(vars(correction))}")
     table.add_row("output", recipe.output)
     Console().print(table)
 

@@ -140,7 +140,7 @@ class Correction:
 
     preset: Preset = MISSING
     strength: float | None = None
-    rank: int = 64
+    rank: int | None = None  # of the subspace; a thirty-second of each module's smaller side
     energy: float | None = None
     every_n_steps: int | None = None
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.reporting.inspection import short_kinds
-from csulora_callback.reporting.terminal import facts, make_table, percent, print_section
+from csulora_callback.reporting.terminal import facts, make_table, percent, print_section, span
 from csulora_callback.subspace import SafetySubspace
 
 
 def print_subspace(console: Console, subspace: SafetySubspace) -> None:
     """Where it came from, and how much of the displacement it keeps in each kind of module."""
-    origin, rule = subspace.metadata, _rule(subspace)
-    ranks = sorted(len(basis.singular_values) for basis in subspace.values())
+    origin = subspace.metadata
+    ranks = [len(basis.singular_values) for basis in subspace.values()]
     rows = {side: f"{origin[side]['source']} ({'/'.join(origin[side]['dtypes'])})" for side in ("base", "aligned")}
     rows |= {
         "modules": str(len(subspace)),
-        "rank": f"{ranks[0]}–{ranks[-1]} ({rule})" if ranks[0] != ranks[-1] else f"{ranks[0]} ({rule})",
+        "rank": f"{span(ranks)} (asked for: {rank_rule(origin)})",
         "energy kept": f"{percent(subspace.energy_kept)} %",
         "fingerprint": subspace.fingerprint,
     }
@@ -29,10 +31,9 @@ def print_subspace(console: Console, subspace: SafetySubspace) -> None:
     for kind, short in short_kinds(kinds).items():
         bases = kinds[kind]
         shapes = {f"{len(basis.U)} × {len(basis.V)}" for basis in bases}
-        ranks = sorted(len(basis.singular_values) for basis in bases)
+        rank = span([len(basis.singular_values) for basis in bases])
         norm = sum(basis.displacement**2 for basis in bases) ** 0.5
         kept = SafetySubspace(dict(enumerate(bases)), {}).energy_kept
-        rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]}–{ranks[-1]}"
         table.add_row(short, str(len(bases)), ", ".join(sorted(shapes)), rank, f"{norm:.4g}", percent(kept))
     print_section(console, "By kind of module", table)
 
@@ -55,6 +56,15 @@ def subspace_json(subspace: SafetySubspace) -> dict:
     }
 
 
-def _rule(subspace: SafetySubspace) -> str:
-    rank, energy = subspace.metadata["rank"], subspace.metadata["energy"]
-    return f"asked for: {rank}" if energy is None else f"asked for: {percent(energy)} % of the energy"
+def rank_rule(rule: Mapping) -> str:
+    """What was asked for by ``rank`` and ``energy``, of a subspace's metadata or of whatever else has the two.
+
+    Example:
+        >>> rank_rule({"rank": None, "energy": None})
+        "a thirty-second of each module's smaller side"
+        >>> rank_rule({"rank": 64, "energy": None}), rank_rule({"rank": None, "energy": 0.9})
+        ('64', '90.0 % of the energy')
+    """
+    if rule["energy"] is not None:
+        return f"{percent(rule['energy'])} % of the energy"
+    return "a thirty-second of each module's smaller side" if rule["rank"] is None else str(rule["rank"])

@@ -75,6 +75,16 @@ def percent(share: float) -> str:
     return f"{hundredths:.1f}" if abs(hundredths) >= 9.995 else f"{hundredths:.2f}"
 
 
+def span(values: Sequence[int]) -> str:
+    """The smallest and the largest of some whole numbers, or the one that they all are.
+
+    Example:
+        >>> span([16, 4, 64]), span([8, 8])
+        ('4–64', '8')
+    """
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}–{max(values)}"
+
+
 def signed(share: float) -> str:
     """:func:`percent` with plus or minus; of what would be shown as zero there is none.
 

@@ -115,7 +115,7 @@ def check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
         if correction.preset is Preset.data_aware and (correction.strength or 0.0) > MAX_STRENGTH:
             refuse(f"{key}.strength", f"at most {MAX_STRENGTH:g} for the preset data_aware", correction.strength)
-        if correction.rank < 1:
+        if correction.rank is not None and correction.rank < 1:
             refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
         if correction.every_n_steps is not None and correction.every_n_steps < 1:
             refuse(f"{key}.every_n_steps", "a whole number ≥ 1", correction.every_n_steps)

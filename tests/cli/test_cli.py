@@ -78,7 +78,7 @@ def test_both_checkpoints_give_the_whole_displacement(lab, pair):
         return seen["displacement"], seen["states"]["adapter"]["together"]["undone"]
 
     kept, part = undone("--subspace", lab / "subspace.safetensors")
-    whole, all_of_it = undone("--base", pair[0])  # rank 64 is all of these small matrices
+    whole, all_of_it = undone("--base", pair[0])
     assert (kept, whole) == ("kept", "whole")
     base, aligned = (load_file(folder / "model.safetensors") for folder in pair)
     along = size = 0.0
@@ -169,7 +169,15 @@ MISUSED = {
     ("subspace",): "expected BASE ALIGNED -o FILE, or --show FILE",
     ("subspace", "{base}", "{aligned}"): "expected BASE ALIGNED -o FILE",
     ("subspace", "{base}", "{aligned}", "-o", "{lab}"): "`--output`: expected the name of a file, but got the folder",
-    ("subspace", "{base}", "{aligned}", "-o", "s", "--rank", "0"): "`rank`: expected a whole number ≥ 1, but got 0",
+    (
+        "subspace",
+        "{base}",
+        "{aligned}",
+        "-o",
+        "s",
+        "--rank",
+        "0",
+    ): "`rank`: expected a whole number ≥ 1 or None, but got 0",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", "2"): "`energy`: expected a share in (0, 1]",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", ".5", "--rank", "3"): "`--energy`: expected no --rank",
     ("subspace", "--show", "{subspace}", "--rank", "3"): "`--show`: expected nothing beside it",

@@ -34,7 +34,17 @@ def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "meta-llama/Llama-3.2-1B-Instruct (Hub" in printed
     assert "trl-lib/Capybara (Hub" in printed
+    assert "csulora (strength 10), rank: a thirty-second" in printed
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [("rank=8", "rank: 8"), ("rank=null", "rank: a thirty-second"), ("energy=0.5", "rank: 50.0 % of the energy")],
+)
+def test_a_dry_run_says_the_rank_of_a_correction(capsys, override, shown):
+    assert main(["recipes/llama32_1b_sft.yaml", "--dry-run", f"corrections.csulora.{override}"]) == 0
+    assert f"csulora (strength 10), {shown}" in capsys.readouterr().out
 
 
 def test_overrides_win_over_the_file():

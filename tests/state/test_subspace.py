@@ -170,8 +170,8 @@ def test_result_depends_on_neither_order_nor_number_of_modules():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rank": 0}, "`rank`: expected a whole number ≥ 1, but got 0"),
-        ({"rank": 2.5}, "`rank`: expected a whole number ≥ 1, but got 2.5"),
+        ({"rank": 0}, "`rank`: expected a whole number ≥ 1 or None, but got 0"),
+        ({"rank": 2.5}, "`rank`: expected a whole number ≥ 1 or None, but got 2.5"),
         ({"energy": 1.5}, r"`energy`: expected a share in \(0, 1\] or None, but got 1.5"),
         ({"method": "svd"}, "`method`: expected 'auto', 'krylov' or 'exact', but got 'svd'"),
         ({"target_modules": "nothing"}, "expected a module whose name matches 'nothing', but found none"),
