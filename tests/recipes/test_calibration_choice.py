@@ -1,10 +1,12 @@
 """The choice of a calibration: what it may look at, what it tries, and what its settings say of themselves."""
 
+import shlex
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csulora_callback import Penalty
+from csulora_callback import CSULoRACallback, Penalty
 from recipes.calibration.choice import (
     ALIGNED,
     RAW,
@@ -17,6 +19,7 @@ from recipes.calibration.choice import (
     exactly,
     ranks_for,
 )
+from recipes.calibration.report import how_to_repeat
 from recipes.files.recipe import load_recipe
 
 PROMPTS = 20
@@ -85,6 +88,22 @@ def test_candidates_are_presets_by_ranks_by_strengths_and_their_code_makes_them(
     assert [candidate.code() for candidate in candidates(settings, [4, 8])] == [
         f"penalty=Penalty.data_aware({strength}), probes=..." for strength in (1, 3)
     ]
+
+
+def test_what_is_printed_names_the_models_and_files_of_ones_own():
+    recipe = load_recipe(
+        "recipes/calibrate.yaml",
+        ["model.base=org/base", "model.aligned=org/aligned", "data.source=a.jsonl", "output=my out"],
+    )
+    guard = how_to_repeat(Candidate("guard", 3.0, 32), recipe, "org/aligned")
+    callback = eval(guard["callback"], {"CSULoRACallback": CSULoRACallback, "Penalty": Penalty})
+    assert (callback.base_model, callback.rank, callback.penalty) == ("org/base", 32, Penalty.guard(3.0))
+    assert shlex.split(guard["command"])[5:] == (
+        ["--subspace", "my out/subspace.safetensors", "--penalty", "guard", "--strength", "3"]
+    )
+    projection = how_to_repeat(Candidate("projection", None, 32), recipe, "org/aligned")
+    assert shlex.split(projection["command"])[7:] == ["--penalty", "projection"]
+    assert how_to_repeat(None, recipe, "org/aligned") == {}
 
 
 @given(st.floats(min_value=0, exclude_min=True))
