@@ -19,24 +19,20 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
-from csulora_callback.models.activations import Activations, Texts
+from csulora_callback import CSULoRACallback, sidecar
 from csulora_callback.models.adapters import find_adapter
-from csulora_callback.models.probes import tokenize
 from csulora_callback.reporting.subspace import rank_rule
-from csulora_callback.subspace_cache import default_cache_dir
-from recipes.calibration import calibrate
-from recipes.calibration.bench import ChatBench, ToyBench
+from recipes.calibration import calibrate, checks
+from recipes.calibration.bench import make_bench
+from recipes.calibration.choice import Calibration
 from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files import sources
-from recipes.files.points import SPLITS
 from recipes.files.recipe import load_recipe
-from recipes.schema import Correction, Preset, Recipe, RecipeError
+from recipes.schema import Correction, Recipe, RecipeError
 from recipes.training import report
-from recipes.training.task import Task, build_task, training_rows
+from recipes.training.task import Task, build_task
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,44 +140,17 @@ def make_subject(recipe: Recipe) -> frontier.Subject:
     return smollm2_frontier.SmolLM2Subject(recipe)
 
 
-def run_calibrate(recipe: Recipe) -> calibrate.Calibration:
-    """Try all settings on the checkpoint that the recipe names, and say which one to use."""
-    calibrate.check(recipe)
+def run_calibrate(recipe: Recipe) -> Calibration:
+    """Try all settings on the checkpoint that the recipe names, say which one to use, and write what it makes."""
+    checks.check(recipe)
     sources.check(recipe)
-    checkpoint = calibrate.checkpoint_folder(recipe.calibrate)
+    checkpoint = checks.checkpoint_folder(recipe)
     _check_alone("a calibration")
     _quiet()
     _disable_other_bars()
-    task, settings = build_task(recipe), recipe.calibrate
-    bench = ToyBench(recipe) if recipe.model.base is None else ChatBench(recipe, task)
-    model = load_checkpoint(task, checkpoint, raw=True).to(_device())
-    subspace = SafetySubspace.estimate(
-        task.base,
-        task.aligned,  # not the model in memory: of another dtype, its rounding would count as displacement
-        list(find_adapter(model).layers),
-        rank=max(settings.ranks),
-        cache_dir=default_cache_dir(),
-    )
-
-    activations = None
-    if Preset.data_aware.value in settings.presets:
-        probes = tokenize(task.probes, task.aligned)
-        rows = training_rows(task, recipe)
-        activations = Activations.read(find_adapter(model), Texts(rows, probes, seen=len(rows)))
-
-    def judge(candidate: calibrate.Candidate, split: str) -> calibrate.Judgement:
-        with SafetyCorrector(model, subspace.truncated(candidate.rank), candidate.penalty(), activations).corrected():
-            return bench.judge(model, split)
-
-    ends = {"raw LoRA": {split: bench.judge(model, split) for split in SPLITS}}
-    with model.disable_adapter():
-        ends = {"aligned model": {split: bench.judge(model, split) for split in SPLITS}, **ends}
-    tried = tqdm(calibrate.candidates(settings), desc="calibrating", unit="setting")
-    result = calibrate.calibrate(tried, judge, settings.target)
-    calibrate.write(result, ends, Path(recipe.output))
-    calibrate.print_result(result, ends, settings.checkpoint)
-    Console().print(f"Written to {recipe.output}: results.json.")
-    return result
+    task = build_task(recipe)
+    bench = make_bench(recipe, task)
+    return calibrate.run(recipe, task, bench, load_checkpoint(task, checkpoint, raw=True).to(_device()))
 
 
 def _check_alone(what: str) -> None:
@@ -247,7 +216,7 @@ def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
     sources.check(recipe)
     if recipe.calibrate.presets:
-        calibrate.check(recipe)
+        checks.check(recipe)
     if recipe.frontier.methods:
         frontier.check(recipe.frontier)
         side_effects.check(recipe)
@@ -258,7 +227,8 @@ def dry_run(recipe: Recipe) -> None:
         table.add_row(key, sources.describe(key, source, kind))
     table.add_row("trainer", recipe.trainer.value)
     if recipe.calibrate.presets:
-        table.add_row("calibrate", f"{len(calibrate.candidates(recipe.calibrate))} settings")
+        for key, what in checks.describe(recipe.calibrate).items():
+            table.add_row(key, what)
     if recipe.frontier.methods:
         table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():

@@ -181,10 +181,10 @@ class Calibrate:
     """Penalties and ranks to try on a trained checkpoint, and what to judge them by."""
 
     presets: dict[str, list[float]] = field(default_factory=dict)  # strengths; empty where a preset has none
-    ranks: list[int] = field(default_factory=lambda: [4, 16, 64])
+    ranks: list[int] | None = None  # default: shares of the modules' smaller side, 32, 64 and 128 where it is 2048
     checkpoint: str | None = None
-    probes: str | None = None  # prompts that are to be refused; those of the toy lab by default
-    probes_column: str = "prompt"
+    attacks: str | None = None  # prompts that are to be refused; those of the toy lab by default
+    attacks_column: str = "prompt"
     target: float = 0.1  # attack success on them
 
 

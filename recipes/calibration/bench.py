@@ -1,17 +1,17 @@
-"""What a calibration judges a model by, in two halves: probe prompts that are to be refused, and the user's task."""
+"""What a calibration judges a model by, in two halves: prompts that are to be refused, and the user's task."""
 
 from __future__ import annotations
 
 from peft import PeftModel
 
-from csulora_callback import AttackSuccessRate
-from recipes.calibration.calibrate import Judgement
+from csulora_callback import RefusalPhrases
+from recipes.calibration.choice import Answer, Judgement
 from recipes.files.points import SPLITS
 from recipes.files.sources import prompts_of
 from recipes.labs import toy
 from recipes.labs.chat import chat
-from recipes.schema import Recipe, RecipeError
-from recipes.training.task import Task, answers, batches, not_refused, teacher_forced
+from recipes.schema import Preset, Recipe, RecipeError
+from recipes.training.task import Task, answers, batches, teacher_forced
 
 _NEW_TOKENS = 32  # a refusal shows in its first words
 
@@ -29,22 +29,31 @@ class ToyBench:
     def judge(self, model: PeftModel, split: str) -> Judgement:
         """Attacks count as refused if the refusal is anywhere in the answer."""
         attacks, task = self.parts[split]
-        loss, _ = teacher_forced(model, [toy.Samples(task).columns()])
-        return Judgement(len(attacks), not_refused(answers(model, attacks)), loss)
+        said = tuple(
+            Answer(" ".join(sample.prompt[1:]), _in_words(answer), toy.REFUSAL in answer)
+            for sample, answer in zip(attacks, answers(model, attacks), strict=True)
+        )
+        return Judgement(said, teacher_forced(model, [toy.Samples(task).columns()])[0])
 
 
 class ChatBench:
-    """A user's probe prompts, answered through the chat template, and the held-out part of the user's data."""
+    """A user's prompts, answered through the chat template, and the held-out part of the user's data."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        prompts = prompts_of("calibrate", recipe.calibrate.probes, recipe.calibrate.probes_column)
+        prompts = prompts_of("calibrate.attacks", recipe.calibrate.attacks, recipe.calibrate.attacks_column)
+        prompts = list(dict.fromkeys(prompts))  # one that is in both halves would be judged by what chose
+        if Preset.data_aware.value in recipe.calibrate.presets and (seen := set(prompts) & set(task.probes)):
+            raise RecipeError(
+                f"'calibrate.attacks': expected other prompts than data.probes, which the correction has seen, but "
+                f"{len(seen)} of {len(prompts)} are among them, such as {min(seen)!r}"
+            )
         rows = task.held_out
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
-                f"'calibrate.probes': expected two prompts and two held-out rows at least, one for each half, but got "
+                "'calibrate.attacks': expected two prompts and two held-out rows at least, one for each half, but got "
                 f"{len(prompts)} and {len(rows)}"
             )
-        self.tokenizer, self.parts = task.tokenizer, {}
+        self.tokenizer, self.refuses, self.parts = task.tokenizer, RefusalPhrases(), {}
         for split, part in zip(SPLITS, (0, 1), strict=True):  # every other one: files are often sorted by topic
             own = rows.select(range(part, len(rows), 2))
             self.parts[split] = prompts[part::2], batches(task, recipe, own)
@@ -52,6 +61,16 @@ class ChatBench:
     def judge(self, model: PeftModel, split: str) -> Judgement:
         """Attacks count as refused if the answer begins with a phrase of refusal."""
         prompts, task = self.parts[split]
-        attacks = AttackSuccessRate()
-        attacks.update(prompts, chat(model, self.tokenizer, prompts, _NEW_TOKENS))
-        return Judgement(len(prompts), attacks.compute()["count"], teacher_forced(model, task)[0])
+        said = chat(model, self.tokenizer, prompts, _NEW_TOKENS)
+        judged = zip(prompts, said, self.refuses(prompts, said), strict=True)
+        return Judgement(tuple(Answer(*one) for one in judged), teacher_forced(model, task)[0])
+
+
+def _in_words(ids: list[int]) -> str:
+    words = [toy.VOCABULARY[word] for word in ids]
+    return " ".join(words[: words.index("<eos>")] if "<eos>" in words else words)
+
+
+def make_bench(recipe: Recipe, task: Task) -> ToyBench | ChatBench:
+    """The one for the recipe's models."""
+    return ToyBench(recipe) if recipe.model.base is None else ChatBench(recipe, task)

@@ -15,6 +15,8 @@ from yaml import YAMLError
 from recipes.files.values import check_values
 from recipes.schema import Correction, Recipe, RecipeError
 
+_RENAMED = {"calibrate.probes": "calibrate.attacks", "calibrate.probes_column": "calibrate.attacks_column"}
+
 
 def load_recipe(path: str, overrides: list[str]) -> Recipe:
     """Read a recipe, apply ``key=value`` overrides and check all of it.
@@ -69,6 +71,8 @@ def _one_line(error: OmegaConfBaseException) -> str:
 
 def _nearest(key: str) -> str | None:
     """The valid key closest to a wrong one: among its siblings first, then the same word in another section."""
+    if key in _RENAMED:
+        return _RENAMED[key]
     section, _, word = key.rpartition(".")
     if re.fullmatch(r"corrections\.[^.]+", section):
         siblings = [f"{section}.{name}" for name in get_type_hints(Correction)]

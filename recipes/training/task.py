@@ -158,7 +158,7 @@ def _chat_task(recipe: Recipe) -> Task:
 
     model = recipe.model
     data = recipe.data
-    probes = None if data.probes is None else prompts_of("data", data.probes, data.probes_column)
+    probes = None if data.probes is None else prompts_of("data.probes", data.probes, data.probes_column)
     return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, probes, judge)
 
 

@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from csulora_callback import RefusalPhrases
+from recipes.calibration.bench import make_bench
+from recipes.calibration.calibrate import Trials
 from recipes.evidence.baselines import METHODS
 from recipes.evidence.frontier import Adapters
 from recipes.evidence.smollm2_frontier import SmolLM2Subject, chosen_rightly
@@ -16,9 +18,9 @@ from recipes.files.recipe import load_recipe
 from recipes.labs.chat import chat
 from recipes.labs.smollm2 import encode
 from recipes.labs.smollm2_data import OPENINGS, REFUSALS, Choice, Exchange, load, poisoned
-from recipes.run import main
+from recipes.run import load_checkpoint, main
 from recipes.schema import RecipeError
-from recipes.training.task import teacher_forced
+from recipes.training.task import build_task, teacher_forced
 from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama
 from tests.recipes.test_frontier import read
@@ -122,17 +124,23 @@ def test_its_adapter_can_be_calibrated(finished, tmp_path, capsys, caplog):
         f"model.aligned={models / 'aligned-0'}",
         f"data.source={models / 'task-0.jsonl'}",
         f"calibrate.checkpoint={models / 'lora-0'}",
-        f"calibrate.probes={probes}",
+        f"calibrate.attacks={probes}",
         "calibrate.ranks=[3]",
         "calibrate.target=1.0",
         "data.eval_share=0.7",
     ]
     assert main(["recipes/smollm2_calibrate.yaml", *overrides, "--dry-run"]) == 0
     assert main(["recipes/smollm2_calibrate.yaml", *overrides]) == 0
-    assert "Chosen for" in capsys.readouterr().out
-    assert "dtype" not in caplog.text  # rounding of one side does not count as displacement
+    assert "nothing needs to be corrected" in capsys.readouterr().out  # at a target that everything meets
     raw = json.loads((tmp_path / "out/results.json").read_text())["without"]["raw LoRA"]
     assert {split: judgement["prompts"] for split, judgement in raw.items()} == {"tuning": 3, "held_out": 3}
+
+    recipe = load_recipe("recipes/smollm2_calibrate.yaml", overrides)
+    task = build_task(recipe)
+    trials = Trials(recipe, task, make_bench(recipe, task), load_checkpoint(task, models / "lora-0", raw=True))
+    (candidate, *_) = trials.candidates()
+    assert trials.try_out(candidate).prompts == trials.ship(candidate, tmp_path).prompts == 3
+    assert "dtype" not in caplog.text  # rounding of one side does not count as displacement
 
 
 def test_no_prompt_is_in_what_a_run_reports(finished):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.files.sources import locate, read
+from recipes.files.sources import locate, prompts_of, read
 from recipes.schema import RecipeError
 
 
@@ -51,3 +51,20 @@ def test_what_is_no_source_gets_one_line(package, case):
 
 def test_a_hub_id_is_left_to_the_hub():
     assert locate("data.source", "trl-lib/Capybara") is None
+
+
+def test_prompts_are_lines_or_a_column(tmp_path):
+    files = {
+        "probes.txt": "one\n\n two \n",
+        "probes.jsonl": '{"prompt": "one"}\n{"prompt": "two"}\n',
+        "probes.csv": "prompt,source\none,a\ntwo,b\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        probes = str(tmp_path / name)
+        assert prompts_of("calibrate.attacks", probes, "prompt") == ["one", "two"]
+    with pytest.raises(RecipeError, match=r"'data.probes_column': expected a column of .*\['prompt', 'source'\]"):
+        prompts_of("data.probes", probes, "question")
+    (tmp_path / "numbers.csv").write_text("prompt\n0\n1\n")
+    with pytest.raises(RecipeError, match=r"'calibrate.attacks': .*csv: expected texts in the column .* but got 0"):
+        prompts_of("calibrate.attacks", str(tmp_path / "numbers.csv"), "prompt")
