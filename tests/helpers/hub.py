@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", hashlib.sha256(content).hexdigest())
-        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Repo-Commit", f"{len(self.server.commits):040d}")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)

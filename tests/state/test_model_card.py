@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from huggingface_hub import ModelCard
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from csulora_callback import model_card
@@ -43,6 +43,7 @@ MARKERS = st.sampled_from(
 )
 
 
+@settings(max_examples=50)
 @given(CARDS, st.sampled_from(["One.", "Two\nlines."]))
 @example("---\nlicense: mit\n---\r\n\r\n# Mine\r\n", "One.")
 @example("", "One.")

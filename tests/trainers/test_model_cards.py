@@ -103,6 +103,7 @@ def test_the_cards_of_the_trainer_get_the_section_back(runs):
     assert ModelCard(card).data.library_name == "peft"
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_nan_says_in_its_card_that_it_was_not_corrected(pair, tmp_path):
     class Breaks(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -116,6 +117,7 @@ def test_an_adapter_that_is_nan_says_in_its_card_that_it_was_not_corrected(pair,
     assert "csulora" not in ModelCard(card).data.tags
 
 
+@pytest.mark.slow
 def test_an_adapter_with_a_name_of_its_own_has_its_card_where_peft_writes_it(pair, subspace, tmp_path):
     model = fresh_model(pair)
     model.add_adapter("mine", model.peft_config["default"])
@@ -189,6 +191,7 @@ def test_a_model_that_pushes_itself_takes_record_and_section_along_and_no_raw_ad
     assert hub.commit("again")["README.md"] == edited["README.md"]
 
 
+@pytest.mark.slow
 def test_pushes_and_cards_do_not_touch_training(hub, pair, tmp_path):
     settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": "every_save"}
     plain = train(pair, tmp_path / "plain", [])

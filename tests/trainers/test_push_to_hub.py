@@ -61,7 +61,13 @@ def raw_at(pair, tmp_path_factory):
 
 
 FOLDER_OF_CHECKPOINT = {"every_save": None, "checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-{step}"}
-PUSHES = [("every_save", False), ("every_save", True), ("checkpoint", True), ("all_checkpoints", True)]
+SLOW = pytest.mark.slow
+PUSHES = [
+    ("every_save", False),
+    ("checkpoint", True),
+    pytest.param("every_save", True, marks=SLOW),
+    pytest.param("all_checkpoints", True, marks=SLOW),
+]
 
 
 @pytest.mark.parametrize(("strategy", "push_raw"), PUSHES)
@@ -108,6 +114,7 @@ def test_nothing_is_uploaded_before_the_end_when_so_asked(hub, pair, subspace, r
         assert_same(load(hub.commit(message)[ADAPTER]), live(trainer.model))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_uploaded_as_its_checkpoint_was_saved(hub, pair, subspace, raw_at, tmp_path):
     trainer = pushing(
         pair,
@@ -172,6 +179,7 @@ def test_whoever_reads_a_published_adapter_is_told_where_its_raw_one_is(hub, pai
         restore_adapter(published, tmp_path / "raw")
 
 
+@pytest.mark.slow
 def test_a_resume_without_the_raw_adapter_says_so_before_training(pair, tmp_path):
     train(pair, tmp_path / "model")
     shutil.copytree(tmp_path / "model/checkpoint-4", tmp_path / "fetched")
