@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
 
+from csulora_callback.model_card import CARD
+from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside, adapter_folder
+from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.weight_files import fetch_adapter
-from csulora_callback.sidecar import FOLDER, RAW, RECORD, Sidecar, read_record
+from csulora_callback.sidecar import FOLDER, RAW, RECORD, NotPublishedError, Sidecar, read_record
+
+logger = logging.getLogger(__name__)
 
 
 def find_adapter_folder(adapter: str | os.PathLike, argument: str = "adapter") -> Path:
@@ -59,11 +65,13 @@ class RawAdapter:
         beside: where the adapter itself lies, which is another folder if it was corrected. Beside shards there is
             nothing in it.
         sidecar: of the correction that it came out of; ``None`` if it is raw itself.
+        card: the adapter's model card, if it has one.
     """
 
     folder: Path
     beside: Path
     sidecar: Sidecar | None
+    card: Path
 
     @classmethod
     def find(cls, root: Path, argument: str = "adapter") -> RawAdapter:
@@ -71,11 +79,14 @@ class RawAdapter:
 
         Raises:
             FileNotFoundError: if there is no adapter; ``argument`` is the name of ``root`` in messages.
+            NotPublishedError: if it was corrected, and published without its raw adapter.
             ValueError: if there is more than one, or a ``csulora/`` that is damaged or another adapter's.
         """
         try:
             place = _sidecar_place(root)
             sidecar = None if place is None else Sidecar.load(place)
+        except NotPublishedError as error:
+            raise NotPublishedError(f"`{argument}`: {error}") from error
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"`{argument}`: expected the raw factors of {root} in its {FOLDER}/, as nothing is corrected twice, "
@@ -83,8 +94,35 @@ class RawAdapter:
             ) from error
         if sidecar is None:
             folder = _only_adapter(root, argument)
-            return cls(folder, folder, None)
-        return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar)
+            return cls(folder, folder, None, root / CARD)
+        return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar, place / CARD)
+
+
+def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
+    """What can be looked at of the adapter in a folder: its layers, factors by state, and its record if it has one.
+
+    The states are ``adapter`` alone, where it was never corrected; ``raw`` and ``corrected``; or, with a log line,
+    ``corrected`` alone, where it was published without its raw adapter.
+
+    Raises:
+        FileNotFoundError: as :meth:`RawAdapter.find` and :meth:`SavedAdapter.read` do.
+        ValueError: likewise.
+    """
+    try:
+        source = RawAdapter.find(root)
+    except NotPublishedError as error:
+        logger.info("%s", error)
+        place = _sidecar_place(root)
+        record = read_record(place)
+        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]))
+        return saved, {"corrected": saved.factors}, record
+    saved = SavedAdapter.read(source.folder)
+    if source.sidecar is None:
+        return saved, {"adapter": saved.factors}, None
+    states = {"raw": saved.factors}
+    if source.sidecar.corrected is not None:  # beside shards there is none
+        states["corrected"] = source.sidecar.corrected
+    return saved, states, source.sidecar.record
 
 
 def _sidecar_place(root: Path) -> Path | None:

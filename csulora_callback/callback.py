@@ -68,6 +68,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             ``~/.cache/csulora_callback``. A cache that cannot be used costs a warning and the time of an estimate.
         resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
             lie in its output folder. Lightning's checkpoints hold everything themselves.
+        push_raw: whether what ``transformers.Trainer`` uploads to the Hub holds the raw adapter, too. By default it
+            holds the corrected one and the record of the correction, from which one reads what was done and cannot
+            undo it; folders on this machine always hold all. Needed where ``hub_strategy`` uploads whole checkpoints
+            (``"checkpoint"``, ``"all_checkpoints"``), which are there to resume from. ``model.push_to_hub()`` never
+            takes the raw adapter along: it uploads no folders in folders.
         export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
             folder ``NAME.adapter``.
         probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
@@ -102,6 +107,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         resume_from: str | os.PathLike | None = None,
         export_adapter: bool = True,
         probes: Probes | None = None,
+        push_raw: bool = False,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -130,7 +136,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
             whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
             check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
-        for name, flag in (("evaluate_corrected", evaluate_corrected), ("export_adapter", export_adapter)):
+        flags = {"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw}
+        for name, flag in flags.items():
             check(name, isinstance(flag, bool), "True or False", flag)
         for name, path in (("cache_dir", cache_dir), ("resume_from", resume_from)):
             check(name, path is None or is_path(path), "the path of a folder or None", path)
@@ -159,6 +166,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
+        self.push_raw = push_raw
         self.probes = None if probes is None else read_prompts(probes)
 
     def __reduce__(self) -> tuple:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
+from csulora_callback.adapter_source import RawAdapter, find_adapter_folder, read_states
 from csulora_callback.inspection import inspect_adapter
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
@@ -150,7 +150,7 @@ def inspect(
 
     Shares of the update's energy stand beside those that chance gives. "Undone" is the share of the alignment
     D = aligned - base that the update takes back: with --base of all of D, with --subspace of the part of it that the
-    subspace keeps. A corrected adapter is shown beside its raw update.
+    subspace keeps. A corrected adapter is shown beside its raw update, where that was published.
     """
     _check_one_of(subspace, base)
     demand(
@@ -158,15 +158,10 @@ def inspect(
         "`--aligned`: expected it beside --base only. Leave it out.",
     )
     with working():
-        source = RawAdapter.find(find_adapter_folder(adapter))
-        saved = SavedAdapter.read(source.folder)
-        states = {"adapter" if source.sidecar is None else "raw": saved.factors}
-        if source.sidecar is not None and source.sidecar.corrected is not None:  # beside shards there is none
-            states["corrected"] = source.sidecar.corrected
+        saved, states, record = read_states(find_adapter_folder(adapter))
         pair = None if base is None else _pair(saved, base, aligned)
         found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
         seen = inspect_adapter(saved, states, found, pair)
-    record = None if source.sidecar is None else source.sidecar.record
     kept = pair is None
 
     def data() -> dict:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from peft import LoraConfig
 
+from csulora_callback import model_card
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.models.factors import Factors, digest, factor_keys, from_peft_state_dict, is_cast
 from csulora_callback.models.peft_folder import read_adapter
@@ -34,12 +36,14 @@ class CorrectedLoraConfig(LoraConfig):
         if not {(name, factor) for name in names for factor in "AB"} <= factor_keys(state).keys():
             return
         written = from_peft_state_dict(state, names, str(save_directory))
+        folder = Path(save_directory)
+        if self.sidecar.record["adapter"] != "default":  # PEFT gives other names a subfolder; csulora/ lies beside it
+            folder = folder.parent
         if is_cast(written, self.corrected):
             record = {**self.sidecar.record, "corrected_digest": digest(written)}
-            folder = save_directory
-            if record["adapter"] != "default":  # PEFT gives other names a subfolder, and csulora/ lies beside that
-                folder = os.path.dirname(save_directory)
             replace(self.sidecar, record=record).save(folder, self)
+        else:
+            model_card.renew(folder, None, Path(save_directory))  # of an adapter that was saved here before
 
 
 def remember(config: LoraConfig, adapter: CorrectedAdapter) -> None:

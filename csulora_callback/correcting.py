@@ -118,6 +118,10 @@ class Correcting:
             "adapter": self.adapter,
             "penalty": self.penalty.to_json(),
             "rank": self.rank,
-            "subspace": {"fingerprint": self.subspace.fingerprint, **self.subspace.metadata},
+            "subspace": {
+                "fingerprint": self.subspace.fingerprint,
+                "energy_kept": self.subspace.energy_kept,
+                **self.subspace.metadata,
+            },
         }
         return partial(record_of, raw, corrected, corrections, metrics, scalings, about)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft.utils import CONFIG_NAME
 
+from csulora_callback import model_card
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting, Rank
@@ -30,8 +31,6 @@ from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_file import check_metadata
 
 logger = logging.getLogger(__name__)
-
-_CARD = "README.md"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +130,7 @@ def correct_adapter(
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
-    put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, card=source.beside / _CARD))
+    put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 
 
@@ -143,10 +142,12 @@ def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) ->
         output: a folder that does not exist yet, or is empty.
 
     Returns:
-        The folder, as an absolute path.
+        The folder, as an absolute path. Its model card is that of the corrected adapter without what was said there of
+        the correction.
 
     Raises:
-        FileNotFoundError: if there is no adapter, or none that was corrected.
+        FileNotFoundError: if there is no adapter, none that was corrected, or one that was published without its raw
+            adapter.
         ValueError: if its ``csulora/`` is damaged or another adapter's, or the output is not free.
 
     Example:
@@ -163,7 +164,13 @@ def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) ->
             f"`checkpoint`: expected an adapter that was corrected, but {root} has no {FOLDER}/ with its raw factors. "
             "It is raw already, or that folder was left behind when it was copied."
         )
-    put_folder(output, lambda unfinished: shutil.copytree(source.folder, unfinished, dirs_exist_ok=True))
+
+    def make(unfinished: Path) -> None:
+        shutil.copytree(source.folder, unfinished, dirs_exist_ok=True)
+        _copy_card(source.card, unfinished)
+        model_card.remove(unfinished)
+
+    put_folder(output, make)
     return output
 
 
@@ -227,9 +234,13 @@ def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank
     if rank == "expand":
         options |= _options_for(done.corrected, saved)
     (folder / CONFIG_NAME).write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
-    if card.is_file():
-        shutil.copyfile(card, folder / _CARD)
+    _copy_card(card, folder)
     done.sidecar.save(folder, saved.config, source=saved.folder)
+
+
+def _copy_card(card: Path, folder: Path) -> None:
+    if card.is_file():
+        shutil.copyfile(card, folder / model_card.CARD)
 
 
 def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:

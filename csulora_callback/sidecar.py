@@ -7,7 +7,8 @@ training data, and the probes, as token ids.
 
 The folder appears as a whole, after the adapter that it describes, and an older one goes before anything new is
 written. The record holds digests of itself, of the other files and of the adapter beside it: a folder that was
-damaged, or that stands beside another adapter than its own, is not believed.
+damaged, or that stands beside another adapter than its own, is not believed. ``raw/`` as a whole and ``texts.json``
+may be missing, as on the Hub they are: the record is as good without. With it comes its section in the model card.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from pathlib import Path
 
 from peft import PeftConfig
 
+from csulora_callback import model_card
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.factors import Factors, digest, factor_keys, from_peft_state_dict
 from csulora_callback.models.peft_folder import WEIGHTS, adapter_folder, read_adapter, write_with_factors
 from csulora_callback.models.whole_files import discard_folder, put_folder
+from csulora_callback.pushing import card_of_push, uploads_all
 from csulora_callback.record import checked, seal
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,10 @@ FOLDER = "csulora"
 RAW = "raw"
 TEXTS = "texts.json"
 RECORD = "correction.json"
+
+
+class NotPublishedError(FileNotFoundError):
+    """There is the record of a correction, and the raw adapter was left out when it was uploaded or copied."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,26 @@ class Sidecar:
                 beside,
                 FOLDER,
             )
+            model_card.renew(folder, None, beside)
             return
         put_folder(folder / FOLDER, lambda target: self._write(source or beside, target, config))
+        if found is not None:
+            model_card.renew(folder, self.record, beside)
+            if (pushed := card_of_push()) is not None:
+                model_card.renew_pushed(pushed, self.record, beside)
+        if uploads_all():
+            logger.warning(
+                "What is pushed now has the record of the correction, and not the raw adapter. Save the model into a "
+                "folder of yours too, or keep a checkpoint: the correction can be undone with these only."
+            )
 
     def _write(self, source: Path, target: Path, config: PeftConfig) -> None:
         write_with_factors(source, self.raw, target / RAW, config)
         if self.texts is not None:
             (target / TEXTS).write_text(json.dumps(asdict(self.texts)), encoding="utf-8")
         (target / RECORD).write_text(seal(self.record, _files_in(target)), encoding="utf-8")
+        if uploads_all():
+            shutil.rmtree(target / RAW)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Sidecar:
@@ -85,17 +104,22 @@ class Sidecar:
 
         Raises:
             FileNotFoundError: if ``folder`` was not written with the callback.
+            NotPublishedError: if the record is there and the raw adapter is not.
             ValueError: if one of the files is corrupt, or they do not belong together or to the adapter beside them.
         """
         folder = Path(folder)
         record, place = read_record(folder), folder / FOLDER
-        if _files_in(place) != record["files"]:
+        found = _files_in(place)
+        left_out = record["files"].keys() - found.keys()
+        raw_is_left_out = not any(map(_is_raw, found)) and any(map(_is_raw, left_out))
+        if found != {file: record["files"].get(file) for file in found} or not all(
+            file == TEXTS or (raw_is_left_out and _is_raw(file)) for file in left_out
+        ):
             raise ValueError(
                 f"{place}: expected the files that {RECORD} there records, but one of them was changed or is missing. "
                 "Take the folder from a copy of the checkpoint."
             )
         names = list(record["modules"])
-        raw = from_peft_state_dict(read_adapter(place / RAW), names, str(place / RAW / WEIGHTS))
         beside = adapter_folder(folder, record["adapter"])
         corrected = _factors_beside(beside, names)
         if corrected is not None and digest(corrected) != record["corrected_digest"]:
@@ -103,16 +127,35 @@ class Sidecar:
                 f"{place}: expected the record of the adapter in {beside}, but that is another one: it was saved "
                 "later, without the callback or by someone else. Delete the folder, or take both from a copy."
             )
+        if raw_is_left_out:
+            raise NotPublishedError(
+                f"{folder} holds a corrected adapter whose raw one was not published with it. That lies where the "
+                f"adapter was trained or corrected, in {FOLDER}/{RAW}: use that folder."
+            )
+        raw = from_peft_state_dict(read_adapter(place / RAW), names, str(place / RAW / WEIGHTS))
         return cls(raw, record, _read_texts(place / TEXTS), corrected)
 
 
 def discard(folder: str | os.PathLike) -> None:
-    """Remove ``folder/csulora/``, if there is one: what it says is about to become wrong."""
+    """Remove ``folder/csulora/``, if there is one: what it says is about to become wrong, and so is the model card."""
     discard_folder(Path(folder) / FOLDER)
+    model_card.renew(Path(folder), None, Path(folder))
+
+
+def renew_card(folder: str | os.PathLike) -> None:
+    """Have the model card say what the record beside the adapter says, after someone else has written the card."""
+    try:
+        record = read_record(folder)
+        beside = adapter_folder(folder, record["adapter"])
+        found = _factors_beside(beside, list(record["modules"]))
+    except (FileNotFoundError, ValueError):  # nothing that could be believed
+        return
+    if found is not None and digest(found) == record["corrected_digest"]:
+        model_card.renew(Path(folder), record, beside)
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy the sidecar of one folder, if it has one, into another, without the texts."""
+    """Copy the sidecar of one folder, if it has one, into another, without the texts; where no card is, that too."""
     place = Path(source) / FOLDER
     if not (place / RECORD).is_file():
         return discard(target)
@@ -123,6 +166,10 @@ def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
         (unfinished / RECORD).write_text(seal(record, _files_in(unfinished)), encoding="utf-8")
 
     put_folder(Path(target) / FOLDER, make)
+    card = Path(source) / model_card.CARD
+    if card.is_file() and not (Path(target) / model_card.CARD).exists():
+        shutil.copyfile(card, Path(target) / model_card.CARD)
+    model_card.renew(Path(target), record, adapter_folder(source, record["adapter"]))
 
 
 def read_record(folder: str | os.PathLike) -> dict:
@@ -146,6 +193,10 @@ def _files_in(place: Path) -> dict[str, str]:
         if path.is_file() and path != place / RECORD and not any(part.startswith(".") for part in inside.parts):
             digests[inside.as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return digests
+
+
+def _is_raw(file: str) -> bool:
+    return file.startswith(f"{RAW}/")
 
 
 def _factors_beside(folder: Path, names: list[str]) -> Factors | None:

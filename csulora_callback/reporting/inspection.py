@@ -43,7 +43,8 @@ def print_inspection(
         kept: whether ``⟨Δ, D⟩`` is that of the part of the displacement that the subspace keeps.
     """
     state, inspection = next(iter(states.items()))
-    console.print(_about(adapter, inspection, record, subspace, kept), soft_wrap=True)
+    where = "lies in csulora/ beside it" if "raw" in states else "was not published with it"
+    console.print(_about(adapter, inspection, record, where, subspace, kept), soft_wrap=True)
     of = f", {state} update" if len(states) > 1 else ""
     layers, kinds = inspection.by_layer(), inspection.by_kind()
     numbers, short = short_layers(layers), short_kinds(kinds)
@@ -140,11 +141,13 @@ def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
     return {kind: end if last.count(end) == 1 else kind for kind, end in zip(kinds, last, strict=True)}
 
 
-def _about(adapter: str, inspection: Inspection, record: Mapping | None, subspace: SafetySubspace, kept: bool) -> str:
+def _about(
+    adapter: str, inspection: Inspection, record: Mapping | None, where: str, subspace: SafetySubspace, kept: bool
+) -> str:
     lines = [f"{adapter}: {len(inspection.modules)} modules."]
     if record is not None:
         how = " ".join(map(str, record["penalty"].values()))
-        lines.append(f"It is {record['status']} ({how}); its raw update lies in csulora/ beside it.")
+        lines.append(f"It is {record['status']} ({how}); its raw update {where}.")
     energy = f"{subspace.energy_kept:.1%} of the displacement's energy"
     lines.append(
         f"The alignment D is the part that the subspace keeps: {energy}."

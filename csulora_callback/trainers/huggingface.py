@@ -15,6 +15,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.trainers.engines import refuse_engine, refuse_engine_of_generation
 from csulora_callback.trainers.huggingface_run import HuggingFaceRun
 from csulora_callback.trainers.patches import calling, run_of
+from csulora_callback.trainers.publishing import follow_pushes, refuse_pushes
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 
@@ -23,6 +24,7 @@ class HuggingFaceEvents(TrainerCallback):
 
     evaluate_corrected: bool
     resume_from: str | os.PathLike | None
+    push_raw: bool
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
 
@@ -39,6 +41,7 @@ class HuggingFaceEvents(TrainerCallback):
         refuse_engine()
         if self.evaluate_corrected:
             refuse_engine_of_generation(args)
+        refuse_pushes(args, self.push_raw)
         from transformers import Trainer  # costs a second, which those who use Lightning are spared
 
         trainer, handler = calling(Trainer), calling(CallbackHandler)
@@ -72,6 +75,7 @@ class HuggingFaceEvents(TrainerCallback):
             self._run.restore_raw(self.resume_from)
         self._run.renew()
         self._run.open(model, self.evaluate_corrected)
+        follow_pushes(trainer, self.push_raw)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refuse to look on: what was not there when training began corrects nothing."""

@@ -8,6 +8,7 @@ exception, and because the order of callbacks then does not matter.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,9 @@ from csulora_callback.trainers.save_pretrained import saving_corrected
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+logger = logging.getLogger(__name__)
 
 
 def innermost_optimizer(optimizer: object) -> object:
@@ -118,6 +122,13 @@ class HuggingFaceRun:
             self.corrector.adapter.write(cast_alike(live, corrected, saved.raw) or saved.raw)
             if self.recorder is not None and saved.texts is not None:
                 self.recorder.resume(saved.texts)
+            elif self.recorder is not None:
+                logger.warning(
+                    "The checkpoint has no %s/%s, as those from the Hub have none: the data-aware correction begins a "
+                    "new sample of the training data. Training itself goes on as it was.",
+                    sidecar.FOLDER,
+                    sidecar.TEXTS,
+                )
 
     def renew(self, if_doubled: bool = False) -> None:
         """Give the corrector what a data-aware penalty measures by, as the model is now. Collective."""

@@ -13,7 +13,7 @@ from transformers import TrainerState
 from csulora_callback import sidecar
 from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, is_cast
 from csulora_callback.models.peft_folder import adapter_folder, read_adapter
-from csulora_callback.sidecar import Sidecar
+from csulora_callback.sidecar import NotPublishedError, Sidecar
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def raw_of_resumed(
 
     Raises:
         ValueError: if the factors are corrected ones, and no sidecar fits them.
+        NotPublishedError: if one does, and the raw factors were left out where it comes from.
     """
     if resume_from is not None:
         place, folders = Path(resume_from), [Path(resume_from)]
@@ -40,7 +41,12 @@ def raw_of_resumed(
         # os.walk passes over folders that vanish while it looks: another run may be writing beside this one.
         beside = (Path(folder) for folder, inside, _ in os.walk(output) if sidecar.FOLDER in inside)
         place, folders = output, chain([own], beside)
-    found = find_sidecar(live, folders)
+    try:
+        found = find_sidecar(live, folders)
+    except NotPublishedError as error:
+        raise NotPublishedError(
+            f"`resume_from`: {error} A run with CSULoRACallback(push_raw=True) publishes what can be resumed."
+        ) from error
     if found is None and (resume_from is not None or _was_corrected(state)):
         raise ValueError(
             f"`resume_from`: expected the raw factors of the corrected checkpoint that training resumes from, at step "
@@ -56,7 +62,9 @@ def find_sidecar(live: Factors, folders: Iterable[Path]) -> Sidecar | None:
 
     Raises:
         ValueError: if the one that belongs to them is damaged.
+        NotPublishedError: if none of those that belong to them has the raw adapter.
     """
+    left_out = None
     for folder in folders:
         if not (folder / sidecar.FOLDER / sidecar.RECORD).is_file():
             continue
@@ -69,11 +77,19 @@ def find_sidecar(live: Factors, folders: Iterable[Path]) -> Sidecar | None:
                 continue
             if digest(live) == record["raw_digest"]:  # nothing has to be put back
                 return Sidecar.load(folder)
+        except NotPublishedError as error:
+            left_out = error
+            continue
         except ValueError as error:  # some other run's broken file is no reason not to resume this one
             logger.warning("Passed over while looking for raw factors: %s", error)
             continue
         if digest(live) == record["corrected_digest"] or (beside is not None and is_cast(live, beside)):
-            return Sidecar.load(folder)
+            try:
+                return Sidecar.load(folder)
+            except NotPublishedError as error:  # the same checkpoint may lie elsewhere, as it was trained
+                left_out = error
+    if left_out is not None:
+        raise left_out
     return None
 
 

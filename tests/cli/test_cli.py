@@ -72,6 +72,26 @@ def test_what_is_inspected_are_the_numbers_of_the_correction(lab):
     assert seen["states"]["raw"]["layers"].keys() == {"model.layers.0", "model.layers.1"}
 
 
+def test_of_an_adapter_published_without_its_raw_one_all_is_shown_that_is_there(lab, tmp_path):
+    shutil.copytree(lab / "corrected", tmp_path / "published", ignore=shutil.ignore_patterns("raw"))
+    rule = ("--subspace", lab / "subspace.safetensors")
+    status, output, _ = run("inspect", tmp_path / "published", *rule)
+    assert status == 0
+    assert "its raw update was not published with it" in output
+    seen, whole = (
+        json.loads(run("inspect", f, *rule, "--json")[1]) for f in (tmp_path / "published", lab / "corrected")
+    )
+    assert seen == {**whole, "adapter": seen["adapter"], "states": {"corrected": whole["states"]["corrected"]}}
+    for command in (("correct", *rule), ("restore",)):
+        name, *rest = command
+        status, output, error = run(name, tmp_path / "published", "-o", tmp_path / "out", *rest)
+        assert (status, output) == (1, "")
+        assert "whose raw one was not published with it. That lies where the adapter was trained" in error
+        assert "changed or is missing" not in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_checkpoints_give_the_whole_displacement(lab, pair):
     def undone(*arguments) -> dict:
         seen = json.loads(run("inspect", lab / "raw", *arguments, "--json")[1])

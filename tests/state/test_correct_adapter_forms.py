@@ -119,7 +119,7 @@ def test_the_raw_adapter_is_given_back(pair, subspace, tmp_path):
     train(pair, tmp_path / "run", [callback(pair)])
     folder = tmp_path / "run/checkpoint-8"
     assert restore_adapter(folder, tmp_path / "raw") == tmp_path / "raw"
-    assert {path.name for path in (tmp_path / "raw").iterdir()} == {WEIGHTS, "adapter_config.json"}
+    assert {path.name for path in (tmp_path / "raw").iterdir()} == {WEIGHTS, "adapter_config.json", "README.md"}
     assert (tmp_path / "raw" / WEIGHTS).read_bytes() == (tmp_path / "plain/checkpoint-8" / WEIGHTS).read_bytes()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), tmp_path / "raw")
     assert_same(live(model), raw(folder))

@@ -6,6 +6,7 @@ What a checkpoint holds is compared with the dense formula, on the activations o
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path):
     for mine, expected in zip(*histories, strict=True):
         drift = {key: value for key, value in expected.items() if key.startswith(("csulora/", "loss", "eval_loss"))}
         assert {key: mine[key] for key in drift} == drift
+
+
+@pytest.mark.slow
+def test_rows_of_the_training_data_are_never_uploaded(hub, pair, tmp_path, caplog):
+    settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": "checkpoint", "hub_always_push": True}
+    trainer = train(pair, tmp_path / "model", [callback(pair, push_raw=True)], **settings)
+    trainer.push_to_hub()
+    folder = tmp_path / "model/checkpoint-8"
+    assert Sidecar.load(folder).texts is not None
+    assert "last-checkpoint/csulora/raw/adapter_model.safetensors" in hub.files()
+    assert not any("texts.json" in path for path in hub.files())
+
+    shutil.copytree(tmp_path / "model/checkpoint-4", tmp_path / "fetched", ignore=shutil.ignore_patterns("texts.json"))
+    assert Sidecar.load(tmp_path / "fetched").texts is None
+    ours = callback(pair, resume_from=tmp_path / "fetched")
+    train(pair, tmp_path / "resumed", [ours], resume=tmp_path / "fetched")
+    assert "begins a new sample of the training data" in caplog.text
+    assert_same(raw(tmp_path / "resumed/checkpoint-8"), raw(folder))
 
 
 class SaveByHand(TrainerCallback):

@@ -30,11 +30,15 @@ def replaced(owner: object) -> set[str]:
     return {name for name, value in vars(owner).items() if callable(value) and name in dir(type(owner))}
 
 
-def test_nothing_stays_replaced_in_the_trainer(pair, tmp_path):
+PUSHES = {"push_to_hub", "_push_from_checkpoint", "create_model_card"}  # these go on to leave the raw adapter out
+
+
+def test_nothing_stays_replaced_in_the_trainer_but_its_pushes(pair, tmp_path):
     trainer = make_trainer(fresh_model(pair), tmp_path, [callback(pair)], save_steps=2, **EVAL)
     owners = (trainer.model, trainer, trainer.callback_handler)
     before, hooks = [replaced(owner) for owner in owners], hooks_of(trainer.model)
     trainer.train()
+    before[1] |= PUSHES
     assert [replaced(owner) for owner in owners] == before
     assert hooks_of(trainer.model) == hooks
     assert [type(callback).__name__ for callback in trainer.callback_handler.callbacks].count("CSULoRACallback") == 1
@@ -167,6 +171,7 @@ def test_a_crashed_run_is_over_when_its_callback_begins_another(pair, tmp_path):
         crashed.train()
     assert all(replaced(owner) > names for owner, names in zip(owners, before, strict=True))
     make_trainer(fresh_model(pair), tmp_path / "next", [ours], max_steps=1).train()
+    before[1] |= PUSHES
     assert [replaced(owner) for owner in owners] == before
 
 
