@@ -25,7 +25,9 @@ def reader_options(file: Path) -> dict[str, object]:
     """
     from datasets import Features, Value
 
-    if file.suffix == ".txt":  # the readers of tables skip a byte-order mark; here it would be a part of the first line
+    if (
+        file.suffix == ".txt"
+    ):  # the readers of tables skip a byte-order mark; here it would be a part of the first line
         return {"encoding": "utf-8-sig"}
     if file.suffix in _JSON:  # otherwise all has to look as the first ten megabytes do
         return {"chunksize": max(file.stat().st_size, 1)}
@@ -51,16 +53,15 @@ def check_encoding(file: Path, source: str) -> None:
     if file.suffix in _BINARY:
         return
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                line.decode("utf-8")
+        content = file.read_bytes()
+        content.decode("utf-8")
     except OSError as error:
         raise ValueError(f"{source}: expected a text file in UTF-8, but it cannot be read as one ({error})") from error
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
+        line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{source}: expected a text file in UTF-8, but it cannot be read as one (line {number}: byte {byte:#04x}, "
-            f"{error.reason})"
+            f"{source}: expected a text file in UTF-8, but it cannot be read as one (line {line}: byte "
+            f"{content[error.start]:#04x}, {error.reason})"
         ) from error
 
 

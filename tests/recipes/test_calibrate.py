@@ -202,9 +202,11 @@ def test_probes_are_lines_or_a_column(tmp_path):
         assert prompts_of("calibrate", probes, "prompt") == ["one", "two"]
     with pytest.raises(RecipeError, match=r"expected a column of .*probes.csv, \['prompt', 'source'\], but got 'ques"):
         prompts_of("calibrate", probes, "question")
-    (tmp_path / "numbers.csv").write_text("prompt\n0\n1\n")
-    with pytest.raises(RecipeError, match=r"'calibrate.probes': .*numbers.csv: expected texts in the column .* got 0"):
-        prompts_of("calibrate", str(tmp_path / "numbers.csv"), "prompt")
+    (tmp_path / "numbers.jsonl").write_text('{"prompt": 0}\n{"prompt": 1}\n')
+    with pytest.raises(
+        RecipeError, match=r"'calibrate.probes': .*numbers.jsonl: expected texts in the column .* got 0"
+    ):
+        prompts_of("calibrate", str(tmp_path / "numbers.jsonl"), "prompt")
 
 
 def test_several_processes_are_refused(trained, tmp_path, monkeypatch, capsys):
