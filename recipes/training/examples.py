@@ -7,7 +7,7 @@ in it is left out, and counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -42,12 +42,11 @@ class UserRows:
         """At most so many of them, drawn without replacement."""
         if most is None:
             return self
-        drawn = self.rows.shuffle(seed=seed).select(range(min(most, len(self.rows))))
-        return UserRows(self.source, self.form, drawn, self.ignored)
+        return replace(self, rows=self.rows.shuffle(seed=seed)).first(most)
 
     def first(self, most: int) -> UserRows:
         """At most so many of them from the beginning."""
-        return UserRows(self.source, self.form, self.rows.select(range(min(most, len(self.rows)))), self.ignored)
+        return replace(self, rows=self.rows.select(range(min(most, len(self.rows)))))
 
     def convert(self, row: dict) -> dict:
         """See :func:`recipes.files.conversations.convert`.
@@ -124,6 +123,7 @@ def make_examples(user: UserRows, tokenizer: PreTrainedTokenizerBase, most: int)
         RecipeError: for the first row that is of another form or that the chat template refuses; if nothing is to be
             learned from any.
     """
+    reader = "tokenizer" if user.form is TEXTS else "chat template"
 
     def encode(row: dict) -> dict:
         said = user.convert(row)
@@ -132,9 +132,7 @@ def make_examples(user: UserRows, tokenizer: PreTrainedTokenizerBase, most: int)
             try:
                 ids, start, answer = _tokens(tokenizer, said, most)
             except Exception as error:  # a template is a program of somebody else's
-                raise user.fault(
-                    row, f"the chat template of the model does not take it ({first_line(error)})"
-                ) from error
+                raise user.fault(row, f"the model's {reader} does not take it ({first_line(error)})") from error
             if min(len(ids), most) <= max(answer, 1):  # the first token follows from nothing
                 why = "no answer within data.max_length" if answer < len(ids) else "no answer in its tokens"
         kept = {"input_ids": ids[:most], "labels": ([-100] * start + ids[start:])[:most]}

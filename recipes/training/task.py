@@ -50,7 +50,7 @@ class Task:
     base: str
     aligned: str
     dtype: str
-    train: TorchDataset | Dataset
+    train: TorchDataset | Dataset  # of token ids with labels
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
     probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections

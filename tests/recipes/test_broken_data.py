@@ -118,7 +118,7 @@ def mixed(name: str, form: str, other: str, said: str) -> dict[str, tuple[str | 
     }
 
 
-TEMPLATE = "the chat template of the model does not take it (TemplateError: "
+TEMPLATE = "the model's chat template does not take it (TemplateError: "
 JSON_LINES = {
     "messages": {
         **of_files("messages", "messages"),

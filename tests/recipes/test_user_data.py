@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer
 
 from recipes.files.conversations import FORMATS, convert, recognize
@@ -133,13 +134,19 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path):
 
 
 def test_messages_keep_what_else_they_say(tmp_path):
-    """For the template; a table of messages gives all of them all keys, most of them without a value."""
+    """For the template; where a table gives all messages all keys, those without a value are other messages'."""
     tokenizer = chat_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{% for key in m %}{{ m[key] }} {% endfor %}{% endfor %}"
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "mood": "c"}]
-    (tmp_path / "a.jsonl").write_text(lines({"messages": talk}))
-    (row,) = make_examples(read_user_rows(Data(source=str(tmp_path / "a.jsonl"))), tokenizer, 32).rows
-    assert tokenizer.decode(row["input_ids"]) == "user a assistant b c"
+    talks = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "mood": "c"}],
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+    ]
+    keys = {key: Value("string") for key in ("role", "content", "mood", "from", "value")}
+    rows = Dataset.from_dict({"messages": talks}, features=Features({"messages": List(keys)}))
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert rows[0]["messages"][0].keys() == keys.keys()
+    made = make_examples(read_user_rows(Data(source=str(tmp_path / "a.parquet"))), tokenizer, 32).rows
+    assert [tokenizer.decode(row["input_ids"]) for row in made] == ["user a assistant b c", "user a assistant b"]
 
 
 def test_columns_of_several_formats(tmp_path):
@@ -165,6 +172,17 @@ def test_a_dry_run_shows_the_format_and_how_a_row_reads(pair, tmp_path, capsys, 
     learned = 12 if name in LEARNED_WHOLE else 6
     answer = "all of it" if name in LEARNED_WHOLE else f"assistant : {ANSWER} <eos>"
     assert cells[f"learned of it, {learned} tokens"] == answer
+
+
+def test_the_page_shows_what_is_printed(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"instruction": "a b", "input": "c", "output": "d", "id": 1}
+    rows = [*[row] * 5, {**row, "output": ""}, {**row, "output": "x " * 40}]
+    (tmp_path / "a.jsonl").write_text(lines(*rows))
+    assert dry_run(tmp_path / "a.jsonl", pair) == 0
+    _, row, rest = capsys.readouterr().out.partition("│ format ")
+    shown, _, _ = rest.partition("│ trainer ")
+    assert row + shown in Path("recipes/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
