@@ -51,7 +51,7 @@ def recognize(columns: Sequence[str], first: dict) -> Format:
     """
     there = [form for form in FORMATS if set(form.columns) <= set(columns)]
     if not there:
-        raise ValueError(f"expected the columns {_COLUMNS}, but got {', '.join(columns)}. Rename yours.")
+        raise ValueError(f"expected the columns {_COLUMNS}, but got {list(columns)}. Rename yours.")
     return _filled(first, there) or there[0]
 
 

@@ -28,7 +28,7 @@ def preview(recipe: Recipe) -> dict[str, str]:
     if not os.path.exists(source) and locate("data.source", source) is None:
         return {"format": "checked when the rows are downloaded, before any model is"}
     user = read_user_rows(recipe.data)
-    ignored = f"; ignored: {', '.join(user.ignored)}" if user.ignored else ""
+    ignored = f"; ignored: {_shown(', '.join(user.ignored))}" if user.ignored else ""
     lines = {"format": user.form.described(user.rows.column_names) + ignored}
     first, total = user.first(_ROWS), len(user.rows)
     part = f"the first {len(first.rows):,} of {total:,}: " if len(first.rows) < total else ""

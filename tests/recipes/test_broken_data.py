@@ -92,7 +92,7 @@ def of_files(name: str, column: str) -> dict[str, tuple[str | bytes, str]]:
         ),
         "another column": (
             lines({**{other: row[other] for other in rest}, "words": row[column]}),
-            f"expected the columns {COLUMNS}, but got {', '.join([*rest, 'words'])}. Rename yours.",
+            f"expected the columns {COLUMNS}, but got {[*rest, 'words']}. Rename yours.",
         ),
     }
 
@@ -198,13 +198,13 @@ CSV = {
     ),
     "another column": (
         "instruction,answer\na,b\n",
-        f"expected the columns {COLUMNS}, but got instruction, answer. Rename yours.",
+        f"expected the columns {COLUMNS}, but got ['instruction', 'answer']. Rename yours.",
     ),
     "semicolons": (
         "instruction;output\na;b\n",
-        f"expected the columns {COLUMNS}, but got instruction;output. Rename yours.",
+        f"expected the columns {COLUMNS}, but got ['instruction;output']. Rename yours.",
     ),
-    "no header": ("a,b\nc,d\n", f"expected the columns {COLUMNS}, but got a, b. Rename yours."),
+    "no header": ("a,b\nc,d\n", f"expected the columns {COLUMNS}, but got ['a', 'b']. Rename yours."),
     "too many fields": (
         "instruction,output\na,b,c\n",
         f"{NO_CSV} (ValueError: expected 2 fields in line 2, saw 3)",
@@ -226,10 +226,10 @@ JSON = {
     "empty": ("", "not json that can be read as a table (it is empty)"),
     "number": ("3", "not json that can be read as a table (line 1: expected an object, but got 3)"),
     "no objects": ("[{}, 3]", "not json that can be read as a table (item 2: expected an object, but got 3)"),
-    "texts": ('["a", "b"]', f"expected the columns {COLUMNS}, but got text. Rename yours."),
+    "texts": ('["a", "b"]', f"expected the columns {COLUMNS}, but got ['text']. Rename yours."),
     "rows below a key": (
         json.dumps({"data": [SAID["messages"]]}),
-        f"expected the columns {COLUMNS}, but got data. Rename yours.",
+        f"expected the columns {COLUMNS}, but got ['data']. Rename yours.",
     ),
     "broken off": (
         json.dumps([SAID["alpaca"]], indent=1)[:-2],
