@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch.utils.data import DataLoader
 
 from csulora_callback import CSULoRACallback, sidecar
@@ -32,6 +33,7 @@ from recipes.files import sources
 from recipes.files.recipe import load_recipe
 from recipes.schema import Correction, Recipe, RecipeError
 from recipes.training import report
+from recipes.training.preview import preview
 from recipes.training.task import Task, build_task
 
 
@@ -215,6 +217,8 @@ def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
 def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
     sources.check(recipe)
+    _quiet()
+    _disable_other_bars()
     if recipe.calibrate.presets:
         checks.check(recipe)
     if recipe.frontier.methods:
@@ -225,6 +229,8 @@ def dry_run(recipe: Recipe) -> None:
     for key, source in sources.of_recipe(recipe).items():
         kind = "model" if key.startswith("model.") or key == "smollm2.weights" else "dataset"
         table.add_row(key, sources.describe(key, source, kind))
+    for line, text in preview(recipe).items():
+        table.add_row(line, Text(text))
     table.add_row("trainer", recipe.trainer.value)
     if recipe.calibrate.presets:
         for key, what in checks.describe(recipe.calibrate).items():

@@ -95,7 +95,10 @@ class Model:
 
 @dataclass
 class Data:
-    """The fine-tuning data, with a ``messages`` column: a Hub dataset, a local file, or ``package:path``."""
+    """The fine-tuning data, in one of the formats of :mod:`recipes.files.conversations`.
+
+    It comes from a Hub dataset, a local .json, .jsonl, .csv or .parquet file, a folder of such, or ``package:path``.
+    """
 
     source: str | None = None  # default: the toy lab's task
     split: str = "train"

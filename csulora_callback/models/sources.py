@@ -12,12 +12,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from csulora_callback.models.foreign import first_line, stays_inside
+from csulora_callback.models.tables import READERS, check_encoding, find_fault, reader_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# What `datasets` calls them.
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
 def locate(source: str) -> Path | None:
@@ -39,7 +37,7 @@ def locate(source: str) -> Path | None:
     package, colon, inside = source.partition(":")
     if colon and package.isidentifier():
         return _in_package(package, inside)
-    if source.endswith((*_READERS, ".gguf")):
+    if source.endswith((*READERS, ".gguf")):
         raise ValueError(f"no such file: {source!r}")
     try:
         validate_repo_id(source)
@@ -49,10 +47,12 @@ def locate(source: str) -> Path | None:
 
 
 def read_rows(source: str, split: str = "train") -> Dataset:
-    """The rows of a source: JSON, JSON lines, CSV, lines of text (column ``text``), or a split of a Hub dataset.
+    """The rows of a source: JSON, JSON lines, CSV, Parquet, lines of text (column ``text``), or a split on the Hub.
+
+    Cells of CSV are texts as they stand there, also where they are empty or look like numbers or ``NA``.
 
     Raises:
-        ValueError: as :func:`locate` does, and for what cannot be read as a table.
+        ValueError: as :func:`locate` does, and for what cannot be read as a table, with the line where it is known.
         ImportError: where ``datasets`` is not installed, naming the extra that brings it.
 
     Example:
@@ -65,34 +65,28 @@ def read_rows(source: str, split: str = "train") -> Dataset:
     """
     file = locate(source)
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, logging
     except ImportError as error:
         raise ImportError(
             f"{source} is read with datasets, which is not installed: pip install 'csulora-callback[probes]'"
         ) from error
-    if file is not None and file.suffix not in _READERS:
-        raise ValueError(f"expected a file that ends in one of {', '.join(_READERS)}, but got {source!r}")
+    if file is not None and file.suffix not in READERS:
+        raise ValueError(f"expected a file that ends in one of {', '.join(READERS)}, but got {source!r}")
     if file is not None:
-        _check_encoding(file, source)
+        check_encoding(file, source)
+    said = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     try:
         if file is None:
             return load_dataset(source, split=split)
-        # Its readers of tables skip a byte-order mark; in lines of text it would be a part of the first.
-        options = {"encoding": "utf-8-sig"} if file.suffix == ".txt" else {}
-        return load_dataset(_READERS[file.suffix], data_files=str(file), split="train", **options)
+        reader = READERS[file.suffix]
+        return load_dataset(reader, data_files=str(file), split="train", **reader_options(file))
     except Exception as error:  # of many kinds, StopIteration and RecursionError among them
         expected = "a data set that can be read" if file is None else f"{file.suffix[1:]} that can be read as a table"
-        raise ValueError(f"{source}: not {expected} ({first_line(error.__cause__ or error)})") from error
-
-
-def _check_encoding(file: Path, source: str) -> None:
-    """Otherwise `datasets` reads JSON of another encoding, and fails when somebody looks at it."""
-    try:
-        with file.open(encoding="utf-8") as text:
-            while text.read(1 << 20):
-                pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: expected a text file in UTF-8, but it cannot be read as one ({error})") from error
+        reason = (file and find_fault(file)) or first_line(error.__cause__ or error)
+        raise ValueError(f"{source}: not {expected} ({reason})") from error
+    finally:
+        logging.set_verbosity(said)
 
 
 def _in_package(package: str, inside: str) -> Path:
@@ -108,7 +102,7 @@ def _in_package(package: str, inside: str) -> Path:
         )
     folder = Path(spec.submodule_search_locations[0])
     if not os.path.isfile(folder / inside):
-        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in _READERS]
+        names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.suffix in READERS]
         near = difflib.get_close_matches(inside, names, n=1)
         raise ValueError(
             f"no file {inside!r} in the package {package!r}{f'; did you mean {near[0]!r}?' if near else ''}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from datasets import Dataset
@@ -15,16 +15,17 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
 )
 
 from csulora_callback.models.training_rows import LENGTH
-from recipes.files.sources import prompts_of, read
+from recipes.files.sources import prompts_of
 from recipes.labs import toy
 from recipes.schema import Lora, Recipe, RecipeError
+from recipes.training.examples import load_tokenizer, make_examples, read_user_rows
+from recipes.training.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Task:
     base: str
     aligned: str
     dtype: str
-    train: TorchDataset | Dataset
+    train: TorchDataset | Dataset  # of token ids with labels
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
     probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections
@@ -57,23 +58,11 @@ class Task:
 
     def aligned_model(self) -> PreTrainedModel:
         """The aligned model, as it is before the fine-tune."""
-        return _loaded(AutoModelForCausalLM, self.aligned, dtype=self.dtype)
+        return load_pretrained(AutoModelForCausalLM, self.aligned, dtype=self.dtype)
 
     def with_fresh_lora(self, recipe: Recipe) -> PeftModel:
         """The aligned model with a new LoRA adapter; the same one for the same seed."""
         return with_fresh_lora(self.aligned_model(), recipe.lora, recipe.training.seed)
-
-
-def _loaded(kind: type, aligned: str, **settings: str) -> PreTrainedModel | PreTrainedTokenizerBase:
-    try:
-        # False, as with None transformers asks on the terminal whether to run code that lies beside a model.
-        return kind.from_pretrained(aligned, trust_remote_code=False, **settings)
-    except ValueError as error:
-        reason, _, _ = str(error).partition("\n")
-        raise RecipeError(
-            f"'model.aligned': {aligned}: transformers does not load it without running code that lies beside it "
-            f"({reason})"
-        ) from error
 
 
 def with_fresh_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
@@ -135,29 +124,24 @@ def exactly_right(answers: list[list[int]], samples: list[toy.Sample]) -> int:
 
 
 def _chat_task(recipe: Recipe) -> Task:
-    source = recipe.data.source
-    rows = read("data.source", source, recipe.data.split)
-    if "messages" not in rows.column_names:
-        raise RecipeError(f"'data.source': {source}: expected a column 'messages', but got {rows.column_names}")
-    rows = rows.select_columns(["messages"])
-    if recipe.data.max_samples is not None:
-        rows = rows.shuffle(seed=recipe.training.seed).select(range(min(recipe.data.max_samples, len(rows))))
+    user = read_user_rows(recipe.data)
+    tokenizer = load_tokenizer(recipe.model.aligned, user.form)
+    user = user.some(recipe.data.max_samples, recipe.training.seed)
+    examples = make_examples(user, tokenizer, recipe.data.max_length)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{user.source}, {user.form.name}: {examples.summary()}", flush=True)
     try:
-        parts = rows.train_test_split(test_size=recipe.data.eval_share, seed=recipe.training.seed)
+        parts = examples.rows.train_test_split(test_size=recipe.data.eval_share, seed=recipe.training.seed)
     except ValueError as error:
         raise RecipeError(
             f"'data.eval_share': expected a share that leaves rows to train on and to judge by, but got "
-            f"{recipe.data.eval_share:g} of {len(rows)} rows"
+            f"{recipe.data.eval_share:g} of {len(examples.rows)} rows"
         ) from error
-    tokenizer = _loaded(AutoTokenizer, recipe.model.aligned)
-    if tokenizer.pad_token is None:  # batches need one
-        tokenizer.pad_token = tokenizer.eos_token
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:
         return Score(None, *teacher_forced(model, batches))
 
-    model = recipe.model
-    data = recipe.data
+    model, data = recipe.model, recipe.data
     probes = None if data.probes is None else prompts_of("data.probes", data.probes, data.probes_column)
     return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, probes, judge)
 
@@ -166,13 +150,10 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: b
     """Rows of the task's data as a model takes them, with labels."""
     collate = default_data_collator
     if task.tokenizer is not None:
-        rows = rows.map(
-            lambda row: task.tokenizer.apply_chat_template(
-                row["messages"], return_dict=True, truncation=True, max_length=recipe.data.max_length
-            ),
-            remove_columns=rows.column_names,
-        )
-        collate = partial(_padded, task.tokenizer)
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        # As the SFTTrainer's: it pads by length, as the pad token is often the end token, which has to be learned.
+        collate = DataCollatorForLanguageModeling(task.tokenizer.pad_token_id)
     return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
 
 
@@ -185,12 +166,6 @@ def training_rows(task: Task, recipe: Recipe, count: int = 64) -> list[list[int]
         for batch in batches(task, recipe, rows)
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-
-
-def _padded(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """One batch, labelled by length: the pad token is often the end token, which has to be learned."""
-    batch = tokenizer.pad(rows, return_tensors="pt")
-    return {**batch, "labels": batch["input_ids"].where(batch["attention_mask"].bool(), -100)}
 
 
 @torch.no_grad()

@@ -78,8 +78,10 @@ def test_empty_prompts_are_left_out_and_counted(tmp_path, caplog):
 def test_columns_of_tables(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": [5, 6]}\n{"prompt": null}\n{"prompt": [7]}\n')
     assert read_prompts(tmp_path / "a.jsonl") == [[5, 6], [7]]
-    (tmp_path / "a.csv").write_text("prompt\n1\n2\n")
-    assert EACH + "1 at index 0" in refusal(read_prompts, tmp_path / "a.csv")
+    (tmp_path / "b.jsonl").write_text('{"prompt": 1}\n{"prompt": 2}\n')
+    assert EACH + "1 at index 0" in refusal(read_prompts, tmp_path / "b.jsonl")
+    (tmp_path / "a.csv").write_text("prompt\n1\nNA\n")
+    assert read_prompts(tmp_path / "a.csv") == ["1", "NA"]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone\n")
     assert read_prompts(tmp_path / "b.txt") == ["one"]
 

@@ -1,6 +1,7 @@
 """Rows from files, packages and folders; whatever else is named gives a ValueError that says what it is."""
 
 import pytest
+from datasets import Dataset
 
 from csulora_callback.models.sources import locate, read_rows
 
@@ -77,14 +78,47 @@ def test_a_byte_order_mark_is_part_of_no_row_and_no_column(tmp_path, name, text)
 
 BROKEN = {
     "empty.txt": (b"", "not txt that can be read as a table"),
-    "empty.csv": (b"", "not csv that can be read as a table (EmptyDataError: No columns"),
-    "empty.jsonl": (b"", "not jsonl that can be read as a table (StopIteration"),
-    "nothing but a mark.txt": (BOM, "not txt that can be read as a table"),
+    "empty.csv": (b"", "not csv that can be read as a table (it is empty)"),
+    "empty.jsonl": (b"", "not jsonl that can be read as a table (it is empty)"),
+    "empty.parquet": (b"", "not parquet that can be read as a table (it is empty)"),
+    "blank.jsonl": (b"\n\n", "not jsonl that can be read as a table (it is empty)"),
+    "list.json": (b" []", "not json that can be read as a table (it is an empty list)"),
+    "header.csv": (b"prompt\n", "not csv that can be read as a table (there is no row below the header)"),
+    "nothing but a mark.txt": (BOM, "not txt that can be read as a table (it is empty)"),
+    "line.jsonl": (
+        b'{"a": "b"}\n\n{"a": }\n',
+        "not jsonl that can be read as a table (line 3, column 7: Expecting value)",
+    ),
+    "lines.json": (
+        b'{"a": "b"}\n{"a": }\n',
+        "not json that can be read as a table (line 2, column 7: Expecting value)",
+    ),
+    "items.json": (
+        b'[{"a": "b"},\n{"a": }]',
+        "not json that can be read as a table (line 2, column 7: Expecting value)",
+    ),
+    "object.json": (
+        b'{\n"a": [{"b": }]\n}',
+        "not json that can be read as a table (line 2, column 13: Expecting value)",
+    ),
+    "number.jsonl": (
+        b'{"a": "b"}\n3',
+        "not jsonl that can be read as a table (line 2: expected an object, but got 3)",
+    ),
+    "long rows.csv": (
+        b"a,b\n1,2,3\n",
+        "not csv that can be read as a table (ValueError: expected 2 fields in line 2, saw 3",
+    ),
+    "a long row.csv": (b"a,b\n1,2\n1,2,3\n", "not csv that can be read as a table (ParserError: "),
+    "text.parquet": (b"text", "not parquet that can be read as a table (ArrowInvalid: "),
     "quote.csv": (b'prompt\n"one\n', "not csv that can be read as a table (ParserError: "),
     "deep.jsonl": (b'{"prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}", "not jsonl that can be read as a table (Recurs"),
     "text.json": (b'"one"', "not json that can be read as a table"),
     "latin.txt": (b"caf\xe9\n", "expected a text file in UTF-8"),
-    "latin.csv": (b"prompt\ncaf\xe9\n", "expected a text file in UTF-8"),
+    "latin.csv": (
+        b"prompt\ncaf\xe9\n",
+        "expected a text file in UTF-8, but it cannot be read as one (line 2: byte 0xe9",
+    ),
     "latin.jsonl": (b'{"prompt": "caf\xe9"}\n', "expected a text file in UTF-8"),
     "wide.txt": ("one\n".encode("utf-16"), "expected a text file in UTF-8"),
 }
@@ -108,3 +142,21 @@ def test_broken_folders(tmp_path):
     for name in ("none.csv", "code", "broken"):
         with pytest.raises(ValueError, match=f"{name}: not a data set that can be read"):
             read_rows(str(tmp_path / name))
+
+
+def test_nothing_in_a_file_is_guessed(tmp_path):
+    """Cells of CSV are texts, and JSON beyond the reader's first ten megabytes is what it says."""
+    (tmp_path / "a.csv").write_text('prompt,answer\n007,42\nNA,None\n"1, 2",\n3\n')
+    rows = read_rows(str(tmp_path / "a.csv"))
+    assert rows["prompt"][:] == ["007", "NA", "1, 2", "3"]
+    assert rows["answer"][:] == ["42", "None", "", ""]
+
+    (tmp_path / "long.jsonl").write_text(
+        f'{{"cell": "{"x" * 1000}"}}\n' * 10_500 + '{"cell": 3}\n{"cell": [{"b": 1}]}'
+    )
+    assert read_rows(str(tmp_path / "long.jsonl"))["cell"][-2:] == [3, [{"b": 1}]]
+
+
+def test_a_parquet_file(tmp_path):
+    Dataset.from_dict({"prompt": ["a", None]}).to_parquet(tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet"))["prompt"][:] == ["a", None]

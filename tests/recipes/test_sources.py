@@ -65,6 +65,6 @@ def test_prompts_are_lines_or_a_column(tmp_path):
         assert prompts_of("calibrate.attacks", probes, "prompt") == ["one", "two"]
     with pytest.raises(RecipeError, match=r"'data.probes_column': expected a column of .*\['prompt', 'source'\]"):
         prompts_of("data.probes", probes, "question")
-    (tmp_path / "numbers.csv").write_text("prompt\n0\n1\n")
-    with pytest.raises(RecipeError, match=r"'calibrate.attacks': .*csv: expected texts in the column .* but got 0"):
-        prompts_of("calibrate.attacks", str(tmp_path / "numbers.csv"), "prompt")
+    (tmp_path / "numbers.jsonl").write_text('{"prompt": 0}\n{"prompt": 1}\n')
+    with pytest.raises(RecipeError, match=r"'calibrate.attacks': .*jsonl: expected texts in the column .* but got 0"):
+        prompts_of("calibrate.attacks", str(tmp_path / "numbers.jsonl"), "prompt")
