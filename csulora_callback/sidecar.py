@@ -96,14 +96,7 @@ class Sidecar:
             )
         names = list(record["modules"])
         raw = from_peft_state_dict(read_adapter(place / RAW), names, str(place / RAW / WEIGHTS))
-        beside = adapter_folder(folder, record["adapter"])
-        corrected = _factors_beside(beside, names)
-        if corrected is not None and digest(corrected) != record["corrected_digest"]:
-            raise ValueError(
-                f"{place}: expected the record of the adapter in {beside}, but that is another one: it was saved "
-                "later, without the callback or by someone else. Delete the folder, or take both from a copy."
-            )
-        return cls(raw, record, _read_texts(place / TEXTS), corrected)
+        return cls(raw, record, _read_texts(place / TEXTS), _corrected_beside(folder, record))
 
 
 def discard(folder: str | os.PathLike) -> None:
@@ -136,6 +129,31 @@ def read_record(folder: str | os.PathLike) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; expected a checkpoint folder written with CSULoRACallback.")
     return checked(path.read_bytes(), str(path))
+
+
+def read_own_record(folder: str | os.PathLike) -> dict:
+    """The record of a checkpoint folder, if the adapter that lies there is the one that it describes.
+
+    The raw factors are not read, and need not be there.
+
+    Raises:
+        FileNotFoundError: if the folder has no record.
+        ValueError: if the record is damaged, or is another adapter's.
+    """
+    record = read_record(folder)
+    _corrected_beside(Path(folder), record)
+    return record
+
+
+def _corrected_beside(folder: Path, record: dict) -> Factors | None:
+    beside = adapter_folder(folder, record["adapter"])
+    corrected = _factors_beside(beside, list(record["modules"]))
+    if corrected is not None and digest(corrected) != record["corrected_digest"]:
+        raise ValueError(
+            f"{folder / FOLDER}: expected the record of the adapter in {beside}, but that is another one: it was saved "
+            "later, without the callback or by someone else. Delete the folder, or take both from a copy."
+        )
+    return corrected
 
 
 def _files_in(place: Path) -> dict[str, str]:
