@@ -74,7 +74,7 @@ class RawAdapter:
             ValueError: if there is more than one, or a ``csulora/`` that is damaged or another adapter's.
         """
         try:
-            place = _sidecar_place(root)
+            place = sidecar_place(root)
             sidecar = None if place is None else Sidecar.load(place)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
@@ -87,7 +87,8 @@ class RawAdapter:
         return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar)
 
 
-def _sidecar_place(root: Path) -> Path | None:
+def sidecar_place(root: Path) -> Path | None:
+    """Where ``csulora/`` lies of an adapter's folder: in it, or above it if the adapter has a name of its own."""
     if (root / FOLDER).is_dir():
         return root
     above = root.absolute().parent

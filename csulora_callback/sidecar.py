@@ -150,8 +150,8 @@ def _corrected_beside(folder: Path, record: dict) -> Factors | None:
     corrected = _factors_beside(beside, list(record["modules"]))
     if corrected is not None and digest(corrected) != record["corrected_digest"]:
         raise ValueError(
-            f"{folder / FOLDER}: expected the record of the adapter in {beside}, but that is another one: it was saved "
-            "later, without the callback or by someone else. Delete the folder, or take both from a copy."
+            f"{folder / FOLDER}: expected the record of the adapter in {beside}, but that is another one: it was "
+            "saved later, without the callback or by someone else. Delete the folder, or take both from a copy."
         )
     return corrected
 
