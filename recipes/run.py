@@ -21,7 +21,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar
+from csulora_callback import CSULoRACallback, SafetyCorrector, SafetySubspace, sidecar, write_report
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
@@ -94,8 +94,11 @@ def run(recipe: Recipe) -> list[report.Row]:
         report.write_results(rows, output)
         report.write_metrics(logs, output)
         report.plot(logs, output / "drift.png")
+        write_report(output, output / "report.html")
         report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
-    console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
+    console.print(
+        f"Written to {output}: report.html, results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints."
+    )
     processes.destroy_process_group()
     return rows
 

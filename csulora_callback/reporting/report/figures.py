@@ -66,7 +66,8 @@ def draw_curves(name: str, title: str, curves: Sequence[Curve], unit: str, from_
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(True)
-        if from_zero and all(value is None or value >= 0 for curve in curves for _, value in curve.points):
+        none_below = all(value is None or value >= 0 for curve in curves for _, value in curve.points)
+        if none_below and (from_zero or axes.get_ylim()[0] < 0):
             axes.set_ylim(bottom=0)
         figure.legend(loc="outside upper left", ncols=len(curves), handlelength=1.2, columnspacing=1.4)
         return to_svg(figure, title)

@@ -52,7 +52,7 @@ def _drift(part: Part) -> Iterator[Card]:
     if not part.inspections:
         return
     before, after = part.undone
-    meaning = "how far the update goes back along what alignment changed in these weights; a random one: 0 %"
+    meaning = "how far the update goes back along what alignment changed there; a random one: 0 % on average"
     yield Card("Alignment undone", percents(after), meaning, percents(before))
     raw, corrected = (part.inspections[state].together for state in ("raw", "corrected"))
     left = ratio(corrected.energy["aligned"], raw.total_energy)
