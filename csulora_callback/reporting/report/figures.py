@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator
 
 from csulora_callback.method.penalty import BLOCKS
 from csulora_callback.reporting.inspection import BLOCK_NAMES
-from csulora_callback.reporting.report.svg import GROUND, INK, drawing, new_figure, to_svg
+from csulora_callback.reporting.report.svg import GROUND, INK, add_axes, drawing, new_axes, to_svg, width_of
 
 # Of middle brightness, so that they show on white as on black.
 RED, AMBER, SAND, BLUE, GREEN, GREY = "#d1495b", "#cf8a2e", "#b59a63", "#3f84c6", "#3d9a6b", "#85898f"
@@ -40,6 +39,7 @@ class Interval:
 
 
 Cells = Mapping[tuple[str, str], float]
+_LONGEST = 24  # letters of a name beside an axis
 
 
 def draw_curves(name: str, title: str, curves: Sequence[Curve], unit: str, from_zero: bool) -> str:
@@ -54,8 +54,7 @@ def draw_curves(name: str, title: str, curves: Sequence[Curve], unit: str, from_
     """
     scale = 100 if unit.startswith("%") else 1
     with drawing(name):
-        figure = new_figure(230)
-        axes = figure.subplots()
+        axes = new_axes(left=52, bottom=36, height=165, top=26)
         for curve in curves:
             steps = [step for step, _ in curve.points]
             values = [math.nan if value is None else scale * value for _, value in curve.points]
@@ -69,15 +68,14 @@ def draw_curves(name: str, title: str, curves: Sequence[Curve], unit: str, from_
         none_below = all(value is None or value >= 0 for curve in curves for _, value in curve.points)
         if none_below and (from_zero or axes.get_ylim()[0] < 0):
             axes.set_ylim(bottom=0)
-        figure.legend(loc="outside upper left", ncols=len(curves), handlelength=1.2, columnspacing=1.4)
-        return to_svg(figure, title)
+        _legend(axes, columns=len(curves), handlelength=1.2)
+        return to_svg(axes.figure, title)
 
 
 def draw_blocks(name: str, title: str, bars: Mapping[str, Mapping[str, float]]) -> str:
     """One bar each, of the shares of the four blocks."""
     with drawing(name):
-        figure = new_figure(80 + 38 * len(bars))
-        axes = figure.subplots()
+        axes = new_axes(left=8 + width_of(bars), bottom=36, height=34 * len(bars), top=44)
         begins = dict.fromkeys(bars, 0.0)
         for block in BLOCKS:
             lengths = {bar: 100 * shares[block] for bar, shares in bars.items()}
@@ -88,53 +86,60 @@ def draw_blocks(name: str, title: str, bars: Mapping[str, Mapping[str, float]]) 
         axes.set_xlim(0, max(100.0, *begins.values()))
         axes.set_xlabel("% of the trained update's energy")
         _without_axis(axes)
-        figure.legend(loc="outside upper left", ncols=2, handlelength=0.9, handleheight=0.9, columnspacing=1.4)
-        return to_svg(figure, title)
+        _legend(axes, columns=2, handlelength=0.9, handleheight=0.9)
+        return to_svg(axes.figure, title)
 
 
 def draw_heat_maps(
-    name: str, title: str, panels: Mapping[str, Cells], rows: Sequence[str], columns: Sequence[str], color: str
+    name: str, title: str, before: Cells, after: Cells, rows: Sequence[str], columns: Sequence[str], color: str
 ) -> str:
-    """Maps of layers × kinds of module side by side, in one scale: the stronger the color, the larger the share.
+    """Two maps of layers × kinds of module in one scale: the stronger the color, the larger the share.
 
     Where some shares are below 0 those are blue.
     """
-    maps = {
-        panel: np.array([[100 * cells.get((row, column), math.nan) for column in columns] for row in rows])
-        for panel, cells in panels.items()
-    }
-    largest = max(np.nanmax(np.abs(values)) for values in maps.values()) or 1.0
-    signed = any((values < 0).any() for values in maps.values())
-    scale = {"vmin": -largest if signed else 0.0, "vmax": largest, "cmap": _ramp(color, signed)}
+    gap = np.full((len(rows), 1), math.nan)
+    values = np.hstack([_table(before, rows, columns), gap, _table(after, rows, columns)])
+    largest = np.nanmax(np.abs(values)) or 1.0
+    least = -largest if (values < 0).any() else 0.0
+    shades = _ramp(color, signed=least < 0)
+    # Without interpolation: the page holds one pixel a cell, however large it is shown.
+    as_cells = {"aspect": "auto", "interpolation": "none", "vmin": least, "vmax": largest, "cmap": shades}
     with drawing(name):
-        figure = new_figure(125 + min(26.0, max(9.0, 200.0 / len(rows))) * len(rows))
-        panes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-        for axes, (panel, values) in zip(panes, maps.items(), strict=True):
-            # Without interpolation: the page holds one pixel a cell, however large it is shown.
-            shown = axes.imshow(values, aspect="auto", interpolation="none", **scale)
-            _cells(axes, panel, rows, columns)
-        panes[0].set_ylabel("layer")
-        _key(figure.colorbar(shown, ax=list(panes), location="bottom", fraction=0.05, aspect=40, pad=0.02))
-        return to_svg(figure, title)
+        left, height = 26 + width_of(rows), min(26.0, max(9.0, 200.0 / len(rows))) * len(rows)
+        axes = new_axes(left, bottom=46 + width_of(columns), height=height, top=20)
+        axes.imshow(values, **as_cells)
+        _label_cells(axes, rows, columns)
+        key = add_axes(axes.figure, left, bottom=32, height=7)
+        key.imshow(np.linspace(least, largest, 128)[None], extent=(least, largest, 0, 1), **as_cells)
+        key.set_yticks([])
+        key.xaxis.set_major_locator(MaxNLocator(5))
+        key.spines[:].set_visible(False)
+        key.set_xlabel("%", labelpad=0)
+        return to_svg(axes.figure, title)
 
 
 def draw_intervals(name: str, title: str, intervals: Sequence[Interval], unit: str, color: str) -> str:
     """Shares as dots, each on the line of its interval, if it has one."""
+    labels = [x.label if len(x.label) <= _LONGEST else f"{x.label[: _LONGEST - 1]}…" for x in intervals]
     with drawing(name):
-        figure = new_figure(60 + 24 * len(intervals))
-        axes = figure.subplots()
+        axes = new_axes(left=8 + width_of(labels), bottom=36, height=24 * len(intervals), top=4)
         for place, interval in enumerate(intervals):
             if interval.ends is not None:
                 ends = [100 * end for end in interval.ends]
                 axes.plot(ends, [place, place], color=color, alpha=0.45, linewidth=5, solid_capstyle="butt")
             axes.plot([100 * interval.share], [place], "o", color=color, markersize=6)
-        axes.set_yticks(range(len(intervals)), [interval.label for interval in intervals])
+        axes.set_yticks(range(len(intervals)), labels)
         axes.set_ylim(len(intervals) - 0.5, -0.5)
         axes.set_xlim(-2, 102)
         axes.set_xlabel(unit)
         axes.grid(True, axis="x")
         _without_axis(axes)
-        return to_svg(figure, title)
+        return to_svg(axes.figure, title)
+
+
+def _legend(axes: Axes, columns: int, **handles: float) -> None:
+    place = {"loc": "upper left", "borderaxespad": 0.2, "borderpad": 0.2}
+    axes.figure.legend(**place, ncols=columns, columnspacing=1.4, **handles)
 
 
 def _without_axis(axes: Axes) -> None:
@@ -143,27 +148,31 @@ def _without_axis(axes: Axes) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _cells(axes: Axes, panel: str, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.set_title(panel)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
+def _table(cells: Cells, rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
+    return np.array([[100 * cells.get((row, column), math.nan) for column in columns] for row in rows])
+
+
+def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    count, begins = len(columns), (0, len(columns) + 1)
+    axes.set_xticks([begin + place for begin in begins for place in range(count)], [*columns, *columns], rotation=90)
     every = 1 if len(rows) <= 16 else 4
     axes.set_yticks(range(0, len(rows), every), rows[::every])
-    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
-    axes.grid(True, which="minor", axis="both", color=GROUND, alpha=1.0, linewidth=1.0)
-    axes.grid(False, which="major")
-    axes.tick_params(which="both", length=0)
-    for spine in axes.spines.values():
-        spine.set(visible=True, alpha=0.25, edgecolor=INK)
+    axes.set_ylabel("layer")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for begin, name in zip(begins, ("before", "after"), strict=True):
+        middle = begin + (count - 1) / 2
+        axes.annotate(name, (middle, -0.5), xytext=(0, 5), textcoords="offset points", ha="center")
+        across = [[(begin - 0.5, y - 0.5), (begin + count - 0.5, y - 0.5)] for y in range(len(rows) + 1)]
+        down = [[(begin + x - 0.5, -0.5), (begin + x - 0.5, len(rows) - 0.5)] for x in range(count + 1)]
+        _draw_lines(axes, [*across[1:-1], *down[1:-1]], color=GROUND, linewidth=1.0)
+        _draw_lines(axes, [across[0], across[-1], down[0], down[-1]], color=INK, alpha=0.25, linewidth=0.6)
 
 
-def _key(bar: Colorbar) -> None:
-    bar.outline.set_visible(False)
-    bar.solids.remove()  # hundreds of paths, in place of which one image of as many pixels will do
-    shades = np.linspace(bar.vmin, bar.vmax, 128)[None]
-    bar.ax.imshow(shades, cmap=bar.cmap, aspect="auto", interpolation="none", extent=(bar.vmin, bar.vmax, 0, 1))
-    bar.ax.xaxis.set_major_locator(MaxNLocator(5))
-    bar.set_label("%", labelpad=0)
+def _draw_lines(axes: Axes, lines: Sequence[Sequence[tuple[float, float]]], **style: object) -> None:
+    """As one path with gaps, which is quicker and shorter than as many lines."""
+    points = [point for line in lines for point in (*line, (math.nan, math.nan))]
+    axes.plot(*np.array(points).reshape(-1, 2).T, clip_on=False, scalex=False, scaley=False, **style)
 
 
 def _ramp(color: str, signed: bool) -> Colormap:

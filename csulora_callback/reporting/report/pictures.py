@@ -121,7 +121,7 @@ def maps(name: str, part: Part) -> list[Picture]:
         }
         title = f"{heading}, by layer and kind of module, {part.name}: {_spans(panels)}."
         axes = (list(layers.values()), list(kinds.values()))
-        svg = figures.draw_heat_maps(f"{name}-{key}", title, panels, *axes, color)
+        svg = figures.draw_heat_maps(f"{name}-{key}", title, *panels.values(), *axes, color)
         drawn.append(Picture(svg, heading, caption))
     return drawn
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from xml.etree import ElementTree
 
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, GROUND = "#010203", "#040506"  # stand for the page's own colors, which change with the scheme
@@ -16,6 +17,8 @@ _PAGE_COLORS = {INK: "currentColor", GROUND: "var(--ground)"}
 
 WIDTH = 340  # pixels: what fits on a phone; where there is more room it is scaled up a little
 _PER_INCH = 72  # of the units of an SVG
+_RIGHT = 10.0  # a margin for half of the last number of an axis
+_LETTER = 6.0  # wide, in the widest of the fonts that a page may be shown in
 
 _STYLE = {
     "svg.fonttype": "none",  # letters stay letters: they can be read out, searched and copied
@@ -40,7 +43,6 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True,
 }
 _NAMESPACE = re.compile(r"\{.*\}")
 _FONT = re.compile(r"font-family:[^;]*;?\s*")
@@ -58,9 +60,30 @@ def drawing(name: str) -> Iterator[None]:
         yield
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure of :data:`WIDTH` and a height in pixels."""
-    return Figure(figsize=(WIDTH / _PER_INCH, height / _PER_INCH))
+def new_axes(left: float, bottom: float, height: float, top: float) -> Axes:
+    """Empty axes in a new figure of :data:`WIDTH`, with the margins that labels need; all in pixels.
+
+    Margins are given, as to measure what stands in them costs more than to draw it, and as figures that stand above
+    each other then begin in one line.
+    """
+    figure = Figure(figsize=(WIDTH / _PER_INCH, (bottom + height + top) / _PER_INCH))
+    return add_axes(figure, left, bottom, height)
+
+
+def add_axes(figure: Figure, left: float, bottom: float, height: float) -> Axes:
+    """More of them, as wide as the figure allows."""
+    whole = figure.get_figheight() * _PER_INCH
+    return figure.add_axes((left / WIDTH, bottom / whole, (WIDTH - left - _RIGHT) / WIDTH, height / whole))
+
+
+def width_of(labels: Iterable[str]) -> float:
+    """Pixels that the longest label takes at most.
+
+    Example:
+        >>> width_of(["q_proj", "down_proj"])
+        54.0
+    """
+    return _LETTER * max(map(len, labels))
 
 
 def to_svg(figure: Figure, title: str) -> str:
@@ -68,8 +91,8 @@ def to_svg(figure: Figure, title: str) -> str:
 
     Example:
         >>> with drawing("empty"):
-        ...     to_svg(new_figure(10), "Nothing & all")
-        '<svg viewBox="0 0 340 10" role="img" aria-label="Nothing &amp; all"><title>Nothing &amp; all</title></svg>'
+        ...     to_svg(Figure(figsize=(1, 1)), "Nothing & all")
+        '<svg viewBox="0 0 72 72" role="img" aria-label="Nothing &amp; all"><title>Nothing &amp; all</title></svg>'
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
