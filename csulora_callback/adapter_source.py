@@ -32,9 +32,9 @@ def find_adapter_folder(adapter: str | os.PathLike, argument: str = "adapter") -
     """
     if not isinstance(adapter, str | os.PathLike) or not str(adapter):
         raise ValueError(f"`{argument}`: expected a folder, a Lightning checkpoint or a Hub id, but got {adapter!r}.")
-    path, beside = Path(adapter), adapter_beside(adapter)
-    if path.suffix == ".ckpt" and beside.is_dir():
-        return beside
+    path = Path(adapter)
+    if path.suffix == ".ckpt" and adapter_beside(path).is_dir():
+        return adapter_beside(path)
     if os.path.isdir(path):  # unlike Path's, also False for names that no system takes
         return path
     if os.path.isfile(path):

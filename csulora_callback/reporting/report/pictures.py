@@ -194,7 +194,7 @@ _MAPS = {
         RED,
         lambda drift, trained, whole: drift.undone,
     ),
-    "size": (
+    "large": (
         "Where the update is large",
         "Energy in each place, in % of the whole trained update's.",
         GREEN,

@@ -53,6 +53,8 @@ def _drift(part: Part) -> Iterator[Card]:
         return
     before, after = part.undone
     meaning = "how far the update goes back along what alignment changed there; a random one: 0 % on average"
+    if min(before, after) < 0:
+        meaning += ", below 0 it goes on in that direction"
     yield Card("Alignment undone", percents(after), meaning, percents(before))
     raw, corrected = (part.inspections[state].together for state in ("raw", "corrected"))
     left = ratio(corrected.energy["aligned"], raw.total_energy)

@@ -50,10 +50,11 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike) -> list[str]
     try:
         from csulora_callback.reporting.report.page import render
     except ModuleNotFoundError as error:
-        if error.name not in ("jinja2", "matplotlib"):
+        package = error.name.partition(".")[0]
+        if package not in ("jinja2", "matplotlib"):
             raise
         raise ImportError(
-            f"a report needs {error.name}, which is not installed: pip install 'csulora-callback[report]'"
+            f"a report needs {package}, which is not installed: pip install 'csulora-callback[report]'"
         ) from error
     page = render(material, str(run))
     write_whole(Path(output), lambda path: path.write_text(page, encoding="utf-8"))
