@@ -13,6 +13,7 @@ from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.posthoc import CorrectedFolder, correct_adapter, restore_adapter
+from csulora_callback.reporting.report.write import write_report
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
@@ -35,4 +36,5 @@ __all__ = [
     "correct_adapter",
     "restore_adapter",
     "wilson_interval",
+    "write_report",
 ]

@@ -38,9 +38,9 @@ def find_adapter_folder(adapter: str | os.PathLike, argument: str = "adapter") -
     """
     if not isinstance(adapter, str | os.PathLike) or not str(adapter):
         raise ValueError(f"`{argument}`: expected a folder, a Lightning checkpoint or a Hub id, but got {adapter!r}.")
-    path, beside = Path(adapter), adapter_beside(adapter)
-    if path.suffix == ".ckpt" and beside.is_dir():
-        return beside
+    path = Path(adapter)
+    if path.suffix == ".ckpt" and adapter_beside(path).is_dir():
+        return adapter_beside(path)
     if os.path.isdir(path):  # unlike Path's, also False for names that no system takes
         return path
     if os.path.isfile(path):
@@ -83,7 +83,7 @@ class RawAdapter:
             ValueError: if there is more than one, or a ``csulora/`` that is damaged or another adapter's.
         """
         try:
-            place = _sidecar_place(root)
+            place = sidecar_place(root)
             sidecar = None if place is None else Sidecar.load(place)
         except NotPublishedError as error:
             raise NotPublishedError(f"`{argument}`: {error}") from error
@@ -112,7 +112,7 @@ def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | No
         source = RawAdapter.find(root)
     except NotPublishedError as error:
         logger.info("%s", error)
-        place = _sidecar_place(root)
+        place = sidecar_place(root)
         record = read_record(place)
         saved = SavedAdapter.read(adapter_folder(place, record["adapter"]))
         return saved, {"corrected": saved.factors}, record
@@ -125,7 +125,8 @@ def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | No
     return saved, states, source.sidecar.record
 
 
-def _sidecar_place(root: Path) -> Path | None:
+def sidecar_place(root: Path) -> Path | None:
+    """Where ``csulora/`` lies of an adapter's folder: in it, or above it if the adapter has a name of its own."""
     if (root / FOLDER).is_dir():
         return root
     above = root.absolute().parent

@@ -1,4 +1,4 @@
-"""The command ``csulora``: subspaces estimated and shown, adapters inspected, corrected and restored.
+"""The command ``csulora``: subspaces estimated and shown, adapters inspected, corrected, restored and reported on.
 
 Data goes to the standard output, all else to the standard error: progress, warnings, and one line for what went wrong.
 The exit status is 0, 1 where something failed or a file is not what it should be, and 2 for wrong arguments.
@@ -9,14 +9,22 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder, read_states
+from csulora_callback.cli_options import (
+    AdapterArgument,
+    AlignedOption,
+    BaseOption,
+    JsonOption,
+    Kind,
+    Rank,
+    SubspaceOption,
+    examples,
+)
 from csulora_callback.inspection import inspect_adapter
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
@@ -26,6 +34,7 @@ from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
 from csulora_callback.reporting.correction import correction_json, print_correction
 from csulora_callback.reporting.inspection import inspection_json, print_inspection
+from csulora_callback.reporting.report.write import write_report
 from csulora_callback.reporting.streams import arguments, demand, set_up_streams, show, working
 from csulora_callback.reporting.subspace import print_subspace, subspace_json
 from csulora_callback.subspace import SafetySubspace
@@ -34,36 +43,16 @@ from csulora_callback.subspace_cache import default_cache_dir
 logger = logging.getLogger(__name__)
 
 
-class Kind(str, Enum):
-    """The penalties that have a name."""
-
-    csulora = "csulora"
-    separable = "separable"
-    guard = "guard"
-    projection = "projection"
-    data_aware = "data_aware"
-
-
-class Rank(str, Enum):
-    """What to do where the closest safe update does not fit the adapter's rank."""
-
-    truncate = "truncate"
-    expand = "expand"
-
-
-def _examples(*commands: str) -> str:
-    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])  # \b: leave the lines alone
-
-
 app = typer.Typer(
     name="csulora",
     help="Keep LoRA fine-tuning inside the safety subspace of an aligned model. BASE, ALIGNED and ADAPTER are folders "
     "or Hub ids, which may have a revision: org/model@v1.",
-    epilog=_examples(
+    epilog=examples(
         "csulora subspace meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct -o llama.safetensors",
         "csulora inspect out/checkpoint-100 --subspace llama.safetensors",
         "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors --penalty guard",
         "csulora restore safe/ -o raw/",
+        "csulora report out/ -o report.html",
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -71,25 +60,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # keeps examples as they are written
 )
 
-AdapterArgument = Annotated[str, typer.Argument(metavar="ADAPTER", help="A PEFT adapter, corrected before or not.")]
-SubspaceOption = Annotated[
-    Path | None, typer.Option("--subspace", metavar="FILE", help="A safety subspace that `csulora subspace` wrote.")
-]
-BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base", metavar="BASE", help="The unaligned base checkpoint, to estimate a subspace with the default rank."
-    ),
-]
-AlignedOption = Annotated[
-    str | None,
-    typer.Option("--aligned", metavar="ALIGNED", help="The aligned checkpoint; else what the adapter names."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "csulora subspace meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct -o llama.safetensors",
         "csulora subspace base/ aligned/ -o small.safetensors --rank 16 --target-modules q_proj,v_proj",
         "csulora subspace --show llama.safetensors",
@@ -133,7 +106,7 @@ def subspace(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "csulora inspect out/checkpoint-100 --subspace llama.safetensors",
         "csulora inspect out/checkpoint-100 --base meta-llama/Llama-3.2-1B",
         "csulora inspect org/adapter@v1 --base base/ --aligned aligned/ --json | jq .states.adapter.worst",
@@ -177,7 +150,7 @@ def inspect(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors",
         "csulora correct out/checkpoint-100 -o safe/ --base meta-llama/Llama-3.2-1B --penalty guard --strength 10",
         "csulora correct org/adapter -o safe/ --subspace llama.safetensors --rank expand",
@@ -229,7 +202,7 @@ def correct(
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))
 
 
-@app.command(epilog=_examples("csulora restore safe/ -o raw/", "csulora restore out/checkpoint-100 -o raw/"))
+@app.command(epilog=examples("csulora restore safe/ -o raw/", "csulora restore out/checkpoint-100 -o raw/"))
 def restore(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A corrected adapter with its csulora/.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A folder to be made.")],
@@ -238,7 +211,40 @@ def restore(
     """Write the raw adapter of a corrected one: the correction undone."""
     with working():
         place = restore_adapter(checkpoint, output)
-    show(as_json, lambda: {"output": str(place)}, lambda console: _print_restored(console, place))
+    said = f"The raw adapter was written to {place}."
+    show(as_json, lambda: {"output": str(place)}, lambda console: console.print(said, soft_wrap=True))
+
+
+@app.command(
+    epilog=examples(
+        "csulora report out/checkpoint-100 -o report.html",
+        "csulora report outputs/quickstart -o report.html",
+        "csulora report org/adapter@v1 -o report.html",
+    )
+)
+def report(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A corrected checkpoint or adapter, or the output folder of a trainer or a recipe.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to be written.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a page about what was corrected, what it changed, and how to undo it.
+
+    One file without scripts, to be read in a browser, offline, on a phone: settings and provenance, loss and drift
+    over steps, energies before and after by layer and kind of module, gains, the worst modules, and the evaluations
+    that a recipe made. Of a folder with several corrections each is a part of the page.
+    """
+    demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
+    with working():
+        names = write_report(run, output)
+    data = {"output": str(output), "corrections": names}
+    said = f"A report of {', '.join(names)} was written to {output}."
+    show(as_json, lambda: data, lambda console: console.print(said, soft_wrap=True))
 
 
 def main() -> None:
@@ -267,7 +273,3 @@ def _named_by(adapter: SavedAdapter) -> str | None:
 
 def _estimate(pair: CheckpointPair) -> SafetySubspace:
     return SafetySubspace.estimate(pair.base, pair.aligned, pair.names, cache_dir=default_cache_dir())
-
-
-def _print_restored(console: Console, place: Path) -> None:
-    console.print(f"The raw adapter was written to {place}.", soft_wrap=True)

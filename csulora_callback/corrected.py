@@ -60,6 +60,7 @@ def record_of(
     corrections: dict[str, Correction],
     metrics: dict[str, float],
     scalings: dict[str, float],
+    measured: Callable[[], dict[str, dict]],
     about: dict,
 ) -> dict:
     """What ``correction.json`` says of a correction; there are none of its modules where none could be made.
@@ -70,9 +71,11 @@ def record_of(
         corrections: by module.
         metrics: over all modules.
         scalings: PEFT's, by module.
+        measured: gives what else is recorded of each corrected module.
         about: status, and names of adapter, penalty and subspace.
     """
-    summaries = {name: _summary(correction) for name, correction in corrections.items()}
+    more = measured() if corrections else {}
+    summaries = {name: {**_summary(correction), **more[name]} for name, correction in corrections.items()}
     return {
         "format": FORMAT,
         **about,

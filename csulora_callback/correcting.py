@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -13,6 +14,7 @@ from csulora_callback.corrected import CorrectedAdapter, record_of
 from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.gauge import CorrectionOverflowError
+from csulora_callback.method.measure import measure_kept
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain, input_gains
 from csulora_callback.models.activations import Activations, Texts
@@ -113,6 +115,7 @@ class Correcting:
         status: str,
     ) -> Callable[[], dict]:
         scalings = {name: layer.scaling for name, layer in self.layers.items()}
+        measured = partial(self._measured, {"raw": raw, "corrected": corrected}, scalings)
         about = {
             "status": status,
             "adapter": self.adapter,
@@ -124,4 +127,23 @@ class Correcting:
                 **self.subspace.metadata,
             },
         }
-        return partial(record_of, raw, corrected, corrections, metrics, scalings, about)
+        return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about)
+
+    def _measured(self, states: Mapping[str, Factors], scalings: Mapping[str, float]) -> dict[str, dict]:
+        """Of each module what its subspace is, and where the update lies relative to it before and after."""
+
+        def drift(name: str, factors: Factors) -> dict:
+            A, B = (factor.cpu() for factor in factors[name])  # not every device has float64
+            return asdict(measure_kept(A, B, *self._bases[name], self.subspace[name], scalings[name]))
+
+        return {
+            name: {
+                "subspace": {
+                    "rank": len(self.subspace[name].singular_values),
+                    "displacement": self.subspace[name].displacement,
+                    "energy_kept": self.subspace[name].energy,
+                },
+                "drift": {state: drift(name, factors) for state, factors in states.items()},
+            }
+            for name in self.layers
+        }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from csulora_callback.method.measure import Drift, along_displacement, along_kept, kept_displacement, measure, total
+from csulora_callback.method.measure import Drift, along_displacement, measure, measure_kept, total
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.models.pair import CheckpointPair
@@ -67,6 +67,24 @@ def _place(layer: str) -> tuple[bool, str, int]:
     return not layer, stack, int(number or 0)
 
 
+def recorded_inspections(record: Mapping) -> dict[str, Inspection]:
+    """The ``raw`` and the ``corrected`` state of the adapter that a record is of, measured when it was written.
+
+    There are none where nothing could be corrected, or where an earlier version wrote the record.
+
+    Example:
+        >>> recorded_inspections({"modules": {"q_proj": {"scaling": 2.0}}})
+        {}
+    """
+    modules = {name: module["drift"] for name, module in record["modules"].items() if "drift" in module}
+    if not modules:
+        return {}
+    return {
+        state: Inspection({name: Drift(**drifts[state]) for name, drifts in modules.items()})
+        for state in ("raw", "corrected")
+    }
+
+
 def inspect_adapter(
     adapter: SavedAdapter,
     states: Mapping[str, Factors],
@@ -112,12 +130,11 @@ def inspect_adapter(
         for state, factors in states.items():
             A, B = factors[name]
             if D is None:
-                along = along_kept(A, B, U, V, subspace[name].singular_values, layer.scaling)
-                displacement = kept_displacement(subspace[name])
+                drift = measure_kept(A, B, U, V, subspace[name], layer.scaling)
             else:
                 along = along_displacement(A, B, D, layer.scaling)
-                displacement = subspace[name].displacement ** 2
-            measured[state][name] = measure(A, B, U, V, along, displacement, layer.scaling)
+                drift = measure(A, B, U, V, along, subspace[name].displacement ** 2, layer.scaling)
+            measured[state][name] = drift
     return {state: Inspection(modules) for state, modules in measured.items()}
 
 

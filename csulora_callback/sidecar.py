@@ -120,13 +120,7 @@ class Sidecar:
                 "Take the folder from a copy of the checkpoint."
             )
         names = list(record["modules"])
-        beside = adapter_folder(folder, record["adapter"])
-        corrected = _factors_beside(beside, names)
-        if corrected is not None and digest(corrected) != record["corrected_digest"]:
-            raise ValueError(
-                f"{place}: expected the record of the adapter in {beside}, but that is another one: it was saved "
-                "later, without the callback or by someone else. Delete the folder, or take both from a copy."
-            )
+        corrected = _corrected_beside(folder, record)
         if raw_is_left_out:
             raise NotPublishedError(
                 f"{folder} holds a corrected adapter whose raw one was not published with it. That lies where the "
@@ -146,12 +140,11 @@ def renew_card(folder: str | os.PathLike) -> None:
     """Have the model card say what the record beside the adapter says, after someone else has written the card."""
     try:
         record = read_record(folder)
-        beside = adapter_folder(folder, record["adapter"])
-        found = _factors_beside(beside, list(record["modules"]))
+        found = _corrected_beside(Path(folder), record)
     except (FileNotFoundError, ValueError):  # nothing that could be believed
         return
-    if found is not None and digest(found) == record["corrected_digest"]:
-        model_card.renew(Path(folder), record, beside)
+    if found is not None:
+        model_card.renew(Path(folder), record, adapter_folder(folder, record["adapter"]))
 
 
 def copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -183,6 +176,31 @@ def read_record(folder: str | os.PathLike) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; expected a checkpoint folder written with CSULoRACallback.")
     return checked(path.read_bytes(), str(path))
+
+
+def read_own_record(folder: str | os.PathLike) -> dict:
+    """The record of a checkpoint folder, if the adapter that lies there is the one that it describes.
+
+    The raw factors are not read, and need not be there.
+
+    Raises:
+        FileNotFoundError: if the folder has no record.
+        ValueError: if the record is damaged, or is another adapter's.
+    """
+    record = read_record(folder)
+    _corrected_beside(Path(folder), record)
+    return record
+
+
+def _corrected_beside(folder: Path, record: dict) -> Factors | None:
+    beside = adapter_folder(folder, record["adapter"])
+    corrected = _factors_beside(beside, list(record["modules"]))
+    if corrected is not None and digest(corrected) != record["corrected_digest"]:
+        raise ValueError(
+            f"{folder / FOLDER}: expected the record of the adapter in {beside}, but that is another one: it was "
+            "saved later, without the callback or by someone else. Delete the folder, or take both from a copy."
+        )
+    return corrected
 
 
 def _files_in(place: Path) -> dict[str, str]:

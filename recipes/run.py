@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.data import DataLoader
 
-from csulora_callback import CSULoRACallback, sidecar
+from csulora_callback import CSULoRACallback, sidecar, write_report
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.reporting.subspace import rank_rule
 from recipes.calibration import calibrate, checks
@@ -93,8 +93,11 @@ def run(recipe: Recipe) -> list[report.Row]:
         report.write_results(rows, output)
         report.write_metrics(logs, output)
         report.plot(logs, output / "drift.png")
+        write_report(output, output / "report.html")
         report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
-    console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
+    console.print(
+        f"Written to {output}: report.html, results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints."
+    )
     processes.destroy_process_group()
     return rows
 

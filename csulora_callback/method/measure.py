@@ -194,6 +194,19 @@ def along_displacement(lora_A: Tensor, lora_B: Tensor, D: Tensor, scaling: float
     return scaling * (product.double() * lora_A.detach().to(product.device, torch.float64)).sum().item()
 
 
+def measure_kept(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, basis: Basis, scaling: float = 1.0) -> Drift:
+    """:func:`measure` against the part of the displacement that a subspace keeps; ``U`` and ``V`` are its sides.
+
+    Example:
+        >>> import torch
+        >>> basis = Basis(torch.eye(3)[:, :1], torch.eye(2)[:, :1], torch.tensor([5.0]), displacement=6.0)
+        >>> measure_kept(torch.ones(1, 2), -torch.ones(3, 1), basis.U, basis.V, basis).undone  # 5 of 25
+        0.2
+    """
+    along = along_kept(lora_A, lora_B, U, V, basis.singular_values, scaling)
+    return measure(lora_A, lora_B, U, V, along, kept_displacement(basis), scaling)
+
+
 def kept_displacement(basis: Basis) -> float:
     """``‖D_k‖²`` of the part of the displacement that a subspace keeps.
 

@@ -12,6 +12,7 @@ import torch
 from csulora_callback import SafetySubspace
 from tests.helpers.command_line import ROOT, run_process
 from tests.helpers.lab import PENALTY, RANK, TARGETS, assert_same, corrected_by_hand, saved, tiny_llama, with_lora
+from tests.helpers.reports import Page
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +57,6 @@ def test_the_wheel_brings_the_command(installed, pair, tmp_path):
     done = run_process("correct", tmp_path / "adapter", "-o", tmp_path / "made", *arguments, command=command)
     assert done.returncode == 0, done.stderr
     assert_same(saved(tmp_path / "made"), corrected_by_hand(saved(tmp_path / "adapter"), subspace))
+    done = run_process("report", tmp_path / "made", "-o", tmp_path / "report.html", command=command)
+    assert done.returncode == 0, done.stderr
+    assert len(Page.read(tmp_path / "report.html").figures()) == 6

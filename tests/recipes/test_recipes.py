@@ -74,6 +74,10 @@ def check_output(folder: Path, runs: list[str]) -> list[dict]:
     for run in runs:
         assert any("csulora/attenuation" in record and "loss" in record for record in records if record["run"] == run)
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for run in runs:
+        assert f'aria-label="Energy by block, {run}.' in page
+    assert all(f"{row['task_loss']:.3f}" in page for row in rows)
     return rows
 
 

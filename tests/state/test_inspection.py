@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from csulora_callback import SafetySubspace
-from csulora_callback.inspection import Inspection, inspect_adapter
+from csulora_callback import Penalty, SafetySubspace, correct_adapter
+from csulora_callback.inspection import Inspection, inspect_adapter, recorded_inspections
 from csulora_callback.method.measure import Drift
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.reporting.inspection import short_kinds, short_layers
+from csulora_callback.sidecar import read_record
 from tests.helpers.lab import VOCABULARY, align, tiny_llama, with_lora
 
 
@@ -59,6 +60,40 @@ def test_it_is_what_dense_products_give(model, dtype, tmp_path):
         assert math.isclose(drift.shares["aligned"], aligned_share, rel_tol=1e-3, abs_tol=1e-5)
         assert math.isclose(drift.total_energy, delta.square().sum(), rel_tol=1e-5)
         assert math.isclose(drift.chance["aligned"], 9 / delta.numel(), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("penalty", [Penalty.guard(3.0), Penalty.csulora(10.0)], ids=str)
+def test_a_record_says_where_what_was_written_lies(model, penalty, tmp_path):
+    """Also where it was cut to the adapter's rank, so that the gains do not tell."""
+    make, targets = MODELS[model]
+    base = make()
+    aligned = align(base)
+    subspace = SafetySubspace.estimate(base, aligned, targets, rank=3, progress=False)
+    with_lora(aligned, target_modules=targets, init_lora_weights=False).save_pretrained(tmp_path / "raw")
+    done = correct_adapter(tmp_path / "raw", subspace, tmp_path / "made", penalty)
+    assert (done.metrics["csulora/truncation_error"] > 0.01) == (penalty.name == "csulora")
+    seen = recorded_inspections(read_record(tmp_path / "made"))
+    for state, folder in (("raw", "raw"), ("corrected", "made")):
+        adapter = SavedAdapter.read(tmp_path / folder)
+        for name, (A, B) in adapter.factors.items():
+            delta, basis = adapter.scalings[name] * B.double() @ A.double(), subspace[name]
+            U, V = (side.double() for side in (basis.U, basis.V))
+            D = U * basis.singular_values.double() @ V.T
+            if "transposed" in model:
+                U, V, D = V, U, D.T
+            of_output, of_input = U @ U.T, V @ V.T
+            blocks = {
+                "aligned": of_output @ delta @ of_input,
+                "output": of_output @ (delta - delta @ of_input),
+                "input": (delta - of_output @ delta) @ of_input,
+                "off": delta - of_output @ delta - delta @ of_input + of_output @ delta @ of_input,
+            }
+            for block, part in blocks.items():
+                found = seen[state].modules[name].energy[block]
+                assert math.isclose(found, part.square().sum(), rel_tol=1e-5, abs_tol=1e-7)
+            undone = -(delta * D).sum() / D.square().sum()
+            assert math.isclose(seen[state].modules[name].undone, undone, rel_tol=1e-5, abs_tol=1e-7)
 
 
 def drift(along: float) -> Drift:

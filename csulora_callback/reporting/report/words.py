@@ -1,0 +1,90 @@
+"""What a report says in words: of penalties, of shares, of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from csulora_callback.reporting.terminal import percent, signed
+
+PENALTIES = {
+    "csulora": "keeps what lies inside the safety subspace and attenuates what leaves it, the more the larger it is "
+    "(the orientation of the CSULoRA paper)",
+    "separable": "keeps what lies inside the safety subspace and attenuates what leaves it, each side by its own "
+    "energy, so that the adapter keeps its rank exactly",
+    "guard": "attenuates what lies inside the safety subspace, where alignment wrote, and leaves the rest to the task",
+    "projection": "keeps only what lies fully inside the safety subspace",
+    "data_aware": "attenuates what the update does to prompts that are to be refused, and keeps what it does on the "
+    "training data; it measures by activations, not by the subspace",
+    "table": "attenuates each block of the update by a constant of its own",
+}
+
+_SPACE = "\N{NO-BREAK SPACE}"  # no line break parts a number from its sign
+
+
+def percents(share: float) -> str:
+    """A share with its sign of percent; nothing and all of it are said plainly.
+
+    Example:
+        >>> [percents(share).replace(_SPACE, " ") for share in (0.1234, -0.5, 0.0, 1.0, 1e-7)]
+        ['12.3 %', '−50.0 %', '0 %', '100 %', '< 0.01 %']
+    """
+    if share in (0.0, 1.0):
+        return f"{100 * share:.0f}{_SPACE}%"
+    text = percent(abs(share))
+    return f"<{_SPACE}0.01{_SPACE}%" if text == "0.00" else f"{'−' if share < 0 else ''}{text}{_SPACE}%"
+
+
+def signed_percents(share: float) -> str:
+    """A share with plus or minus, as of :func:`~csulora_callback.reporting.terminal.signed`.
+
+    Example:
+        >>> [signed_percents(share).replace(_SPACE, " ") for share in (0.1234, -0.5, 0.0)]
+        ['+12.3 %', '−50.0 %', '0.00 %']
+    """
+    return f"{signed(share)}{_SPACE}%".replace("-", "−")
+
+
+def ratio(part: float, whole: float) -> float:
+    """``part / whole``, and 0 where there is nothing.
+
+    Example:
+        >>> ratio(1.0, 4.0), ratio(0.0, 0.0)
+        (0.25, 0.0)
+    """
+    return part / whole if whole else 0.0
+
+
+def penalty_name(penalty: Mapping[str, object]) -> str:
+    """As in :class:`~csulora_callback.Penalty`.
+
+    Example:
+        >>> penalty_name({"name": "guard", "strength": 10.0}), penalty_name({"name": "projection"})
+        ('guard (strength 10)', 'projection')
+    """
+    name, *parameters = penalty.items()
+    values = ", ".join(f"{key} {plain(value)}" for key, value in parameters)
+    return f"{name[1]} ({values})" if values else str(name[1])
+
+
+def plain(value: object) -> str:
+    """A setting as one would write it.
+
+    Example:
+        >>> plain(10.0), plain("inf"), plain(["v_proj", "q_proj"])
+        ('10', 'inf', 'q_proj, v_proj')
+    """
+    if isinstance(value, list):
+        return ", ".join(sorted(map(str, value)))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def change(before: float, after: float) -> str:
+    """How much smaller or larger.
+
+    Example:
+        >>> [change(*sizes).replace(_SPACE, " ") for sizes in ((4.0, 3.0), (2.0, 3.0), (0.0, 0.0))]
+        ['25 % smaller', '50 % larger', 'unchanged']
+    """
+    if before == after or before == 0.0:
+        return "unchanged"
+    return f"{100 * abs(1.0 - after / before):.0f}{_SPACE}% {'smaller' if after < before else 'larger'}"
