@@ -166,12 +166,10 @@ def correct(
         closest_norm: float,
         aligned_gain: float | None = None,
     ) -> Correction:
-        if aligned_gain is None:
-            corrected_along = along_pairs(U.T @ new_B, V.T @ new_A.T, scaling)
-        else:  # the same, without the products
-            corrected_along = aligned_gain * along
+        # Where the gain of the aligned block says it all, the products are spared.
+        after = along_pairs(U.T @ new_B, V.T @ new_A.T, scaling) if aligned_gain is None else aligned_gain * along
+        measured = (relative_change, truncation_error, closest_norm, along, after)
         new_A, new_B = narrowed(new_A, new_B, lora_A.dtype, lora_B.dtype)
-        measured = (relative_change, truncation_error, closest_norm, along, corrected_along)
         return Correction(new_A, new_B, energy, relative_energy, gain, *measured)
 
     if total == 0.0:
