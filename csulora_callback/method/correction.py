@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from csulora_callback.method.gauge import CorrectionOverflowError, closest_gauge, narrowed
+from csulora_callback.method.measure import along_pairs
 from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.token_space import InputGain
 
@@ -55,6 +56,9 @@ class Correction:
             is data-aware.
         truncation_error: ``‖X* − X‖ / ‖X*‖``, the part of the closest safe update that rank ``r`` cannot hold.
         closest_norm: ``‖X*‖``, the norm of the closest safe update before any truncation.
+        along: ``uᵢᵀ Δ vᵢ`` of each pair of columns of ``U`` and ``V``, ``(min(k, k'),)``, in the dtype computed in:
+            which way the update points. With singular values ``σ``, ``Σᵢ σᵢ · along[i] = ⟨Δ, U S Vᵀ⟩``.
+        corrected_along: the same of the returned update.
     """
 
     lora_A: Tensor
@@ -65,6 +69,8 @@ class Correction:
     relative_change: float
     truncation_error: float
     closest_norm: float
+    along: Tensor
+    corrected_along: Tensor
 
     @property
     def update_norm(self) -> float:
@@ -150,15 +156,24 @@ def correct(
         )
     relative_energy = {block: e / total if total else 0.0 for block, e in energy.items()}
     gain = penalty.gain(relative_energy)
+    along = along_pairs(output_side.inner, input_side.inner, scaling)
 
     def result(
-        new_A: Tensor, new_B: Tensor, relative_change: float, truncation_error: float, closest_norm: float
+        new_A: Tensor,
+        new_B: Tensor,
+        relative_change: float,
+        truncation_error: float,
+        closest_norm: float,
+        aligned_gain: float | None = None,
     ) -> Correction:
+        # Where the gain of the aligned block says it all, the products are spared.
+        after = along_pairs(U.T @ new_B, V.T @ new_A.T, scaling) if aligned_gain is None else aligned_gain * along
+        measured = (relative_change, truncation_error, closest_norm, along, after)
         new_A, new_B = narrowed(new_A, new_B, lora_A.dtype, lora_B.dtype)
-        return Correction(new_A, new_B, energy, relative_energy, gain, relative_change, truncation_error, closest_norm)
+        return Correction(new_A, new_B, energy, relative_energy, gain, *measured)
 
     if total == 0.0:
-        return result(A.clone(), B.clone(), relative_change=0.0, truncation_error=0.0, closest_norm=0.0)
+        return result(A.clone(), B.clone(), 0.0, truncation_error=0.0, closest_norm=0.0, aligned_gain=1.0)
 
     closest_norm = math.sqrt(sum(gain[block] ** 2 * energy[block] for block in BLOCKS))
     sides = _rank_one(gain)
@@ -166,10 +181,11 @@ def correct(
         on_output, on_input = sides
         change = math.sqrt(sum((1 - gain[block]) ** 2 * relative_energy[block] for block in BLOCKS))
         new_A, new_B = _attenuate(A.T, V, *on_input).T, _attenuate(B, U, *on_output)
-        if input_gain is not None:
-            new_A = input_gain(new_A)
-            closest_norm = abs(scaling) * _norm(new_B, new_A)
-            change = _norm(torch.cat([new_B, -B], dim=1), torch.cat([new_A, A])) * abs(scaling) / math.sqrt(total)
+        if input_gain is None:
+            return result(new_A, new_B, change, 0.0, closest_norm, gain["aligned"])
+        new_A = input_gain(new_A)
+        closest_norm = abs(scaling) * _norm(new_B, new_A)
+        change = _norm(torch.cat([new_B, -B], dim=1), torch.cat([new_A, A])) * abs(scaling) / math.sqrt(total)
         return result(new_A, new_B, relative_change=change, truncation_error=0.0, closest_norm=closest_norm)
 
     before = sum(blocks.values())
@@ -197,6 +213,7 @@ def _norm(B: Tensor, A: Tensor) -> float:
 class _Side:
     """One factor ``F`` (d, r) split by a subspace: ``P F = basis·inside`` and ``(I − P) F = basis·outside``."""
 
+    inner: Tensor  # (k, r), the products of the subspace's columns with F
     basis: Tensor  # (d, m) orthonormal columns, m = min(d, 2r)
     inside: Tensor  # (m, r)
     outside: Tensor  # (m, r)
@@ -204,11 +221,12 @@ class _Side:
 
 def _split(factor: Tensor, subspace: Tensor) -> _Side:
     r = factor.shape[1]
-    inside = subspace @ (subspace.T @ factor)
+    inner = subspace.T @ factor
+    inside = subspace @ inner
     # One QR over both parts: were each factorized alone, the arbitrary directions that QR adds to a rank-deficient
     # part could overlap the other part, and an SVD in the joint basis would no longer be one of the update.
     basis, triangular = torch.linalg.qr(torch.cat([inside, factor - inside], dim=1))
-    return _Side(basis, triangular[:, :r], triangular[:, r:])
+    return _Side(inner, basis, triangular[:, :r], triangular[:, r:])
 
 
 def _rank_one(gain: Mapping[str, float]) -> tuple[tuple[float, float], tuple[float, float]] | None:

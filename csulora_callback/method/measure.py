@@ -178,7 +178,24 @@ def along_kept(
         10.0
     """
     A, B, U, V, sigma = _wide(lora_A, lora_B, U, V, singular_values)
-    return scaling * (((U.T @ B) * (A @ V).T).sum(dim=1) * sigma).sum().item()
+    return (along_pairs(U.T @ B, V.T @ A.T, scaling) * sigma).sum().item()
+
+
+def along_pairs(on_output: Tensor, on_input: Tensor, scaling: float = 1.0) -> Tensor:
+    """``uᵢᵀ Δ vᵢ`` of the pairs of columns of ``U`` and ``V``, ``(min(k, k'),)``.
+
+    Args:
+        on_output: ``UᵀB (k, r)``.
+        on_input: ``VᵀAᵀ (k', r)``.
+        scaling: PEFT's ``scaling`` of the layer.
+
+    Example:
+        >>> import torch
+        >>> along_pairs(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+        tensor([11.])
+    """
+    pairs = min(len(on_output), len(on_input))
+    return scaling * (on_output[:pairs] * on_input[:pairs]).sum(dim=1)
 
 
 def along_displacement(lora_A: Tensor, lora_B: Tensor, D: Tensor, scaling: float = 1.0) -> float:

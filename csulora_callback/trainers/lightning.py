@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
-_IN_PROGRESS_BAR = ("csulora/off_energy", "csulora/attenuation")  # seven numbers would push the loss out of sight
+_IN_PROGRESS_BAR = ("csulora/alignment_undone", "csulora/attenuation")  # all of them would push the loss out of sight
 
 
 class LightningEvents:

@@ -96,6 +96,27 @@ def test_a_record_says_where_what_was_written_lies(model, penalty, tmp_path):
             assert math.isclose(seen[state].modules[name].undone, undone, rel_tol=1e-5, abs_tol=1e-7)
 
 
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("penalty", [Penalty.csulora(5.0), Penalty.guard(3.0)], ids=str)
+def test_what_a_correction_logs_is_what_an_inspection_says(model, penalty, tmp_path):
+    make, targets = MODELS[model]
+    base, aligned = make(), align(make())
+    subspace = SafetySubspace.estimate(base, aligned, targets, rank=3, progress=False)
+    with_lora(aligned, target_modules=targets, init_lora_weights=False).save_pretrained(tmp_path / "trained")
+    logged = correct_adapter(tmp_path / "trained", subspace, tmp_path / "corrected", penalty).metrics
+    for folder, suffix in (("trained", ""), ("corrected", "_corrected")):
+        adapter = SavedAdapter.read(tmp_path / folder)
+        seen = inspect_adapter(adapter, {"as it is": adapter.factors}, subspace)["as it is"].together
+        assert math.isclose(logged[f"csulora/alignment_undone{suffix}"], seen.undone, rel_tol=1e-5), folder
+        assert abs(seen.undone) > 1e-5
+        if folder == "trained":
+            partial = [sum(shares[half] for half in ("output", "input")) for shares in (seen.shares, seen.chance)]
+            assert math.isclose(logged["csulora/partial_over_chance"], partial[0] / partial[1], rel_tol=1e-5)
+            for block in ("aligned", "off"):
+                over = seen.shares[block] / seen.chance[block]
+                assert math.isclose(logged[f"csulora/{block}_over_chance"], over, rel_tol=1e-5), block
+
+
 def drift(along: float) -> Drift:
     return Drift(along=along, displacement=1.0)
 

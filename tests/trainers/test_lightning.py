@@ -193,7 +193,8 @@ def test_drift_goes_through_the_loggers_with_the_loss(pair, subspace, tmp_path):
         assert all(float(row[f"csulora/{name}"]) >= 0 for name in (*names, "update_norm"))
         shares = sum(float(row[f"csulora/{name}"]) for name in names[:3])
         assert shares == pytest.approx(1.0, abs=1e-5)
-    assert {"csulora/off_energy", "csulora/attenuation"} <= trainer.progress_bar_metrics.keys()
+    assert all(float(row["csulora/alignment_undone"]) != 0 for row in rows)
+    assert {"csulora/alignment_undone", "csulora/attenuation"} <= trainer.progress_bar_metrics.keys()
     assert "csulora/update_norm" not in trainer.progress_bar_metrics
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from csulora_callback import CSULoRACallback, Penalty
+from csulora_callback.reporting.penalties import IN_WORDS
 from tests.helpers.lab import make_trainer, with_lora
 
 STRENGTH = 5.0
@@ -21,6 +23,11 @@ KEYS = {
     "csulora/aligned_energy",
     "csulora/partial_energy",
     "csulora/off_energy",
+    "csulora/aligned_over_chance",
+    "csulora/partial_over_chance",
+    "csulora/off_over_chance",
+    "csulora/alignment_undone",
+    "csulora/alignment_undone_corrected",
     "csulora/attenuation",
     "csulora/relative_change",
     "csulora/truncation_error",
@@ -197,7 +204,9 @@ def test_values_are_those_of_a_dense_computation(pair, tmp_path):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         base, aligned = (model.get_submodule(name).weight.detach() for model in weights)
         update = SCALING * raw[key.replace("lora_A", "lora_B")].double() @ raw[key].double()
-        U, _, Vh = torch.linalg.svd(aligned - base)
+        D = aligned - base
+        U, sigma, Vh = torch.linalg.svd(D)
+        D_k = U[:, :RANK] * sigma[:RANK] @ Vh[:RANK]
         left, right = U[:, :RANK] @ U[:, :RANK].T, Vh[:RANK].T @ Vh[:RANK]
         inside = left @ update @ right
         partial = left @ update + update @ right - 2 * inside
@@ -207,17 +216,30 @@ def test_values_are_those_of_a_dense_computation(pair, tmp_path):
             closest = closest + part / (1 + STRENGTH * part.square().sum() / update.square().sum())
         U, sigma, Vh = torch.linalg.svd(closest, full_matrices=False)
         kept = U[:, :LORA_RANK] * sigma[:LORA_RANK] @ Vh[:LORA_RANK]
-        modules.append({"Δ": update, "aligned": inside, "partial": partial, "off": off, "X*": closest, "X": kept})
+        parts = {"Δ": update, "aligned": inside, "partial": partial, "off": off, "X*": closest, "X": kept, "D": D_k}
+        sides = [RANK / size for size in D.shape]  # how much of the space each block is, by this module's size
+        chance = {"aligned": math.prod(sides), "off": math.prod(1 - side for side in sides)}
+        chance["partial"] = 1 - sum(chance.values())
+        modules.append({**parts, **{f"chance {b}": update * share**0.5 for b, share in chance.items()}})
 
     def norm(matrix) -> float:
         """Of all modules together."""
         return sum(matrix(module).square().sum().item() for module in modules) ** 0.5
+
+    def undone(name: str) -> float:
+        return -sum((m[name] * m["D"]).sum().item() for m in modules) / norm(lambda m: m["D"]) ** 2
 
     size = norm(lambda m: m["Δ"])
     expected = {
         "csulora/aligned_energy": norm(lambda m: m["aligned"]) ** 2 / size**2,
         "csulora/partial_energy": norm(lambda m: m["partial"]) ** 2 / size**2,
         "csulora/off_energy": norm(lambda m: m["off"]) ** 2 / size**2,
+        **{
+            f"csulora/{b}_over_chance": norm(lambda m, b=b: m[b]) ** 2 / norm(lambda m, b=b: m[f"chance {b}"]) ** 2
+            for b in ("aligned", "partial", "off")
+        },
+        "csulora/alignment_undone": undone("Δ"),
+        "csulora/alignment_undone_corrected": undone("X"),
         "csulora/attenuation": 1 - norm(lambda m: m["X"]) / size,
         "csulora/relative_change": norm(lambda m: m["X"] - m["Δ"]) / size,
         "csulora/truncation_error": norm(lambda m: m["X*"] - m["X"]) / norm(lambda m: m["X*"]),
@@ -225,7 +247,7 @@ def test_values_are_those_of_a_dense_computation(pair, tmp_path):
     }
     assert curve(history)[4] == pytest.approx(expected, rel=1e-5)
     assert len(modules) == 6
-    assert min(expected.values()) > 1e-3
+    assert min(map(abs, expected.values())) > 1e-3
 
 
 def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
@@ -237,8 +259,15 @@ def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
     for table in (first, second):
         assert re.search(r"adapter\W+default, 6 modules, LoRA rank 4\b", table)
         assert re.search(r"safety subspace\W+rank 3, \d\d\.\d% of the displacement's energy", table)
-        assert re.search(r"penalty\W+csulora \(strength 5\)", table)
+        said = "".join(re.sub("[│┃]", "", table).split())  # however it was broken into lines
+        assert f"basemodel{pair[0]}alignedmodel{pair[1]}(inmemory)" in said
+        assert f"penaltycsulora(strength5):{''.join(IN_WORDS['csulora'].split())}" in said
         assert re.search(r"ready in\W+\d+\.\d s", table)
         assert table.count("safety subspace") == 1
     assert "cache" not in first
     assert "cache" in second
+
+
+def test_of_every_penalty_there_are_words_for_what_it_keeps():
+    made = [getattr(Penalty, name)() for name, kind in vars(Penalty).items() if isinstance(kind, classmethod)]
+    assert {penalty.name for penalty in made} == set(IN_WORDS)

@@ -10,9 +10,10 @@ from statistics import median
 from csulora_callback.inspection import Inspection, recorded_inspections
 from csulora_callback.method.penalty import BLOCKS
 from csulora_callback.reporting.inspection import BLOCK_NAMES, WORST
+from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.report.evaluation import Judged
 from csulora_callback.reporting.report.runs import Run
-from csulora_callback.reporting.report.words import PENALTIES, penalty_name, ratio
+from csulora_callback.reporting.report.words import penalty_name, ratio
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Part:
     @property
     def does(self) -> str:
         """What such a penalty does."""
-        return PENALTIES[self.record["penalty"]["name"]]
+        return IN_WORDS[self.record["penalty"]["name"]]
 
     @property
     def raw_is_saved(self) -> bool:

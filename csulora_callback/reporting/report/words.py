@@ -6,18 +6,6 @@ from collections.abc import Mapping
 
 from csulora_callback.reporting.terminal import percent, signed
 
-PENALTIES = {
-    "csulora": "keeps what lies inside the safety subspace and attenuates what leaves it, the more the larger it is "
-    "(the orientation of the CSULoRA paper)",
-    "separable": "keeps what lies inside the safety subspace and attenuates what leaves it, each side by its own "
-    "energy, so that the adapter keeps its rank exactly",
-    "guard": "attenuates what lies inside the safety subspace, where alignment wrote, and leaves the rest to the task",
-    "projection": "keeps only what lies fully inside the safety subspace",
-    "data_aware": "attenuates what the update does to prompts that are to be refused, and keeps what it does on the "
-    "training data; it measures by activations, not by the subspace",
-    "table": "attenuates each block of the update by a constant of its own",
-}
-
 _SPACE = "\N{NO-BREAK SPACE}"  # no line break parts a number from its sign
 
 
