@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from csulora_callback import AttackSuccessRate
 from recipes.calibration.calibrate import Judgement
 from recipes.files.points import SPLITS
 from recipes.files.sources import prompts_of
 from recipes.labs import toy
-from recipes.labs.chat import chat
+from recipes.labs.chat import attacked
 from recipes.schema import Recipe, RecipeError
 from recipes.training.task import Task, answers, batches, not_refused, teacher_forced
-
-_NEW_TOKENS = 32  # a refusal shows in its first words
 
 
 class ToyBench:
@@ -37,7 +34,7 @@ class ChatBench:
     """A user's probe prompts, answered through the chat template, and the held-out part of the user's data."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        prompts = prompts_of("calibrate", recipe.calibrate.probes, recipe.calibrate.probes_column)
+        prompts = prompts_of("calibrate.probes", recipe.calibrate.probes, recipe.calibrate.probes_column)
         rows = task.held_out
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
@@ -52,6 +49,5 @@ class ChatBench:
     def judge(self, model: PeftModel, split: str) -> Judgement:
         """Attacks count as refused if the answer begins with a phrase of refusal."""
         prompts, task = self.parts[split]
-        attacks = AttackSuccessRate()
-        attacks.update(prompts, chat(model, self.tokenizer, prompts, _NEW_TOKENS))
-        return Judgement(len(prompts), attacks.compute()["count"], teacher_forced(model, task)[0])
+        obeyed = sum(not answer.refused for answer in attacked(model, self.tokenizer, prompts))
+        return Judgement(len(prompts), obeyed, teacher_forced(model, task)[0])

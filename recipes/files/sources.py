@@ -37,22 +37,18 @@ def read(key: str, source: str, split: str = "train", columns: Sequence[str] = (
     return rows
 
 
-def prompts_of(section: str, source: str, column: str) -> list[str]:
-    """The prompts that ``SECTION.probes`` and ``SECTION.probes_column`` name: lines of a text file, or a column."""
-    rows = read(f"{section}.probes", source)
+def prompts_of(key: str, source: str, column: str) -> list[str]:
+    """The prompts that ``KEY`` and ``KEY_column`` of a recipe name: lines of a text file, or a column."""
+    rows = read(key, source)
     column = "text" if source.endswith(".txt") else column
     if column not in rows.column_names:
-        raise RecipeError(
-            f"'{section}.probes_column': expected a column of {source}, {rows.column_names}, but got {column!r}"
-        )
+        raise RecipeError(f"'{key}_column': expected a column of {source}, {rows.column_names}, but got {column!r}")
     cells = [cell for cell in rows[column] if cell is not None]
     if wrong := [cell for cell in cells if not isinstance(cell, str)]:
-        raise RecipeError(
-            f"'{section}.probes': {source}: expected texts in the column {column!r}, but got {wrong[0]!r}"
-        )
+        raise RecipeError(f"'{key}': {source}: expected texts in the column {column!r}, but got {wrong[0]!r}")
     prompts = [cell.strip() for cell in cells if cell.strip()]
     if not prompts:
-        raise RecipeError(f"'{section}.probes': {source}: expected prompts, but there is none")
+        raise RecipeError(f"'{key}': {source}: expected prompts, but there is none")
     return prompts
 
 
@@ -78,6 +74,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         "model.aligned": recipe.model.aligned,
         "data.source": recipe.data.source,
         **({} if recipe.data.probes is None else {"data.probes": recipe.data.probes}),
+        **({} if recipe.data.attacks is None else {"data.attacks": recipe.data.attacks}),
         **({} if recipe.calibrate.probes is None else {"calibrate.probes": recipe.calibrate.probes}),
     }
 

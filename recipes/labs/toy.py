@@ -55,6 +55,12 @@ class Sample:
         return Sample((start, *words, verb, end), self.answer)
 
 
+def in_words(ids: list[int]) -> str:
+    """An answer as a text, up to its end."""
+    words = [VOCABULARY[word] for word in ids]
+    return " ".join(words[: words.index("<eos>")] if "<eos>" in words else words)
+
+
 class Samples(Dataset):
     """Samples as token ids, all of one length; labels only on the answer."""
 

@@ -199,12 +199,12 @@ def test_probes_are_lines_or_a_column(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
         probes = str(tmp_path / name)
-        assert prompts_of("calibrate", probes, "prompt") == ["one", "two"]
+        assert prompts_of("calibrate.probes", probes, "prompt") == ["one", "two"]
     with pytest.raises(RecipeError, match=r"expected a column of .*probes.csv, \['prompt', 'source'\], but got 'ques"):
-        prompts_of("calibrate", probes, "question")
+        prompts_of("calibrate.probes", probes, "question")
     (tmp_path / "numbers.csv").write_text("prompt\n0\n1\n")
     with pytest.raises(RecipeError, match=r"'calibrate.probes': .*numbers.csv: expected texts in the column .* got 0"):
-        prompts_of("calibrate", str(tmp_path / "numbers.csv"), "prompt")
+        prompts_of("calibrate.probes", str(tmp_path / "numbers.csv"), "prompt")
 
 
 def test_several_processes_are_refused(trained, tmp_path, monkeypatch, capsys):
