@@ -81,8 +81,8 @@ class Correcting:
         """
         corrections = {name: self._correct(name, *raw[name], gains) for name in raw}
         drift = SafetyDrift()
-        for correction in corrections.values():
-            drift.update(correction)
+        for name in sorted(corrections):  # files hold modules in another order than models, and sums round by it
+            drift.update(corrections[name])
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
         record = self._recorder(raw, corrected, corrections, metrics, "corrected")

@@ -131,10 +131,20 @@ def _trainer(recipe: Recipe, callback: CSULoRACallback, folder: Path, resumed: i
 
 
 def _loggers(settings: Training, folder: Path) -> list[Logger]:
-    name = f"{folder.parent.name}-{folder.name}"
-    make = {
-        "tensorboard": lambda: TensorBoardLogger(folder, name="", version="tensorboard"),
-        "wandb": lambda: WandbLogger(name=name, project=os.environ.get("WANDB_PROJECT"), save_dir=folder),
-        "mlflow": lambda: MLFlowLogger(os.environ.get("MLFLOW_EXPERIMENT_NAME", "lightning_logs"), name),
-    }
-    return [make[tracker]() for tracker in settings.trackers()]
+    make = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+    return [make[tracker](folder, f"{folder.parent.name}-{folder.name}") for tracker in settings.trackers()]
+
+
+def _tensorboard(folder: Path, name: str) -> Logger:
+    return TensorBoardLogger(folder, name="", version="tensorboard")
+
+
+def _wandb(folder: Path, name: str) -> Logger:
+    return WandbLogger(name=name, save_dir=folder)
+
+
+def _mlflow(folder: Path, name: str) -> Logger:
+    import mlflow
+
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lightning_logs")
+    return MLFlowLogger(experiment, name, tracking_uri=mlflow.get_tracking_uri())
