@@ -83,8 +83,8 @@ class Correcting:
         """
         corrections = {name: self._correct(name, *raw[name], gains) for name in raw}
         drift = SafetyDrift()
-        for name, correction in corrections.items():
-            drift.update(correction, self.subspace[name])
+        for name in sorted(corrections):  # files hold modules in another order than models, and sums round by it
+            drift.update(corrections[name], self.subspace[name])
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
         record = self._recorder(raw, corrected, corrections, metrics, "corrected")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -19,9 +17,8 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch.utils.data import DataLoader
 
-from csulora_callback import CSULoRACallback, sidecar, write_report
+from csulora_callback import sidecar, write_report
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.reporting.subspace import rank_rule
 from recipes.calibration import calibrate, checks
@@ -29,11 +26,13 @@ from recipes.calibration.bench import make_bench
 from recipes.calibration.choice import Calibration
 from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier
 from recipes.evidence.toy_frontier import ToySubject
+from recipes.files import output as output_folder
 from recipes.files import sources
 from recipes.files.recipe import load_recipe
-from recipes.schema import Correction, Recipe, RecipeError
-from recipes.training import report
+from recipes.schema import Recipe, RecipeError
+from recipes.training import report, trackers
 from recipes.training.preview import preview
+from recipes.training.runs import Corrected, correct_all, load_trainer
 from recipes.training.task import Task, build_task
 
 
@@ -51,8 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.dry_run:
             dry_run(recipe)
         elif recipe.frontier.methods:
+            output_folder.refuse_run(recipe)
             run_frontier(recipe)
         elif recipe.calibrate.presets:
+            output_folder.refuse_run(recipe)
             run_calibrate(recipe)
         else:
             run(recipe)
@@ -64,57 +65,59 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(recipe: Recipe) -> list[report.Row]:
-    """Fine-tune once for each correction, judge what came out, and write it all into the output folder.
+    """Fine-tune, correct in every way that the recipe names, judge it, and write it all into the output folder.
 
     Started by ``torchrun`` or ``accelerate launch``, all processes train; the first one judges, writes and prints.
     """
     sources.check(recipe)
-    fit = load_fit(recipe)
+    trackers.check(recipe)
+    trainer = load_trainer(recipe)
     processes = PartialState(cpu=not torch.accelerator.is_available())
     _quiet()
     output, console = Path(recipe.output), Console(quiet=not processes.is_main_process)
-    if processes.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
-    else:
+    if not processes.is_main_process:
         transformers.utils.logging.disable_progress_bar()
 
     with processes.main_process_first():  # what it builds or downloads, the others find
+        place = output_folder.Output(recipe, processes.num_processes)
         task = build_task(recipe)
-    rows, logs = [], {}
-    for name, correction in recipe.corrections.items():
-        console.rule(f"fine-tuning with the callback: {name}")
-        logs[name], checkpoint, batches = fit(task, recipe, make_callback(task, correction), output / name)
         if processes.is_main_process:
-            judge(task, name, correction, checkpoint, batches, rows)
-        processes.wait_for_everyone()
+            place.claim()
+    if place.continues:
+        console.print(f"{output} holds this run already: going on with it (overwrite=true begins anew).")
+    done = correct_all(task, recipe, trainer, output, console)
 
+    rows = []
     if processes.is_main_process:
+        rows = judge(task, recipe, done)
         report.write_results(rows, output)
+        report.write_answers(rows, output)
+        logs = {name: corrected.records for name, corrected in done.items()}
         report.write_metrics(logs, output)
         report.plot(logs, output / "drift.png")
         write_report(output, output / "report.html")
-        report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
-    console.print(
-        f"Written to {output}: report.html, results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints."
-    )
+        title = f"what the correction did, training seed {recipe.training.seed}"
+        report.print_table(rows, title, task.judged_by)
+        written = [name for name in (*output_folder.RESULTS, output_folder.RECIPE) if (output / name).exists()]
+        console.print(f"Written to {output}: {', '.join(written)}, and the checkpoints.")
+    processes.wait_for_everyone()
     processes.destroy_process_group()
     return rows
 
 
-def judge(
-    task: Task, name: str, correction: Correction, checkpoint: Path, batches: DataLoader, rows: list[report.Row]
-) -> None:
-    """Add the row of a correction, and before the first one those of what it is compared with."""
-    device = _device()
-    if not rows:
-        rows.append(report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches)))
+def judge(task: Task, recipe: Recipe, done: dict[str, Corrected]) -> list[report.Row]:
+    """The rows of the corrections, and before them those of what they are compared with."""
+    device, batches = _device(), next(iter(done.values())).held_out
+    rows = [report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches))]
     # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
-    if correction.every_n_steps is None and all(row.method != "raw" for row in rows):
-        raw = load_checkpoint(task, checkpoint, raw=True).to(device)
-        rows.insert(1, report.Row("raw", None, task.judge(raw, batches)))
-    saved = task.judge(load_checkpoint(task, checkpoint).to(device), batches)
-    rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
+    plain = [name for name, correction in recipe.corrections.items() if correction.every_n_steps is None]
+    if plain:
+        raw = load_checkpoint(task, done[plain[0]].last, raw=True).to(device)
+        rows.append(report.Row("raw", None, task.judge(raw, batches)))
+    for name, correction in recipe.corrections.items():
+        saved = task.judge(load_checkpoint(task, done[name].last).to(device), batches)
+        rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
+    return rows
 
 
 def run_frontier(recipe: Recipe) -> None:
@@ -178,31 +181,6 @@ def _disable_other_bars() -> None:
     datasets.disable_progress_bars()
 
 
-def load_fit(recipe: Recipe) -> Callable[..., tuple[list[dict], Path, DataLoader]]:
-    """The training loop that the recipe names; nothing of the other one is imported."""
-    try:
-        return importlib.import_module(f"recipes.training.{recipe.trainer.value}").fit
-    except ModuleNotFoundError as error:
-        if error.name != "lightning":
-            raise
-        raise RecipeError(
-            "'trainer': lightning is not installed; pip install -c constraints.txt -e '.[recipes,lightning]'"
-        ) from error
-
-
-def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
-    """The callback that a correction section describes."""
-    penalty = correction.penalty()
-    return CSULoRACallback(
-        base_model=task.base,
-        rank=correction.rank,
-        energy=correction.energy,
-        penalty=penalty,
-        probes=None if penalty.on_probes is None else task.probes,
-        every_n_steps=correction.every_n_steps,
-    )
-
-
 def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
     """A saved checkpoint as any user would load it, or its raw adapter.
 
@@ -220,6 +198,7 @@ def load_checkpoint(task: Task, folder: Path, raw: bool = False) -> PeftModel:
 def dry_run(recipe: Recipe) -> None:
     """Check everything that can be checked without training or downloads, and say what was checked."""
     sources.check(recipe)
+    trackers.check(recipe)
     _quiet()
     _disable_other_bars()
     if recipe.calibrate.presets:

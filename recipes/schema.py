@@ -103,8 +103,10 @@ class Data:
     source: str | None = None  # default: the toy lab's task
     split: str = "train"
     max_samples: int | None = None
-    probes: str | None = None  # prompts to be refused, for the preset data_aware; the toy lab has its own
+    probes: str | None = None  # prompts that the aligned model refuses; read by data-aware corrections, or judged by
     probes_column: str = "prompt"
+    attacks: str | None = None  # prompts to judge by; without them the probes, or the half that nothing reads
+    attacks_column: str = "prompt"
     eval_share: float = 0.05
     max_length: int = 1024
 
@@ -135,11 +137,16 @@ class Training:
     save_total_limit: int | None = None
     bf16: bool = False
     seed: int = 0
+    report_to: Any = field(default_factory=list)  # a tracker such as "tensorboard", or a list of them
+
+    def trackers(self) -> list[str]:
+        """Their names."""
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
 
 
 @dataclass
 class Correction:
-    """One run of the callback; see :class:`csulora_callback.CSULoRACallback`."""
+    """Settings of the callback; see :class:`csulora_callback.CSULoRACallback`."""
 
     preset: Preset = MISSING
     strength: float | None = None
@@ -150,6 +157,11 @@ class Correction:
     def penalty(self) -> Penalty:
         """The penalty that preset and strength name."""
         return make_penalty(self.preset.value, self.strength)
+
+    @property
+    def reads_probes(self) -> bool:
+        """Whether it measures by prompts that are to be refused."""
+        return self.preset is Preset.data_aware
 
 
 @dataclass
@@ -193,12 +205,13 @@ class Calibrate:
 
 @dataclass
 class Recipe:
-    """A whole recipe: ``corrections``, each trained once in a folder of that name, a ``frontier``, or ``calibrate``.
+    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, or ``calibrate``.
 
     With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
     """
 
     output: str = MISSING
+    overwrite: bool = False  # whether a run that is in the output folder goes; otherwise the same one is continued
     smoke: bool = False
     smoke_overrides: list[str] = field(default_factory=list)
     trainer: TrainerKind = TrainerKind.huggingface

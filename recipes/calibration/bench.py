@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from csulora_callback import RefusalPhrases
-from recipes.calibration.choice import Answer, Judgement
+from recipes.calibration.choice import Judgement
 from recipes.files.points import SPLITS
 from recipes.files.sources import prompts_of
 from recipes.labs import toy
-from recipes.labs.chat import chat
+from recipes.labs.chat import Answer, attacked
 from recipes.schema import Preset, Recipe, RecipeError
 from recipes.training.task import Task, answers, batches, teacher_forced
-
-_NEW_TOKENS = 32  # a refusal shows in its first words
 
 
 class ToyBench:
@@ -30,7 +27,7 @@ class ToyBench:
         """Attacks count as refused if the refusal is anywhere in the answer."""
         attacks, task = self.parts[split]
         said = tuple(
-            Answer(" ".join(sample.prompt[1:]), _in_words(answer), toy.REFUSAL in answer)
+            Answer(" ".join(sample.prompt[1:]), toy.in_words(answer), toy.REFUSAL in answer)
             for sample, answer in zip(attacks, answers(model, attacks), strict=True)
         )
         return Judgement(said, teacher_forced(model, [toy.Samples(task).columns()])[0])
@@ -53,7 +50,7 @@ class ChatBench:
                 "'calibrate.attacks': expected two prompts and two held-out rows at least, one for each half, but got "
                 f"{len(prompts)} and {len(rows)}"
             )
-        self.tokenizer, self.refuses, self.parts = task.tokenizer, RefusalPhrases(), {}
+        self.tokenizer, self.parts = task.tokenizer, {}
         for split, part in zip(SPLITS, (0, 1), strict=True):  # every other one: files are often sorted by topic
             own = rows.select(range(part, len(rows), 2))
             self.parts[split] = prompts[part::2], batches(task, recipe, own)
@@ -61,14 +58,8 @@ class ChatBench:
     def judge(self, model: PeftModel, split: str) -> Judgement:
         """Attacks count as refused if the answer begins with a phrase of refusal."""
         prompts, task = self.parts[split]
-        said = chat(model, self.tokenizer, prompts, _NEW_TOKENS)
-        judged = zip(prompts, said, self.refuses(prompts, said), strict=True)
-        return Judgement(tuple(Answer(*one) for one in judged), teacher_forced(model, task)[0])
-
-
-def _in_words(ids: list[int]) -> str:
-    words = [toy.VOCABULARY[word] for word in ids]
-    return " ".join(words[: words.index("<eos>")] if "<eos>" in words else words)
+        said = attacked(model, self.tokenizer, prompts)
+        return Judgement(tuple(said), teacher_forced(model, task)[0])
 
 
 def make_bench(recipe: Recipe, task: Task) -> ToyBench | ChatBench:

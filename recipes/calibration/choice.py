@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from csulora_callback import Penalty, wilson_interval
+from recipes.labs.chat import Answer
 from recipes.schema import Calibrate, make_penalty
 
 ALIGNED, RAW = "aligned model", "raw LoRA"  # what a correction lies between
@@ -68,15 +69,6 @@ def candidates(settings: Calibrate, ranks: Sequence[int]) -> list[Candidate]:
         for strength in (strengths or [None])
     ]
     return [one for one in tried if one.has_rank or one.rank == ranks[0]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said to one prompt."""
-
-    prompt: str
-    answer: str
-    refused: bool
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,14 @@ def claim(folder: Path, described: Mapping[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(described, indent=2) + "\n")
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    for key in {**there, **described}:
-        if there.get(key) != described.get(key):
-            raise RecipeError(
-                f"'output': {folder} holds points of another recipe: '{key}' is {there.get(key)!r} there, but "
-                f"{described.get(key)!r} here; use another output folder"
-            )
+    other = difference(json.loads(path.read_text(encoding="utf-8")), described)
+    if other is not None:
+        raise RecipeError(f"'output': {folder} holds points of another recipe: {other}; use another output folder")
+
+
+def difference(there: Mapping[str, object], here: Mapping[str, object]) -> str | None:
+    """The first key of two flat descriptions whose values differ, for a person; ``None`` where none does."""
+    for key in {**there, **here}:
+        if there.get(key) != here.get(key):
+            return f"'{key}' is {there.get(key)!r} there, but {here.get(key)!r} here"
+    return None

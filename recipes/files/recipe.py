@@ -15,6 +15,8 @@ from yaml import YAMLError
 from recipes.files.values import check_values
 from recipes.schema import Correction, Recipe, RecipeError
 
+SECTIONS = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)] + ["corrections"]
+ENTRIES = ("corrections", "frontier.methods", "calibrate.presets")  # whose keys are names of the recipe's own
 _RENAMED = {"calibrate.probes": "calibrate.attacks", "calibrate.probes_column": "calibrate.attacks_column"}
 
 
@@ -34,20 +36,11 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):
             raise RecipeError(f"{path}: expected sections and keys, but got a {type(given).__name__}")
-        given = OmegaConf.merge(given, OmegaConf.from_dotlist(overrides))
-        for section, kind in get_type_hints(Recipe).items():
-            if (
-                (is_dataclass(kind) or section == "corrections")
-                and section in given
-                and not isinstance(given[section], DictConfig)
-            ):
-                raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
-        whole = OmegaConf.merge(OmegaConf.structured(Recipe), given)
+        whole = _typed(path, _overridden(given, overrides))
         if whole.smoke:
             if not whole.smoke_overrides:
                 raise RecipeError(f"{path}: 'smoke': expected false, as this recipe has no smoke_overrides")
-            small = OmegaConf.from_dotlist(list(whole.smoke_overrides))
-            whole = OmegaConf.merge(whole, small, OmegaConf.from_dotlist(overrides))
+            whole = _typed(path, _overridden(given, [*whole.smoke_overrides, *overrides]))
         whole.smoke, whole.smoke_overrides = False, []  # applied: the resolved recipe says all by itself
         recipe = OmegaConf.to_object(whole)
     except (YAMLError, UnicodeDecodeError) as error:
@@ -56,6 +49,36 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
         raise RecipeError(f"{path}: {_one_line(error)}") from error
     check_values(path, recipe)
     return recipe
+
+
+def _typed(path: str, given: DictConfig) -> DictConfig:
+    for section in SECTIONS:
+        if section in given and not isinstance(given[section], DictConfig):
+            raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
+    return OmegaConf.merge(OmegaConf.structured(Recipe), given)
+
+
+def _overridden(given: DictConfig, overrides: list[str]) -> DictConfig:
+    """What is given, after overrides: a mapping takes the place of what is there, ``null`` removes it."""
+    given = OmegaConf.create(given)  # a copy
+    for override in overrides:
+        key, one = override.partition("=")[0], OmegaConf.from_dotlist([override])
+        value, (section, _, entry) = OmegaConf.select(one, key), key.rpartition(".")
+        if isinstance(value, DictConfig):
+            OmegaConf.update(given, key, value, merge=False)
+        elif value is None and key in SECTIONS:
+            given.pop(key, None)
+        elif value is None and section in ENTRIES and isinstance(OmegaConf.select(given, section), DictConfig):
+            _remove(OmegaConf.select(given, section), section, entry)
+        else:
+            given = OmegaConf.merge(given, one)
+    return given
+
+
+def _remove(entries: DictConfig, section: str, entry: str) -> None:
+    if entry not in entries:
+        raise RecipeError(f"'{section}.{entry}': expected an entry that is there, to remove it, of {list(entries)}")
+    del entries[entry]
 
 
 def _one_line(error: OmegaConfBaseException) -> str:

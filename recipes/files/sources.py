@@ -74,6 +74,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         "model.aligned": recipe.model.aligned,
         "data.source": recipe.data.source,
         **({} if recipe.data.probes is None else {"data.probes": recipe.data.probes}),
+        **({} if recipe.data.attacks is None else {"data.attacks": recipe.data.attacks}),
         **({} if recipe.calibrate.attacks is None else {"calibrate.attacks": recipe.calibrate.attacks}),
     }
 

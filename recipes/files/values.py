@@ -9,6 +9,7 @@ from operator import attrgetter
 from csulora_callback.method.token_space import MAX_STRENGTH
 from recipes.schema import Preset, Recipe, RecipeError, TrainerKind
 
+FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _AT_LEAST = {
@@ -86,8 +87,16 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("smollm2.weights", "nothing without 'frontier.methods'", recipe.smollm2.weights)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
-    if recipe.model.base is None and recipe.data.probes is not None:
-        refuse("data.probes", "nothing, as the toy lab has its own", recipe.data.probes)
+    for key in ("probes", "attacks"):
+        if recipe.model.base is None and getattr(recipe.data, key) is not None:
+            refuse(f"data.{key}", "nothing, as the toy lab has its own", getattr(recipe.data, key))
+    if recipe.data.attacks is not None and recipe.data.attacks == recipe.data.probes:
+        refuse("data.attacks", "other prompts than data.probes; without it, these are divided", recipe.data.attacks)
+    if not (
+        isinstance(training.report_to, str)
+        or (isinstance(training.report_to, list) and all(isinstance(name, str) for name in training.report_to))
+    ):
+        refuse("training.report_to", "the name of a tracker, or a list of them", training.report_to)
     asked = recipe.calibrate.presets or [correction.preset.value for correction in recipe.corrections.values()]
     if Preset.data_aware.value in asked and recipe.model.base is not None and recipe.data.probes is None:
         refuse("data.probes", "prompts that are to be refused, for the preset data_aware", None)
@@ -107,8 +116,10 @@ def check_values(path: str, recipe: Recipe) -> None:
         )
     for name, correction in recipe.corrections.items():
         key = f"corrections.{name}"
-        if not re.fullmatch(r"[\w.-]+", str(name)):
+        if not FOLDER_NAME.fullmatch(str(name)):
             refuse("corrections", "names that can be folder names", name)
+        if name in ("aligned", "raw"):
+            refuse("corrections", "other names than those of what they are compared with", name)
         if correction.preset is Preset.projection and correction.strength is not None:
             refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
         if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):

@@ -1,11 +1,32 @@
-"""The beginnings of a model's answers, through its chat template."""
+"""The beginnings of a model's answers, through its chat template, and whether they refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from csulora_callback import RefusalPhrases
+
+ATTACK_TOKENS = 32  # of an answer that is judged: a refusal shows in its first words
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers to a prompt that is to be refused, and whether it did refuse."""
+
+    prompt: str
+    answer: str
+    refused: bool
+
+
+def attacked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Answer]:
+    """The answers to prompts that are to be refused; refused is what begins with a phrase of refusal."""
+    said = chat(model, tokenizer, prompts, ATTACK_TOKENS)
+    refused = RefusalPhrases()(prompts, said)
+    return [Answer(*each) for each in zip(prompts, said, refused, strict=True)]
 
 
 @torch.no_grad()

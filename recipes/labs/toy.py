@@ -56,6 +56,12 @@ class Sample:
         return Sample((start, *words, verb, end), self.answer)
 
 
+def in_words(ids: list[int]) -> str:
+    """An answer as a text, up to its end."""
+    words = [VOCABULARY[word] for word in ids]
+    return " ".join(words[: words.index("<eos>")] if "<eos>" in words else words)
+
+
 class Samples(Dataset):
     """Samples as token ids, all of one length; labels only on the answer."""
 
@@ -128,6 +134,7 @@ class Lab:
 
 def build_lab(toy: Toy) -> Lab:
     """The lab that ``toy`` describes; its models are trained once and kept in the cache folder."""
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
     cache = default_cache_dir() if toy.cache_dir is None else Path(toy.cache_dir)
     if cache is None:
         raise ValueError("`toy.cache_dir`: expected a folder to keep the models in, as there is no home directory.")

@@ -40,8 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(recipe: Recipe, adapters: list[str]) -> dict[str, Score]:
     """How each of them does, after the model that they sit on."""
-    if recipe.model.base is None:
-        torch.set_num_threads(1)  # the toy lab's models gain nothing from more
     task = build_task(recipe)
     held_out = batches(task, recipe, task.held_out)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

@@ -13,7 +13,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
 import transformers
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -46,7 +45,6 @@ def train(folder: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{folder}: is there already. Name a folder to be made, or remove it.")
     if recipe.model.base is not None:
         raise RecipeError("'model.base': expected nothing, as this trains on the toy lab's pair")
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses a factor of ten on shared cores
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own making
     task, settings = build_task(recipe), recipe.training

@@ -21,26 +21,44 @@ from transformers import (
 )
 
 from csulora_callback.models.training_rows import LENGTH
-from recipes.files.sources import prompts_of
 from recipes.labs import toy
+from recipes.labs.chat import Answer, attacked
 from recipes.schema import Lora, Recipe, RecipeError
 from recipes.training.examples import load_tokenizer, make_examples, read_user_rows
 from recipes.training.pretrained import load_pretrained
+from recipes.training.prompts import choose_prompts
 
 
 @dataclass(frozen=True)
 class Score:
     """How a model does.
 
-    ``attack_success_rate`` is the share of restricted requests that it did not refuse, whatever it said instead;
-    ``attack_obeyed_rate`` the share that it obeyed to the letter, so that babble can be told from obedience.
+    Attributes:
+        task_loss: nats per labelled token.
+        task_accuracy: share of them, or in the toy lab of whole answers.
+        answers: to prompts that are to be refused, if there are any.
+        attack_obeyed_rate: the share of these that it obeyed to the letter, so that babble can be told from obedience.
     """
 
-    attack_success_rate: float | None
     task_loss: float
     task_accuracy: float
+    answers: tuple[Answer, ...] = ()
     attack_obeyed_rate: float | None = None
-    prompts: int | None = None
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts it was judged by."""
+        return len(self.answers) or None
+
+    @property
+    def succeeded(self) -> int | None:
+        """How many of them it did not refuse, whatever it said instead."""
+        return sum(not answer.refused for answer in self.answers) if self.answers else None
+
+    @property
+    def attack_success_rate(self) -> float | None:
+        """The share of them."""
+        return self.succeeded / self.prompts if self.answers else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class Task:
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
     probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections
     judge: Callable[[nn.Module, DataLoader], Score]
+    judged_by: str = ""  # which prompts, where there is a choice
 
     def aligned_model(self) -> PreTrainedModel:
         """The aligned model, as it is before the fine-tune."""
@@ -93,8 +112,11 @@ def _toy_task(recipe: Recipe) -> Task:
         loss, _ = teacher_forced(model, batches)
         attacked, answered = answers(model, lab.attack), answers(model, lab.task)
         right, obeyed = exactly_right(answered, lab.task), exactly_right(attacked, lab.attack)
-        prompts = len(attacked)
-        return Score(not_refused(attacked) / prompts, loss, right / len(answered), obeyed / prompts, prompts)
+        said = tuple(
+            Answer(" ".join(sample.prompt[1:]), toy.in_words(answer), toy.REFUSAL in answer)
+            for sample, answer in zip(lab.attack, attacked, strict=True)
+        )
+        return Score(loss, right / len(answered), said, obeyed / len(attacked))
 
     train, held_out = toy.Samples(lab.train), toy.Samples(lab.task)
     probes = [sample.ids(answered=False) for sample in lab.probes]
@@ -138,15 +160,18 @@ def _chat_task(recipe: Recipe) -> Task:
             f"{recipe.data.eval_share:g} of {len(examples.rows)} rows"
         ) from error
 
+    prompts = choose_prompts(recipe)
+
     def judge(model: nn.Module, batches: DataLoader) -> Score:
-        return Score(None, *teacher_forced(model, batches))
+        return Score(*teacher_forced(model, batches), tuple(attacked(model, tokenizer, prompts.judged)))
 
-    model, data = recipe.model, recipe.data
-    probes = None if data.probes is None else prompts_of("data.probes", data.probes, data.probes_column)
-    return Task(model.base, model.aligned, model.dtype, parts["train"], parts["test"], tokenizer, probes, judge)
+    pair, held_out = recipe.model, parts["test"]
+    return Task(
+        pair.base, pair.aligned, pair.dtype, parts["train"], held_out, tokenizer, prompts.read, judge, prompts.source
+    )
 
 
-def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: bool = False) -> DataLoader:
+def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset) -> DataLoader:
     """Rows of the task's data as a model takes them, with labels."""
     collate = default_data_collator
     if task.tokenizer is not None:
@@ -154,7 +179,7 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset, shuffle: b
 
         # As the SFTTrainer's: it pads by length, as the pad token is often the end token, which has to be learned.
         collate = DataCollatorForLanguageModeling(task.tokenizer.pad_token_id)
-    return DataLoader(rows, batch_size=recipe.training.batch_size, shuffle=shuffle, collate_fn=collate)
+    return DataLoader(rows, batch_size=recipe.training.batch_size, collate_fn=collate)
 
 
 def training_rows(task: Task, recipe: Recipe, count: int = 64) -> list[list[int]]:

@@ -104,7 +104,7 @@ def alone(lab, tmp_path_factory):
 def test_a_launched_recipe_is_one_run(launcher, lab, alone, tmp_path):
     """Two processes with half the batch each do what one process does."""
     losses, results = launched(launcher, 2, lab, tmp_path)
-    assert len(losses) == 8
+    assert len(losses) == 4
     assert losses == pytest.approx(alone[0], rel=1e-4)
     for mine, other in zip(results, alone[1], strict=True):
         assert mine["method"] == other["method"]

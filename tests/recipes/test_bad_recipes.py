@@ -127,6 +127,63 @@ BAD = {
         [],
         "'corrections.mine.strength': expected at most 1e+06 for the preset data_aware, but got inf",
     ),
+    "attacks in the toy lab": (
+        "output: a\ndata: {attacks: a.txt}\ncorrections: {mine: {preset: guard}}",
+        [],
+        "'data.attacks': expected nothing, as the toy lab has its own, but got 'a.txt'",
+    ),
+    "attacks that are the probes": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d, probes: e.txt, attacks: e.txt}\n"
+        "corrections: {mine: {preset: guard}}",
+        [],
+        "'data.attacks': expected other prompts than data.probes; without it, these are divided, but got 'e.txt'",
+    ),
+    "a folder above": (
+        "output: a\ncorrections: {..: {preset: guard}}",
+        [],
+        "'corrections': expected names that can be folder names, but got '..'",
+    ),
+    "a name in the table": (
+        "output: a\ncorrections: {raw: {preset: guard}}",
+        [],
+        "'corrections': expected other names than those of what they are compared with, but got 'raw'",
+    ),
+    "nothing removed": (
+        "output: a\ncorrections: {guard: {preset: guard}}",
+        ["corrections.gaurd=null"],
+        "'corrections.gaurd': expected an entry that is there, to remove it, of ['guard']",
+    ),
+    "nothing left": (
+        "output: a\ncorrections: {guard: {preset: guard}}",
+        ["corrections.guard=null"],
+        "missing value: 'corrections' needs at least one",
+    ),
+    "replaced by nothing": (
+        "output: a\ncorrections: {guard: {preset: guard}}",
+        ["corrections={}"],
+        "missing value: 'corrections' needs at least one",
+    ),
+    "a tracker that is none": (
+        "output: a\ncorrections: {mine: {preset: guard}}",
+        ["training.report_to=3"],
+        "'training.report_to': expected the name of a tracker, or a list of them, but got 3",
+    ),
+    "an unknown tracker": (
+        "output: a\ncorrections: {mine: {preset: guard}}",
+        ["training.report_to=tensorbord"],
+        "but got 'tensorbord'",
+    ),
+    "a tracker of the other trainer": (
+        "output: a\ntrainer: lightning\ncorrections: {mine: {preset: guard}}",
+        ["training.report_to=[tensorboard,trackio]"],
+        "'training.report_to': expected trackers of the trainer lightning, tensorboard, wandb, mlflow (and "
+        "metrics.csv is always there), but got 'trackio'",
+    ),
+    "a tracker that is not installed": (
+        "output: a\ncorrections: {mine: {preset: guard}}",
+        ["training.report_to=codecarbon"],
+        "'training.report_to': codecarbon is not installed; pip install -c constraints.txt codecarbon",
+    ),
     "no smoke": ("output: a", ["smoke=true"], "'smoke': expected false, as this recipe has no smoke_overrides"),
     "not an override": ("output: a", ["fast"], "'fast': expected key=value"),
     "not YAML": ("output: [a", [], "not valid YAML"),

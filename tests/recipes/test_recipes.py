@@ -72,7 +72,9 @@ def check_output(folder: Path, runs: list[str]) -> list[dict]:
     )
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for run in runs:
-        assert any("csulora/attenuation" in record and "loss" in record for record in records if record["run"] == run)
+        assert any("csulora/attenuation" in record for record in records if record["run"] == run)
+    trained = [run for run in runs if any("loss" in record for record in records if record["run"] == run)]
+    assert len(trained) == 1, "all corrections are made of one training run"
     assert (folder / "drift.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text(encoding="utf-8")
     for run in runs:
@@ -168,8 +170,11 @@ def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
         f"output={tmp_path / 'out'}",
     ]
     assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
-    assert "2 prompts to be refused" in capsys.readouterr().out
-    assert main(["recipes/llama32_1b_sft.yaml", *overrides, "data.probes_column=prompt"]) == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 prompts to be refused" in printed  # every other one is judged by
+    assert "1 prompts each: every other one of data.probes, as corrections read the rest" in printed
+    other = ["data.probes_column=prompt", f"output={tmp_path / 'other'}"]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides, *other]) == 2
     assert "'data.probes_column': expected a column of" in capsys.readouterr().err
 
 

@@ -1,0 +1,128 @@
+"""From a recipe's corrections to their checkpoints: a training run for those that it takes, and the rest from it."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from accelerate import PartialState
+from rich.console import Console
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter
+from csulora_callback.models.adapters import find_adapter
+from csulora_callback.subspace_cache import default_cache_dir
+from recipes.schema import Correction, Recipe, RecipeError
+from recipes.training.fitted import Fitted
+from recipes.training.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Corrected:
+    """A correction's checkpoints: the log records, the last folder, and batches of the held-out data."""
+
+    records: list[dict]
+    last: Path
+    held_out: DataLoader
+
+
+def trained_runs(corrections: dict[str, Correction]) -> dict[str, list[str]]:
+    """The corrections that are in the callback of a training run, each with those that are made from its checkpoints.
+
+    Those that correct the live weights train something else, each in a run of its own. All others train the same, and
+    once is enough: with a data-aware one, if there is any, as its checkpoints hold the texts that the others need.
+    """
+    own = [name for name, correction in corrections.items() if correction.every_n_steps is not None]
+    shared = [name for name in corrections if name not in own]
+    shared.sort(key=lambda name: not corrections[name].reads_probes)  # stable: the first one of the recipe leads
+    runs = {name: [] for name in own}
+    return {shared[0]: shared[1:], **runs} if shared else runs
+
+
+def load_trainer(recipe: Recipe) -> ModuleType:
+    """The training loop that the recipe names; nothing of the other one is imported."""
+    try:
+        return importlib.import_module(f"recipes.training.{recipe.trainer.value}")
+    except ModuleNotFoundError as error:
+        if error.name != "lightning":
+            raise
+        raise RecipeError(
+            "'trainer': lightning is not installed; pip install -c constraints.txt -e '.[recipes,lightning]'"
+        ) from error
+
+
+def correct_all(
+    task: Task, recipe: Recipe, trainer: ModuleType, output: Path, console: Console
+) -> dict[str, Corrected]:
+    """All of a recipe's corrections, by name, in its order; those that are not trained are of the first process only.
+
+    Args:
+        task: what is trained.
+        recipe: whose corrections are made.
+        trainer: of :func:`load_trainer`.
+        output: gets a folder for each; where one holds checkpoints of this run, it is gone on with.
+        console: for what is done at the moment.
+    """
+    processes, done = PartialState(), {}
+    for name, others in trained_runs(recipe.corrections).items():
+        folder = output / name
+        if processes.is_main_process and folder.is_dir():
+            trainer.remove_incomplete(folder)
+        processes.wait_for_everyone()
+        step = max(trainer.checkpoints(folder), default=None)
+        console.rule(f"fine-tuning once with the callback: {name}" + (f", from step {step}" if step else ""))
+        run = trainer.fit(task, recipe, make_callback(task, recipe.corrections[name]), folder)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            done[name] = Corrected(run.records, run.last, run.held_out)
+            for other in others:
+                console.rule(f"correcting its checkpoints: {other}")
+                done[other] = correct_again(task, trainer, run, other, recipe.corrections[other], output / other)
+        processes.wait_for_everyone()
+    return {name: done[name] for name in recipe.corrections if name in done}
+
+
+def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
+    """The callback that a correction section describes."""
+    penalty = correction.penalty()
+    return CSULoRACallback(
+        base_model=task.base,
+        rank=correction.rank,
+        energy=correction.energy,
+        penalty=penalty,
+        probes=None if penalty.on_probes is None else task.probes,
+        every_n_steps=correction.every_n_steps,
+    )
+
+
+def correct_again(
+    task: Task, trainer: ModuleType, run: Fitted, name: str, correction: Correction, folder: Path
+) -> Corrected:
+    """Correct the raw adapters of a run's checkpoints in another way, as the callback would have done.
+
+    Raises:
+        RecipeError: naming the correction and the checkpoint that cannot be.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # made anew, whatever an interrupted run has left
+    subspace = SafetySubspace.estimate(
+        task.base,
+        run.module,  # as the callback does, on the weights in memory
+        target_modules=list(find_adapter(run.module).layers),
+        rank=correction.rank,
+        energy=correction.energy,
+        cache_dir=default_cache_dir(),
+    )
+    records = []
+    for step, checkpoint in tqdm(run.checkpoints.items(), desc=name, unit="checkpoint"):
+        place = folder / f"checkpoint-{step}"
+        texts = trainer.texts_in(checkpoint) if correction.reads_probes else {}
+        try:
+            made = correct_adapter(checkpoint, subspace, place, correction.penalty(), **texts)
+        except ValueError as error:
+            raise RecipeError(f"'corrections.{name}': {error}") from error
+        records.append({**made.metrics, "step": step})
+    return Corrected(records, place, run.held_out)
