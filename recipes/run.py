@@ -34,7 +34,7 @@ from recipes.files import sources
 from recipes.files.points import SPLITS
 from recipes.files.recipe import load_recipe
 from recipes.schema import Correction, Preset, Recipe, RecipeError
-from recipes.training import report
+from recipes.training import drift_picture, report
 from recipes.training.task import Task, build_task, training_rows
 
 
@@ -93,7 +93,7 @@ def run(recipe: Recipe) -> list[report.Row]:
     if processes.is_main_process:
         report.write_results(rows, output)
         report.write_metrics(logs, output)
-        report.plot(logs, output / "drift.png")
+        drift_picture.plot(logs, output / "drift.png")
         report.print_table(rows, f"what the correction did, training seed {recipe.training.seed}")
     console.print(f"Written to {output}: results.json, metrics.jsonl, drift.png, recipe.yaml, and the checkpoints.")
     processes.destroy_process_group()
@@ -131,7 +131,7 @@ def run_frontier(recipe: Recipe) -> None:
     if recipe.effects.target is not None:
         side_effects.run(subject, recipe, results, output)
     Console().print(
-        f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
+        f"Written to {output}: results.json, table.md, frontier_poison*.png, recipe.yaml, points.jsonl, adapters/."
     )
 
 
