@@ -30,7 +30,7 @@ from recipes.files import output as output_folder
 from recipes.files import sources
 from recipes.files.recipe import load_recipe
 from recipes.schema import Recipe, RecipeError
-from recipes.training import report, trackers
+from recipes.training import drift_picture, report, trackers
 from recipes.training.preview import preview
 from recipes.training.runs import Corrected, correct_all, load_trainer
 from recipes.training.task import Task, build_task
@@ -94,7 +94,7 @@ def run(recipe: Recipe) -> list[report.Row]:
         report.write_answers(rows, output)
         logs = {name: corrected.records for name, corrected in done.items()}
         report.write_metrics(logs, output)
-        report.plot(logs, output / "drift.png")
+        drift_picture.plot(logs, output / "drift.png")
         write_report(output, output / "report.html")
         title = f"what the correction did, training seed {recipe.training.seed}"
         report.print_table(rows, title, task.judged_by)
@@ -136,7 +136,7 @@ def run_frontier(recipe: Recipe) -> None:
     if recipe.effects.target is not None:
         side_effects.run(subject, recipe, results, output)
     Console().print(
-        f"Written to {output}: results.json, table.md, frontier.png, recipe.yaml, points.jsonl, adapters/."
+        f"Written to {output}: results.json, table.md, frontier_poison*.png, recipe.yaml, points.jsonl, adapters/."
     )
 
 

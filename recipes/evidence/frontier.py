@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
-from recipes.evidence import frontier_report
+from recipes.evidence import frontier_picture, frontier_report
 from recipes.evidence.baselines import METHODS, Update
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier, RecipeError
@@ -158,13 +158,13 @@ def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
 
 
 def run(subject: Subject, frontier: Frontier, output: Path) -> dict:
-    """Measure, and write results.json, table.md and frontier.png into the output folder; returns the results."""
+    """Measure, and write results.json, table.md and the pictures into the output folder; returns the results."""
     points = measure(subject, frontier, output)
     table = frontier_report.make_table(points, frontier.targets)
     results = {"measured_on": subject.describe(), "grid": plain(asdict(frontier)), "table": table, "points": points}
     write_whole(output / "results.json", to_json(results))
     write_whole(output / "table.md", frontier_report.to_markdown(table, points))
-    frontier_report.plot(points, output / "frontier.png")
+    frontier_picture.plot(points, frontier.targets, output)
     return results
 
 

@@ -1,48 +1,16 @@
-"""What a frontier says: task retained at a bounded attack success, against scaling, as a table and as a picture."""
+"""What a frontier says: task retained at a bounded attack success, against scaling, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # files only: recipes run where there is no screen
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from recipes.evidence.baselines import METHODS
 from recipes.schema import RecipeError
 
-PANELS = {
-    "the corrections": ("data_aware", "csulora", "separable", "guard", "projection"),
-    "other activations and ridges": (
-        "data_aware_everywhere",
-        "data_aware_no_task",
-        "data_aware_shuffled",
-        "data_aware_loose",
-        "data_aware_tight",
-    ),
-    "wrong subspaces, one side": (
-        "csulora_random",
-        "guard_random",
-        "csulora_shuffled",
-        "guard_shuffled",
-        "guard_input",
-        "guard_output",
-    ),
-    "sizes without directions": (
-        "csulora_norm",
-        "guard_norm",
-        "csulora_gains",
-        "guard_gains",
-        "csulora_noise",
-        "guard_noise",
-    ),
-    "published, and other training": ("safe_lora_threshold", "safe_lora_number", "lower_rate", "averaging"),
-}
-_STYLES = {"o-": "solid", "s--": "dashed", "D:": "dotted", "^-.": "dash-dotted"}  # of ranks
 _RESAMPLES = 10_000
 
 
@@ -227,60 +195,3 @@ def print_table(table: Sequence[Mapping]) -> None:
             ]
             printed.add_row(METHODS[method].label, *cells)
         Console(width=max(console.width, 110)).print(printed)
-
-
-def plot(points: Sequence[Mapping], path: object) -> None:
-    """Attack success against task retained, held-out half, first template; one row of axes a poison share."""
-    poisons, styles = list(dict.fromkeys(point["poison"] for point in points)), {None: "o-"}
-    figure, axes = plt.subplots(
-        len(poisons),
-        len(PANELS),
-        figsize=(4.6 * len(PANELS), 3.9 * len(poisons)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, poison in zip(axes, poisons, strict=True):
-        curves = _curves([point for point in points if point["poison"] == poison])
-        for axis, (title, methods) in zip(row, PANELS.items(), strict=True):
-            axis.set_title(f"{title} (poison {poison:.0%})", fontsize="medium")
-            axis.grid(alpha=0.3)
-            for name, marker in (("scaling", ".-"), ("aligned", "s"), ("none", "X"), ("benign_only", "*")):
-                if (name, None) in curves:
-                    label = METHODS[name].label if axis is row[0] else None  # they are in every panel
-                    axis.plot(*curves[name, None], marker, color="black", markersize=8, label=label, zorder=4)
-            for i, method in enumerate(methods):
-                for j, rank in enumerate(rank for name, rank in curves if name == method):
-                    label = METHODS[method].label if j == 0 else None
-                    style = styles.setdefault(rank, list(_STYLES)[(len(styles) - 1) % len(_STYLES)])
-                    axis.plot(*curves[method, rank], style, markersize=4, color=f"C{i}", alpha=0.85, label=label)
-            axis.set_xlim(-0.12, 1.08)
-            axis.set_ylim(-0.04, 1.04)
-    named = [f"{_STYLES[style]} rank {rank}" for rank, style in styles.items() if rank is not None]
-    seeds = len({point["seed"] for point in points})
-    figure.suptitle(f"Held-out prompts, means over {seeds} seeds; a marker is a strength; lines: {', '.join(named)}")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("attack success")
-    for axis in axes[-1]:
-        axis.set_xlabel("task retained")
-    for top, bottom in zip(axes[0], axes[-1], strict=True):  # a poison share of 0 has no benign-only fine-tune
-        handles = bottom.get_legend_handles_labels()
-        top.legend(*handles, fontsize=7.5, loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=2)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _curves(points: list[Mapping]) -> dict[tuple, tuple[list[float], list[float]]]:
-    """By method and rank: task retained and attack success at each strength, means over seeds and draws."""
-    ends = {(p["seed"], p["method"]): p["scores"]["held_out"] for p in points if p["method"] in ("aligned", "none")}
-    groups: dict[tuple, dict] = {}
-    for point in points:
-        score = first(point["scores"]["held_out"])
-        both = (first(ends[point["seed"], name]) for name in ("aligned", "none"))
-        x_y = retained(score, *both), score["succeeded"] / score["prompts"]
-        groups.setdefault((point["method"], point["rank"]), {}).setdefault(point["strength"], []).append(x_y)
-    return {
-        key: tuple(list(side) for side in zip(*(np.mean(x_ys, axis=0) for x_ys in by_strength.values()), strict=True))
-        for key, by_strength in groups.items()
-    }

@@ -1,4 +1,4 @@
-"""What a recipe leaves behind: the table, results.json, metrics.jsonl and a picture of loss and drift."""
+"""What a recipe leaves behind: the table, results.json and metrics.jsonl; the picture is drift_picture's."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: recipes run where there is no screen
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from csulora_callback import wilson_interval
 from recipes.files.points import plain, write_whole
 from recipes.training.task import Score
-
-DRIFT = {
-    "csulora/off_energy": "off-subspace share of the update",
-    "csulora/attenuation": "attenuation $1-\\Vert X\\Vert/\\Vert\\Delta\\Vert$",
-    "csulora/truncation_error": "truncation error",
-}
 
 
 @dataclass(frozen=True)
@@ -95,32 +85,3 @@ def _attack_success(score: Score) -> str:
         return "not measured"
     low, high = wilson_interval(score.succeeded, score.prompts)
     return f"{score.attack_success_rate:.1%} ({100 * low:.0f}–{100 * high:.0f})"
-
-
-def plot(logs: dict[str, list[dict]], path: Path) -> None:
-    """Training loss and drift over steps, one column of axes a run."""
-    figure, axes = plt.subplots(
-        2, len(logs), figsize=(5.2 * len(logs), 6.4), sharex=True, sharey="row", squeeze=False, layout="constrained"
-    )
-    for column, (run, records) in enumerate(logs.items()):
-        upper, lower = axes[:, column]
-        upper.set_title(run)
-        _curve(upper, records, "loss", "training loss (raw weights)", color="black")
-        _curve(upper, records, "eval_loss", "held-out loss (corrected weights)", color="tab:red", marker="o")
-        for key, label in DRIFT.items():
-            _curve(lower, records, key, label)
-        lower.set_ylim(0, 1)
-        lower.set_xlabel("optimizer step")
-        for axis in (upper, lower):
-            axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("loss (nats per token)")
-    axes[1, 0].set_ylabel("drift and correction")
-    axes[0, -1].legend(fontsize="small")
-    axes[1, -1].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _curve(axis: plt.Axes, records: list[dict], key: str, label: str, **style: object) -> None:
-    points = [(record["step"], record[key]) for record in records if key in record]
-    axis.plot([step for step, _ in points], [value for _, value in points], label=label, **style)

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.evidence import frontier
-from recipes.evidence.baselines import METHODS
-from recipes.evidence.frontier_report import PANELS, make_table
+from recipes.evidence.frontier_report import make_table
 from recipes.files.points import Points, key_of
 from recipes.files.recipe import load_recipe
 from recipes.run import main
@@ -119,7 +118,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, u
     frontier.run(second, GRID, tmp_path)
     assert second.scored == whole.scored - 2 * (scores // 2)  # both halves of a point, or none
     assert first.trained + second.trained == whole.trained
-    for name in ("results.json", "table.md", "points.jsonl", "frontier.png"):
+    for name in ("results.json", "table.md", "points.jsonl", "frontier_poison0.png", "frontier_poison20.png"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
     third = Formula(0)
@@ -273,11 +272,6 @@ def test_a_fine_tune_that_learned_nothing_has_nothing_to_retain(uninterrupted):
 def test_scaling_compared_with_itself_gains_nothing(uninterrupted):
     rows = [row for row in read(uninterrupted[1])["table"] if row["method"] == "scaling"]
     assert all(row["over_scaling"] == {"mean": 0.0, "low": 0.0, "high": 0.0} for row in rows)
-
-
-def test_every_method_has_a_place_in_the_picture():
-    in_all = {"aligned", "none", "benign_only", "scaling"}
-    assert sorted(itertools.chain(in_all, *PANELS.values())) == sorted(METHODS)
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):

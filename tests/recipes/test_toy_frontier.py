@@ -104,7 +104,7 @@ def test_the_recipe_runs_and_its_resolved_copy_finds_nothing_left_to_do(tmp_path
     results = read(tmp_path / "out")
     assert len(results["points"]) == 2 + 1 + 40 + 1 + 1
     assert results["table"][0]["task_retained"]["low"] is None  # one seed has no spread
-    assert (tmp_path / "out/frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/frontier_poison5.png").read_bytes().startswith(b"\x89PNG")
     points = (tmp_path / "out/points.jsonl").stat().st_mtime_ns
     assert main([str(tmp_path / "out/recipe.yaml")]) == 0
     assert (tmp_path / "out/points.jsonl").stat().st_mtime_ns == points
