@@ -150,29 +150,6 @@ def test_quickstart_data_aware_at_a_small_size(tmp_path, capsys):
     assert not (tmp_path / "out/guard/checkpoint-4/csulora/texts.json").exists()
 
 
-def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
-    file = tmp_path / "probes.csv"
-    file.write_text("question\na b\nb c a\n")
-    overrides = [
-        *chat_pair(tmp_path),
-        "training.max_steps=2",
-        "training.save_steps=2",
-        "training.bf16=false",
-        "corrections.csulora.preset=data_aware",
-        "corrections.csulora.strength=3",
-        f"data.probes={file}",
-        "data.probes_column=question",
-        f"output={tmp_path / 'out'}",
-    ]
-    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "1 prompts to be refused" in printed  # every other one is judged by
-    assert "1 prompts each: every other one of data.probes, as corrections read the rest" in printed
-    other = ["data.probes_column=prompt", f"output={tmp_path / 'other'}"]
-    assert main(["recipes/llama32_1b_sft.yaml", *overrides, *other]) == 2
-    assert "'data.probes_column': expected a column of" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
 def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
     overrides = [
