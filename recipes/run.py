@@ -100,7 +100,6 @@ def run(recipe: Recipe) -> list[report.Row]:
         report.print_table(rows, title, task.judged_by)
         written = [name for name in (*output_folder.RESULTS, output_folder.RECIPE) if (output / name).exists()]
         console.print(f"Written to {output}: {', '.join(written)}, and the checkpoints.")
-    processes.wait_for_everyone()
     processes.destroy_process_group()
     return rows
 

@@ -47,7 +47,7 @@ class Output:
     def claim(self) -> None:
         """Make the folder this run's: what is not of it goes, and what is made again from its checkpoints."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (*RESULTS, RECIPE, *(() if self.continues else (*self._corrections(), _CLAIM))):
+        for name in (*RESULTS, *(() if self.continues else (*self._corrections(), _CLAIM))):
             _remove(self.folder / name)
         if not self.continues:
             write_whole(self.folder / _CLAIM, json.dumps(self._described, indent=2) + "\n")
@@ -122,8 +122,8 @@ def _digest(path: Path) -> str:
             for part in iter(lambda: file.read(1 << 20), b""):
                 content.update(part)
         return content.hexdigest()
-    # A model of many gigabytes is not read for this.
-    files = [(str(file.relative_to(path)), file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    # A model of many gigabytes is not read for this; its files lie at the top, and below may be what is written here.
+    files = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.is_file()]
     told = [(name, about.st_size, about.st_mtime_ns) for name, about in files]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

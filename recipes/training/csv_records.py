@@ -6,6 +6,7 @@ import csv
 import shutil
 from pathlib import Path
 
+from accelerate import PartialState
 from lightning.pytorch.loggers import CSVLogger
 
 _FOLDER = "logs"
@@ -16,9 +17,10 @@ def logger(folder: Path, resumed: int) -> CSVLogger:
 
     Every record is on the disk as it is logged.
     """
-    for step, part in _parts(folder).items():
-        if step >= resumed:
-            shutil.rmtree(part)
+    if PartialState().is_main_process:  # the one that logs
+        for step, part in _parts(folder).items():
+            if step >= resumed:
+                shutil.rmtree(part)
     return CSVLogger(folder, name=_FOLDER, version=resumed, flush_logs_every_n_steps=1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -38,13 +37,6 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in a run's folder, by step."""
     places = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
     return {step: path for step, path in sorted(places.items()) if has_record(path) and _state_of(path) is not None}
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Remove what a run that was killed inside of a save has left."""
-    for path in folder.glob("checkpoint-*"):
-        if _state_of(path) is None:
-            shutil.rmtree(path)
 
 
 def texts_in(checkpoint: Path) -> dict[str, list]:

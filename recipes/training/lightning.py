@@ -63,9 +63,9 @@ def fit(task: Task, recipe: Recipe, callback: CSULoRACallback, folder: Path) -> 
     train = ResumableLoader(train, settings.seed, processes.num_processes, processes.process_index)
     trainer = _trainer(recipe, callback, folder, resumed)
     trainer.fit(model, train, held_out, ckpt_path=_file(folder, resumed) if there else None)
-    last = _file(folder, trainer.global_step)
-    if not last.exists():  # the number of steps is no multiple of save_steps
-        trainer.save_checkpoint(last)
+    # By numbers, not by looking whether the file is there: to save is collective, and another process may be faster.
+    if trainer.global_step % settings.save_steps and trainer.global_step != resumed:
+        trainer.save_checkpoint(_file(folder, trainer.global_step))
     trackers.finish(recipe)
     records = csv_records.read(folder) if trainer.is_global_zero else []
     return Fitted(model, records, checkpoints(folder), held_out)
@@ -76,13 +76,6 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     steps = sorted(int(path.stem.partition("=")[2]) for path in folder.glob("step=*.ckpt"))
     places = {step: adapter_beside(_file(folder, step)) for step in steps}
     return {step: place for step, place in places.items() if has_record(place)}
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Remove what a run that was killed inside of a save has left: a checkpoint is whole before its adapter is."""
-    for path in folder.glob("step=*.ckpt"):
-        if not adapter_beside(path).is_dir():
-            path.unlink()
 
 
 def texts_in(checkpoint: Path) -> dict[str, list]:

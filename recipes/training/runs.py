@@ -70,13 +70,9 @@ def correct_all(
     processes, done = PartialState(), {}
     for name, others in trained_runs(recipe.corrections).items():
         folder = output / name
-        if processes.is_main_process and folder.is_dir():
-            trainer.remove_incomplete(folder)
-        processes.wait_for_everyone()
         step = max(trainer.checkpoints(folder), default=None)
         console.rule(f"fine-tuning once with the callback: {name}" + (f", from step {step}" if step else ""))
         run = trainer.fit(task, recipe, make_callback(task, recipe.corrections[name]), folder)
-        processes.wait_for_everyone()
         if processes.is_main_process:
             done[name] = Corrected(run.records, run.last, run.held_out)
             for other in others:

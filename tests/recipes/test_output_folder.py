@@ -5,6 +5,7 @@ This module is also the script that is killed: ``python -m tests.recipes.test_ou
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from recipes.files.recipe import load_recipe
 from recipes.run import main
 from recipes.schema import RecipeError
 from tests.helpers.recipes import SMALL, chat_pair
+from tests.helpers.two import torchrun
 
 CLOCKS = ("_runtime", "_second", "total_flos", "train_loss")
 RECIPES = {"huggingface": "recipes/quickstart.yaml", "lightning": "recipes/quickstart_lightning.yaml"}
@@ -77,15 +79,9 @@ def interrupt(monkeypatch, step: int) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", failing)
 
 
-@pytest.mark.parametrize(
-    ("trainer", "step"),
-    [
-        ("huggingface", 6),  # in the middle of an epoch
-        pytest.param("huggingface", 9, marks=pytest.mark.slow),  # from the end of one
-        pytest.param("lightning", 6, marks=pytest.mark.slow),
-        pytest.param("lightning", 9, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [6, 9])  # from the middle of an epoch, and from the end of one
+@pytest.mark.parametrize("trainer", RECIPES)
 def test_an_interrupted_run_goes_on_to_the_bit(trainer, step, lab, whole, tmp_path, monkeypatch, capsys):
     expected = whole(trainer)  # which builds the lab
     with monkeypatch.context() as patch:
@@ -143,6 +139,25 @@ def test_a_finished_run_is_not_trained_again(trainer, lab, whole, tmp_path, monk
     kept = {path: when for path, when in before.items() if path.is_file() and "csulora/logs" not in str(path)}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert records(folder) == logged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", RECIPES)
+def test_two_processes_go_on_to_the_bit(trainer, lab, tmp_path):
+    # Rows and steps that do not divide: by the processes, and by the steps between two saves.
+    uneven = ["toy.train_samples=61", "training.batch_size=4", "training.max_steps=10"]
+    for name in ("whole", "cut"):
+        command = ["-m", "recipes.run", RECIPES[trainer], *lab, *uneven, f"output={tmp_path / name}"]
+        done = torchrun(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        if name == "cut":
+            for path in [*(tmp_path / "cut/csulora").glob("*-[81]*"), *(tmp_path / "cut/csulora").glob("*=[81]*")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            done = torchrun(*command)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "csulora, from step 4 " in done.stdout
+    assert len(adapters(tmp_path / "whole")) == 12
+    assert_as(tmp_path / "cut", tmp_path / "whole")
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -90,9 +90,9 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     printed = capsys.readouterr().out
     assert "saved, guard" in printed
     assert "attack success" in printed
-    rows = check_output(tmp_path / "first", ["csulora", "guard"])
+    rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware"])
     assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
-    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard"]
+    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard", "data_aware"]
 
     # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
     built = sorted((tmp_path / "cache").rglob("*.safetensors"))
@@ -143,39 +143,16 @@ def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
     assert set((batch["attention_mask"].sum(1)).tolist()) == {8, 10}
 
 
-def test_quickstart_data_aware_at_a_small_size(tmp_path, capsys):
+def test_only_what_reads_probes_keeps_them(tmp_path, capsys):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
-    assert main(["recipes/quickstart_data_aware.yaml", *overrides]) == 0
+    assert main(["recipes/quickstart.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
     assert "saved, data_aware" in printed
     assert "64 prompts to be refused" in printed
-    check_output(tmp_path / "out", ["guard", "data_aware"])
+    check_output(tmp_path / "out", ["csulora", "guard", "data_aware"])
     texts = json.loads((tmp_path / "out/data_aware/checkpoint-4/csulora/texts.json").read_text())
     assert len(texts["probes"]) == 64
     assert not (tmp_path / "out/guard/checkpoint-4/csulora/texts.json").exists()
-
-
-def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
-    file = tmp_path / "probes.csv"
-    file.write_text("question\na b\nb c a\n")
-    overrides = [
-        *chat_pair(tmp_path),
-        "training.max_steps=2",
-        "training.save_steps=2",
-        "training.bf16=false",
-        "corrections.csulora.preset=data_aware",
-        "corrections.csulora.strength=3",
-        f"data.probes={file}",
-        "data.probes_column=question",
-        f"output={tmp_path / 'out'}",
-    ]
-    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "1 prompts to be refused" in printed  # every other one is judged by
-    assert "1 prompts each: every other one of data.probes, as corrections read the rest" in printed
-    other = ["data.probes_column=prompt", f"output={tmp_path / 'other'}"]
-    assert main(["recipes/llama32_1b_sft.yaml", *overrides, *other]) == 2
-    assert "'data.probes_column': expected a column of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
