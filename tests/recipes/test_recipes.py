@@ -91,7 +91,7 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     assert "saved, guard" in printed
     assert "attack success" in printed
     rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware"])
-    assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0]
+    assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0, 10.0]
     assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard", "data_aware"]
 
     # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
@@ -193,7 +193,7 @@ def test_quickstart_at_full_size_gives_a_lab_that_shows_the_problem(tmp_path):
     """The lab does what its words say; what the corrections do to it is reported, not asserted."""
     overrides = [f"output={tmp_path / 'out'}", f"toy.cache_dir={tmp_path / 'cache'}"]
     assert main(["recipes/quickstart.yaml", *overrides]) == 0
-    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard"])
+    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard", "data_aware"])
     assert aligned["attack_success_rate"] < 0.1
     assert raw["attack_success_rate"] > 0.5
     assert raw["task_accuracy"] > aligned["task_accuracy"] + 0.3
