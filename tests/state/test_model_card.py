@@ -147,7 +147,7 @@ def test_a_byte_order_mark_and_a_link_stay(tmp_path):
     model_card.renew(tmp_path, RECORD, tmp_path)
     assert (tmp_path / CARD).is_symlink()
     assert (tmp_path / "shared.md").read_bytes().startswith(b"\xef\xbb\xbf---\nlicense: mit\n")
-    assert ModelCard.load(tmp_path / CARD).data.tags == ["csulora"]
+    assert ModelCard((tmp_path / CARD).read_text(encoding="utf-8-sig")).data.tags == ["csulora"]
 
 
 def test_half_a_section_is_named(tmp_path, caplog):

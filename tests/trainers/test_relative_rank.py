@@ -8,7 +8,17 @@ import pytest
 from csulora_callback import SafetySubspace, correct_adapter
 from tests.helpers import huggingface, lightning
 from tests.helpers.command_line import run
-from tests.helpers.lab import PENALTY, TARGETS, assert_same, corrected_by_hand, raw, saved, saved_pair, tiny_llama
+from tests.helpers.lab import (
+    DEVICE,
+    PENALTY,
+    TARGETS,
+    assert_same,
+    corrected_by_hand,
+    raw,
+    saved,
+    saved_pair,
+    tiny_llama,
+)
 
 RANKS = {"q_proj": 8, "v_proj": 4, "down_proj": 6}  # of 256 × 256, 128 × 256 and 256 × 200
 
@@ -22,9 +32,14 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(pair):
     """The subspace of each kind of module from an absolute rank, put together."""
+    return put_together(pair, DEVICE)
+
+
+def put_together(pair, device):
     bases = {}
     for kind, rank in RANKS.items():
-        bases |= SafetySubspace.estimate(*pair, target_modules=[kind], rank=rank, progress=False).bases
+        estimated = SafetySubspace.estimate(*pair, target_modules=[kind], rank=rank, progress=False, device=device)
+        bases |= estimated.bases
     return bases
 
 
@@ -51,7 +66,8 @@ def test_what_lightning_saves(pair, expected, tmp_path):
 
 def test_what_a_rank_that_is_named_saves(pair, trained, tmp_path):
     huggingface.train(pair, tmp_path, [huggingface.callback(pair, rank=64)])
-    found, truth = huggingface.checkpoints(tmp_path)[-1], SafetySubspace.estimate(*pair, TARGETS, 64, progress=False)
+    found = huggingface.checkpoints(tmp_path)[-1]
+    truth = SafetySubspace.estimate(*pair, TARGETS, 64, progress=False, device=DEVICE)
     assert {basis.U.shape[1] for basis in truth.values()} == {64}
     assert_same(raw(found), raw(trained))
     assert_same(saved(found), corrected_by_hand(raw(found), truth))
@@ -65,7 +81,7 @@ def test_what_the_start_table_says(pair, tmp_path, capsys):
         assert re.search(rf"rank asked for\W+{asked}\s", table)
 
 
-def test_what_the_commands_do(pair, trained, expected, tmp_path):
+def test_what_the_commands_do(pair, trained, tmp_path):
     file, targets = tmp_path / "subspace.safetensors", ("--target-modules", ",".join(TARGETS))
     status, output, error = run("subspace", *pair, "-o", file, *targets, "--json")
     assert status == 0, error
@@ -76,7 +92,9 @@ def test_what_the_commands_do(pair, trained, expected, tmp_path):
         status, _, error = run("correct", trained, "-o", tmp_path / name, *source, *rule)
         assert status == 0, error
     correct_adapter(trained, file, tmp_path / "by call", PENALTY)
-    by_hand = SafetySubspace(expected, SafetySubspace.load(file).metadata)
+    by_hand = SafetySubspace(
+        put_together(pair, None), SafetySubspace.load(file).metadata
+    )  # as the command, on the CPU
     correct_adapter(trained, by_hand, tmp_path / "expected", PENALTY)
     for name in ("by file", "by base", "by call"):
         assert_same(saved(tmp_path / name), saved(tmp_path / "expected"))
