@@ -94,7 +94,7 @@ def test_what_the_commands_do(pair, trained, tmp_path):
     correct_adapter(trained, file, tmp_path / "by call", PENALTY)
     by_hand = SafetySubspace(
         put_together(pair, None), SafetySubspace.load(file).metadata
-    )  # as the command, on the CPU
+    )  # as the command
     correct_adapter(trained, by_hand, tmp_path / "expected", PENALTY)
     for name in ("by file", "by base", "by call"):
         assert_same(saved(tmp_path / name), saved(tmp_path / "expected"))
