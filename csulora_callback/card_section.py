@@ -27,8 +27,9 @@ _NOT_CORRECTED = """\
 possible: {reason}. What follows is what it was to be corrected with."""
 
 _UNDO = """\
-The raw adapter, as it was trained, lies in `csulora/raw/` beside this file. Uploads leave it out unless they were \
-asked to take it along: where that folder is missing, it is only where the adapter was trained. With it the \
+The raw adapter, as it was trained, lies in `csulora/raw/` beside this file. What the Trainer pushes leaves it out \
+unless asked; a copy of the folder, or `hf upload` without `--exclude "csulora/raw/*"`, takes it along. Where it is \
+missing, it is only where the adapter was trained. With it the \
 correction can be undone, or made again with another strength (`csulora correct`), by the command of the package \
 `csulora-callback`:
 

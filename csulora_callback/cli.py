@@ -151,10 +151,11 @@ def inspect(
 
 @app.command(
     epilog=examples(
-        "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors",
+        "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors --penalty guard",
         "csulora correct out/checkpoint-100 -o safe/ --base meta-llama/Llama-3.2-1B --penalty guard --strength 10",
-        "csulora correct org/adapter -o safe/ --subspace llama.safetensors --rank expand",
-        "csulora correct out/checkpoint-100 --subspace llama.safetensors --dry-run --json",
+        "csulora correct out/checkpoint-100 -o safe/ --base org/base --penalty data_aware --probes refused.txt",
+        "csulora correct org/adapter -o paper/ --subspace llama.safetensors --penalty csulora --rank expand",
+        "csulora correct out/checkpoint-100 --subspace llama.safetensors --penalty guard --dry-run --json",
     )
 )
 def correct(
@@ -163,7 +164,9 @@ def correct(
     subspace: SubspaceOption = None,
     base: BaseOption = None,
     aligned: AlignedOption = None,
-    penalty: Annotated[Kind, typer.Option(help="What is attenuated.")] = Kind.csulora,
+    penalty: Annotated[
+        Kind, typer.Option(help="What is attenuated; by default as the paper does, guard is the safer choice.")
+    ] = Kind.csulora,
     strength: Annotated[float | None, typer.Option(help="How much; 10 by default. A projection has none.")] = None,
     rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
     probes: Annotated[

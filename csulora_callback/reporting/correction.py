@@ -7,6 +7,9 @@ from rich.console import Console
 from csulora_callback.posthoc import CorrectedFolder
 from csulora_callback.reporting.terminal import facts, percent, print_section
 
+GROWN = 1.5
+"""A correction that makes an update so many times larger is pointed out; only a data-aware one can."""
+
 
 def print_correction(console: Console, done: CorrectedFolder, written: bool) -> None:
     """What was done, how large the update was and is, and where it lies."""
@@ -22,6 +25,8 @@ def print_correction(console: Console, done: CorrectedFolder, written: bool) -> 
         "truncation error": f"{percent(about['truncation_error'])} %",
         "written to": str(done.output) if written else "nothing (dry run)",
     }
+    if about["norm_after"] > GROWN * about["norm_before"]:
+        rows["mind"] = "the update has grown, where neither task nor probes reach: look at other tasks, or take guard"
     print_section(console, "Correction", facts(console, rows))
 
 

@@ -33,7 +33,7 @@ def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys
     printed = capsys.readouterr().out
     assert "meta-llama/Llama-3.2-1B-Instruct (Hub" in printed
     assert "trl-lib/Capybara (Hub" in printed
-    assert "csulora (strength 10), rank: a thirty-second" in printed
+    assert "guard (strength 10), rank: a thirty-second" in printed
     assert not output.exists()
 
 
@@ -42,8 +42,8 @@ def test_dry_run_says_where_things_come_from_and_writes_nothing(tmp_path, capsys
     [("rank=8", "rank: 8"), ("rank=null", "rank: a thirty-second"), ("energy=0.5", "rank: 50.0 % of the energy")],
 )
 def test_a_dry_run_says_the_rank_of_a_correction(capsys, override, shown):
-    assert main(["recipes/llama32_1b_sft.yaml", "--dry-run", f"corrections.csulora.{override}"]) == 0
-    assert f"csulora (strength 10), {shown}" in capsys.readouterr().out
+    assert main(["recipes/llama32_1b_sft.yaml", "--dry-run", f"corrections.guard.{override}"]) == 0
+    assert f"guard (strength 10), {shown}" in capsys.readouterr().out
 
 
 def test_overrides_win_over_the_file():
@@ -164,12 +164,12 @@ def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
         "training.eval_steps=2",
         "training.save_steps=2",
         "training.bf16=false",
-        "corrections.csulora.rank=2",
+        "corrections.guard.rank=2",
         f"trainer={trainer}",
         f"output={tmp_path / 'out'}",
     ]
     assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
-    rows = check_output(tmp_path / "out", ["csulora"])
+    rows = check_output(tmp_path / "out", ["guard"])
     assert all(row["attack_success_rate"] is None for row in rows)
     aligned, raw, saved = (row["task_loss"] for row in rows)
     assert raw < saved < aligned  # the correction gives up a part of what was learned, here on random models

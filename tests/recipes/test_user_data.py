@@ -28,7 +28,7 @@ SHORT = [
     "training.eval_steps=2",
     "training.save_steps=2",
     "training.bf16=false",
-    "corrections.csulora.rank=2",
+    "corrections.guard.rank=2",
 ]
 RECOGNIZED = {
     "messages": "chat messages (messages)",
@@ -250,7 +250,7 @@ def test_rows_keep_their_numbers_where_some_are_drawn(pair, tmp_path, capfd):
     overrides = [*pair, f"data.source={tmp_path / 'a.jsonl'}", f"output={tmp_path / 'out'}", "data.max_samples=21"]
     assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 2
     assert capfd.readouterr().err.endswith("row 21: column 'output': expected a text, but got ['a']\n")
-    assert not (tmp_path / "out/csulora").exists()
+    assert not (tmp_path / "out/guard").exists()
 
 
 def test_what_is_judged_and_measured_is_what_is_trained(pair, tmp_path):
