@@ -18,7 +18,19 @@ LIBRARY = ({"method"}, {"models", "judging"}, {STATE}, {"reporting"}, {"trainers
 RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibration", "benchmarks"}, {"run"})
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
-    **dict.fromkeys(("adapter_source", "corrected", "corrected_config", "correcting", "corrector"), STATE),
+    **dict.fromkeys(
+        (
+            "adapter_source",
+            "answers_cache",
+            "behaviour",
+            "checked_probes",
+            "corrected",
+            "corrected_config",
+            "correcting",
+            "corrector",
+        ),
+        STATE,
+    ),
     **dict.fromkeys(("inspection", "posthoc", "record", "rereading", "sidecar", "swap"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "__main__", "arguments", "callback", "cli"), FRONT_DOORS),

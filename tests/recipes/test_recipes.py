@@ -17,6 +17,7 @@ from recipes.run import main
 from recipes.schema import RecipeError
 from recipes.training.task import batches, build_task
 from tests.helpers.recipes import SMALL, chat_pair, chat_tokenizer
+from tests.helpers.trl import always_sorry
 
 # Those of SmolLM2 need packages that ship it and prompts; test_smollm2 has them.
 SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if not path.stem.startswith("smollm2"))
@@ -150,9 +151,10 @@ def test_quickstart_data_aware_at_a_small_size(tmp_path, capsys):
 
 def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
     file = tmp_path / "probes.csv"
-    file.write_text("question\na b\nb c a\n")
-    overrides = [
-        *chat_pair(tmp_path),
+    file.write_text("question\n" + "".join(f"{word} b a\n" for word in "abcdefghi"))
+    overrides = [*chat_pair(tmp_path)]
+    always_sorry(chat_tokenizer()).save_pretrained(tmp_path / "aligned")
+    overrides += [
         "training.max_steps=2",
         "training.save_steps=2",
         "training.bf16=false",
@@ -163,7 +165,7 @@ def test_a_real_pair_with_probes_from_a_file(tmp_path, capsys):
         f"output={tmp_path / 'out'}",
     ]
     assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 0
-    assert "2 prompts to be refused" in capsys.readouterr().out
+    assert "9 of 9 prompts are refused by the aligned model" in capsys.readouterr().out
     assert main(["recipes/llama32_1b_sft.yaml", *overrides, "data.probes_column=prompt"]) == 2
     assert "'data.probes_column': expected a column of" in capsys.readouterr().err
 
