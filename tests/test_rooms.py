@@ -146,11 +146,13 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "installed")
     there = {str(path) for path in Path("csulora_callback").rglob("*") if path.suffix in (".py", ".typed")}
+    there |= {f"csulora_callback/prompts/{name}" for name in ("README.md", "harmful.jsonl", "harmless.jsonl")}
     assert held == there
     modules = sorted(name.removesuffix(".py").replace("/", ".") for name in held if name.endswith(".py"))
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n" + "".join(
         f"import {module.removesuffix('.__init__')}\n" for module in modules
     )
+    program += "from csulora_callback.models.probes import read_prompts\nassert len(read_prompts('builtin')) == 160\n"
     program += "print(csulora_callback.__file__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True

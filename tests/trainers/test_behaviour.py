@@ -89,6 +89,7 @@ def test_every_evaluation_and_save_says_it_and_training_is_bit_identical(pair, t
         ]
 
 
+@pytest.mark.slow
 def test_log_records_say_it_every_so_many_steps_if_asked(pair, tmp_path):
     arguments = {"eval_strategy": "no", "save_strategy": "no"}
     history = train(pair, tmp_path, [callback(pair, probe_every_n_steps=3)], **arguments).state.log_history
@@ -110,7 +111,7 @@ def test_a_resumed_run_says_what_the_uninterrupted_one_says(pair, tmp_path, pena
     assert any(values for _, values, _ in histories[0])
 
 
-@pytest.mark.parametrize("evaluate_corrected", [True, False])
+@pytest.mark.parametrize("evaluate_corrected", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_beside_a_moving_average_it_is_of_the_average(pair, tmp_path, evaluate_corrected):
     ours = callback(pair, evaluate_corrected=evaluate_corrected)
     trainer = train(pair, tmp_path, [MovingAverage("on_save"), ours], save_steps=2)
@@ -127,7 +128,7 @@ class Everywhere(WeightAveraging):
         return step_idx is not None
 
 
-@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.slow)])
 def test_in_lightning_monitors_and_loggers_have_it_of_what_is_validated_and_saved(pair, tmp_path, order):
     def fit(name: str, ours: list):
         average = Everywhere()
@@ -237,6 +238,7 @@ def test_a_supervised_run_counts_the_answers_alone(words_pair, tmp_path):
     assert {len(row) for row in texts.task} == {6}  # and an end
 
 
+@pytest.mark.slow
 def test_what_came_by_without_labels_counts_whole(pair, tmp_path):
     train(pair, tmp_path, [callback(pair)], max_steps=2, save_steps=2, eval_strategy="no")
     texts = Sidecar.load(tmp_path / "checkpoint-2").texts
