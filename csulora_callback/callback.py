@@ -213,8 +213,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         subspace = self._subspace_for(adapter, aligned, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
-        probes = None if self.probes is None else check_probes(adapter, self.probes, self.cache_dir, processes)
-        self._watch(adapter, probes, processes)
+        probes = self._watch(adapter, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, self.penalty, activations)
         if self.subspace is not None:
@@ -238,12 +237,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self._recorder is not None:
             self._recorder.renew(self._corrector, if_doubled)
 
-    def _watch(self, adapter: Adapter, probes: CheckedProbes | None, processes: Processes) -> None:
+    def _watch(self, adapter: Adapter, processes: Processes, verbose: bool) -> CheckedProbes | None:
         self._recorder = self._behaviour = None
-        if probes is not None:
-            reads = self.penalty.on_probes is not None
-            self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads)
-            self._behaviour = Behaviour(Refusals(adapter, probes.prompts, probes.beginnings, processes))
+        if self.probes is None:
+            return None
+        probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
+        reads = self.penalty.on_probes is not None
+        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads)
+        self._behaviour = Behaviour(Refusals(adapter, probes.prompts, probes.beginnings, processes))
+        return probes
 
     def _subspace_for(
         self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool, processes: Processes

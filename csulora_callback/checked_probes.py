@@ -55,6 +55,7 @@ def check_probes(
     probes: Sequence[str] | Rows,
     cache_dir: Path | None = None,
     processes: Processes | None = None,
+    progress: bool = False,
 ) -> CheckedProbes:
     """Have the aligned model, which is the one under the adapter, answer the probes, and leave out what it answers.
 
@@ -74,7 +75,7 @@ def check_probes(
             "`probes`: expected a decoder-only model, whose answers to them can be read in one pass, but this one has "
             "an encoder. Leave them out, and use a penalty that is not data-aware."
         )
-    answers, from_cache = _answers(adapter, prompts, cache_dir, processes)
+    answers, from_cache = _answers(adapter, prompts, cache_dir, processes, progress)
     is_checked = isinstance(probes[0], str)
     left_out = {}
     if is_checked:
@@ -96,7 +97,7 @@ def check_probes(
 
 
 def _answers(
-    adapter: Adapter, prompts: Rows, cache_dir: Path | None, processes: Processes
+    adapter: Adapter, prompts: Rows, cache_dir: Path | None, processes: Processes, progress: bool
 ) -> tuple[list[list[int]], bool]:
     cache = None
     if cache_dir is not None:
@@ -108,7 +109,7 @@ def _answers(
     if found is not None:
         return found, True
     with adapter.off():
-        answers = processes.from_first(processes.together(lambda: greedy_answers(adapter, prompts, ANSWER)))
+        answers = processes.from_first(processes.together(lambda: greedy_answers(adapter, prompts, ANSWER, progress)))
     if cache and is_first:
         cache.write(answers)
     return answers, False

@@ -8,6 +8,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from csulora_callback.models.activations import running_model
 from csulora_callback.models.adapters import Adapter
@@ -90,7 +91,7 @@ def batches_of(rows: Rows, starts: Sequence[int]) -> list[Batch]:
 
 
 @torch.no_grad()
-def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int) -> list[list[int]]:
+def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int, progress: bool = False) -> list[list[int]]:
     """The first tokens of what the model of an adapter, as it stands, answers greedily: nothing but the argmax.
 
     An answer ends with the first end-of-sequence token in it. Prompts of one length are answered together, so that
@@ -101,6 +102,7 @@ def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int) -> list[list[in
         adapter: of a decoder-only model that takes ``input_ids``.
         prompts: token ids; none is empty.
         tokens: how many of each answer.
+        progress: show a progress bar.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -117,7 +119,7 @@ def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int) -> list[list[in
     model, ends = running_model(adapter), end_tokens(adapter)
     answers: list[list[int]] = [[] for _ in prompts]
     places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    with evaluating(model):
+    with evaluating(model), tqdm(total=len(prompts), desc="probes", unit="answer", disable=not progress) as bar:
         for _, group in groupby(places, key=lambda place: len(prompts[place])):
             alike = list(group)
             for start in range(0, len(alike), _BATCH_PROMPTS):
@@ -125,6 +127,7 @@ def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int) -> list[list[in
                 said = _continue(adapter, [prompts[place] for place in batch], tokens)
                 for place, answer in zip(batch, said, strict=True):
                     answers[place] = _until_end(answer, ends)
+                bar.update(len(batch))
     return answers
 
 
