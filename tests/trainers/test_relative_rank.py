@@ -92,9 +92,7 @@ def test_what_the_commands_do(pair, trained, tmp_path):
         status, _, error = run("correct", trained, "-o", tmp_path / name, *source, *rule)
         assert status == 0, error
     correct_adapter(trained, file, tmp_path / "by call", PENALTY)
-    by_hand = SafetySubspace(
-        put_together(pair, None), SafetySubspace.load(file).metadata
-    )  # as the command
+    by_hand = SafetySubspace(put_together(pair, None), SafetySubspace.load(file).metadata)  # as the command
     correct_adapter(trained, by_hand, tmp_path / "expected", PENALTY)
     for name in ("by file", "by base", "by call"):
         assert_same(saved(tmp_path / name), saved(tmp_path / "expected"))
