@@ -66,7 +66,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         log_every_n_steps: add the drift only to log records of steps divisible by this. By default to every record
             that has a training loss.
         cache_dir: where estimated subspaces are kept, by the content of both checkpoints, and the aligned model's
-            answers to the probes. By default ``~/.cache/csulora_callback``. One that cannot be used costs a warning and time.
+            answers to the probes. By default ``~/.cache/csulora_callback``. One that is unusable costs a warning.
         resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
             lie in its output folder. Lightning's checkpoints hold everything themselves.
         push_raw: whether what ``transformers.Trainer`` uploads to the Hub holds the raw adapter, too. By default it
