@@ -40,7 +40,7 @@ def choose_texts(
 
     Example:
         >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
-        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=())
+        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[])
     """
     if probes is None and kept is None:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -41,7 +41,7 @@ class Texts:
     task: Rows
     probes: Rows
     seen: int
-    starts: Sequence[int] = ()
+    starts: Sequence[int] = field(default_factory=list)  # as JSON reads it
 
 
 @dataclass(frozen=True)
