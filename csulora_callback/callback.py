@@ -13,13 +13,14 @@ from pathlib import Path
 from torch import nn
 
 from csulora_callback.arguments import check, check_source, is_path
+from csulora_callback.behaviour import Behaviour, Refusals
+from csulora_callback.checked_probes import CheckedProbes, check_probes
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.activations import vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
-from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
+from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace, check_origin
@@ -64,8 +65,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.
         log_every_n_steps: add the drift only to log records of steps divisible by this. By default to every record
             that has a training loss.
-        cache_dir: where estimated subspaces are kept, by the content of both checkpoints. By default
-            ``~/.cache/csulora_callback``. A cache that cannot be used costs a warning and the time of an estimate.
+        cache_dir: where estimated subspaces are kept, by the content of both checkpoints, and the aligned model's
+            answers to the probes. By default ``~/.cache/csulora_callback``. One that is unusable costs a warning.
         resume_from: the checkpoint folder that ``transformers.Trainer`` resumes from, needed only where it does not
             lie in its output folder. Lightning's checkpoints hold everything themselves.
         push_raw: whether what ``transformers.Trainer`` uploads to the Hub holds the raw adapter, too. By default it
@@ -75,10 +76,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             takes the raw adapter along: it uploads no folders in folders.
         export_adapter: beside every Lightning checkpoint ``NAME.ckpt`` also write the corrected adapter as a PEFT
             folder ``NAME.adapter``.
-        probes: prompts that the aligned model refuses, needed by ``Penalty.data_aware`` and by no other: a list, a
-            file (lines of .txt, or the column ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset.
-            The tokenizer is that of the checkpoint under the adapter; lists of token ids need none. Of more than 256 a
-            fixed sample is read, and of each the first 512 tokens.
+        probes: prompts that the aligned model refuses: ``"builtin"``, a list, a file (lines of .txt, or the column
+            ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset. With any penalty, every evaluation
+            and save then says how much of the refusing is left, before and after the correction, and what this costs
+            the task (the keys of :class:`~csulora_callback.behaviour.Behaviour`; in the Trainer's evaluations with
+            ``eval_`` before them). ``Penalty.data_aware`` needs them to correct by. The tokenizer is that of the
+            checkpoint under the adapter. Those that the aligned model does not refuse are left out, and at least 8
+            have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
+            the first 512 tokens.
+        probe_every_n_steps: measure that at log records of steps divisible by this too.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -107,11 +113,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         resume_from: str | os.PathLike | None = None,
         export_adapter: bool = True,
         probes: Probes | None = None,
+        probe_every_n_steps: int | None = None,
         push_raw: bool = False,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
         self._recorder: ActivationRecorder | None = None
+        self._behaviour: Behaviour | None = None
         self._fit: LightningRun | None = None
         self.__class__ = _also_lightnings(type(self))
         if (base_model is None) == (subspace is None):
@@ -133,7 +141,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                 f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
                 "Pass one of them, such as penalty=Penalty.guard(3.0)."
             )
-        for name, steps in (("every_n_steps", every_n_steps), ("log_every_n_steps", log_every_n_steps)):
+        numbers = {
+            "every_n_steps": every_n_steps,
+            "log_every_n_steps": log_every_n_steps,
+            "probe_every_n_steps": probe_every_n_steps,
+        }
+        for name, steps in numbers.items():
             whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
             check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
         flags = {"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw}
@@ -141,14 +154,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             check(name, isinstance(flag, bool), "True or False", flag)
         for name, path in (("cache_dir", cache_dir), ("resume_from", resume_from)):
             check(name, path is None or is_path(path), "the path of a folder or None", path)
-        data_aware = penalty is not None and penalty.on_probes is not None
-        if data_aware != (probes is not None):
+        if probes is None and penalty is not None and penalty.on_probes is not None:
             raise ValueError(
                 "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
-                "Pass probes='prompts.jsonl', or a list."
-                if data_aware
-                else "`probes`: expected none, as only Penalty.data_aware measures by them, but got some. "
-                "Pass penalty=Penalty.data_aware(strength) too."
+                "Pass probes='builtin', probes='prompts.jsonl', or a list."
+            )
+        if probes is None and probe_every_n_steps is not None:
+            raise ValueError(
+                f"`probe_every_n_steps`: expected None without `probes`, but got {probe_every_n_steps}. Pass "
+                "probes='builtin' too."
             )
         self.base_model = base_model
         self.aligned_model = aligned_model
@@ -161,13 +175,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
-        if cache_dir is None and base_model is not None:
+        if cache_dir is None and (base_model is not None or probes is not None):
             cache_dir = default_cache_dir()
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
         self.push_raw = push_raw
         self.probes = None if probes is None else read_prompts(probes)
+        self.probe_every_n_steps = probe_every_n_steps
 
     def __reduce__(self) -> tuple:
         # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
@@ -206,14 +221,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         subspace = self._subspace_for(adapter, aligned, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
-        self._recorder = self._record(adapter, processes)
+        probes = self._watch(adapter, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, self.penalty, activations)
         if self.subspace is not None:
             check_origin(subspace, aligned, processes)
         still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
-            print_start(corrector, seconds=time.perf_counter() - started)
+            print_start(corrector, seconds=time.perf_counter() - started, probes=probes)
             if still:
                 logger.warning(
                     "%d of %d adapted modules did not change between base and aligned model, so their whole update "
@@ -230,12 +245,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self._recorder is not None:
             self._recorder.renew(self._corrector, if_doubled)
 
-    def _record(self, adapter: Adapter, processes: Processes) -> ActivationRecorder | None:
+    def _watch(self, adapter: Adapter, processes: Processes, verbose: bool) -> CheckedProbes | None:
+        self._recorder = self._behaviour = None
         if self.probes is None:
             return None
-        prompts = processes.together(lambda: tokenize(self.probes, adapter.config.base_model_name_or_path))
-        check_ids(prompts, vocabulary_of(adapter))
-        return ActivationRecorder(adapter, prompts, processes)
+        probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
+        reads = self.penalty.on_probes is not None
+        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads)
+        self._behaviour = Behaviour(Refusals(adapter, probes.prompts, probes.beginnings, processes))
+        return probes
 
     def _subspace_for(
         self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool, processes: Processes

@@ -212,6 +212,17 @@ class SafetyCorrector:
             else:
                 yield
 
+    @contextmanager
+    def holding(self, factors: Factors) -> Iterator[None]:
+        """Other factors are live inside, and what was there before after it. Collective where they are sharded."""
+        with LOCK:
+            before = [tensor.clone() for tensor in self.adapter.held()]
+            self.adapter.hold(self.adapter.as_held(factors))
+            try:
+                yield
+            finally:
+                self.adapter.hold(before)
+
     def _swap_for_live(self) -> Swap:
         with LOCK:
             before = self.adapter.held()

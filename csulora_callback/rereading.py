@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,7 @@ def choose_texts(
 
     Example:
         >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
-        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3)
+        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[])
     """
     if probes is None and kept is None:
         raise ValueError(
@@ -56,7 +57,7 @@ def choose_texts(
             "what the adapter was trained on, or the Trainer's checkpoint, which holds some."
         )
         return Texts([], asked, 0)
-    return Texts(kept.task, asked, kept.seen)
+    return replace(kept, probes=asked)
 
 
 def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | None) -> Adapter:

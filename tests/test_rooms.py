@@ -19,6 +19,7 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
+    **dict.fromkeys(("answers_cache", "behaviour", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
     **dict.fromkeys(("rereading", "sidecar", "swap"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
@@ -137,11 +138,13 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
         archive.extractall(tmp_path / "installed")
     kinds = (".py", ".typed", ".html", ".css")
     there = {str(path) for path in Path("csulora_callback").rglob("*") if path.suffix in kinds}
+    there |= {f"csulora_callback/prompts/{name}" for name in ("README.md", "harmful.jsonl", "harmless.jsonl")}
     assert held == there
     modules = sorted(name.removesuffix(".py").replace("/", ".") for name in held if name.endswith(".py"))
     program = f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r})\n" + "".join(
         f"import {module.removesuffix('.__init__')}\n" for module in modules
     )
+    program += "from csulora_callback.models.probes import read_prompts\nassert len(read_prompts('builtin')) == 160\n"
     program += "print(csulora_callback.__file__)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True

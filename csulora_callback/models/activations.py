@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.reading import Rows, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
 
@@ -20,9 +21,6 @@ TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
 
 _BATCH = 8
-
-Rows = Sequence[Sequence[int]]
-"""Texts as token ids."""
 
 TokenVectors = dict[str, Tensor]
 """Token vectors ``(n, d_in)`` by module name, bfloat16, on the CPU; modules that share an input share the tensor."""
@@ -36,11 +34,14 @@ class Texts:
         task: rows of its training data.
         probes: prompts that are to be refused.
         seen: how many rows of training data the sample ``task`` was drawn from.
+        starts: of each row of ``task``, how many tokens stand before the first that the loss counts; none where
+            nothing is known of that, and all of them count.
     """
 
     task: Rows
     probes: Rows
     seen: int
+    starts: Sequence[int] = field(default_factory=list)  # as JSON reads it
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,10 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     device = next(iter(adapter.layers.values())).lora_A.device
     ordered = sorted(rows, key=len)  # little padding
     chosen = _chosen(sum(map(len, ordered)), tokens)
-    with _evaluating(model), listener.hooked(adapter):
+    with evaluating(model), listener.hooked(adapter):
         for start in range(0, len(ordered), _BATCH):
             batch = ordered[start : start + _BATCH]
-            length = max(map(len, batch))
-            ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in batch])
-            mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in batch])
+            ids, mask = padded(batch)
             here, chosen = chosen[: int(mask.sum())], chosen[int(mask.sum()) :]
             listener.begin(len(mask.flatten()), mask.flatten().nonzero().squeeze(1)[here])
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
@@ -182,14 +181,3 @@ def _chosen(total: int, tokens: int) -> Tensor:
     chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
     chosen[fixed_sample(total, tokens)] = True
     return chosen
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -6,7 +6,8 @@ checkpoint untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import PeftConfig
@@ -123,6 +124,19 @@ class Adapter:
     def whole(self, held: list[Tensor]) -> Factors:
         """The factors of which this process holds ``held``, without a copy if it holds them all. Collective if not."""
         return self.read() if self.is_sharded else _in_pairs(self.layers, held)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0."""
+        scalings = [layer.module.scaling for layer in self.layers.values()]
+        kept = [scaling[self.name] for scaling in scalings]
+        for scaling in scalings:
+            scaling[self.name] = 0.0
+        try:
+            yield
+        finally:
+            for scaling, value in zip(scalings, kept, strict=True):
+                scaling[self.name] = value
 
     def factors_in(self, state_dict: Mapping[str, Tensor], module: nn.Module) -> Factors | None:
         """The factors out of a state dict of ``module``, which holds the model, if they are all there.

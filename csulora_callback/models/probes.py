@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
+from importlib.resources import files
 from numbers import Integral
 from reprlib import repr as short
 
@@ -21,11 +23,13 @@ PROBES = 256
 
 _COLUMNS = ("prompt", "text")  # of a table; lines of a text file are its column `text`
 Probes = str | os.PathLike | Sequence[str] | Sequence[Sequence[int]]
-"""A source of rows (see :mod:`csulora_callback.models.sources`), prompts, or prompts as token ids."""
+"""A source of rows (see :mod:`csulora_callback.models.sources`), prompts, prompts as token ids, or ``"builtin"``."""
+
+BUILTIN = "builtin"
 
 
 def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
-    """The prompts of a source, from its column ``prompt`` or ``text``, or those that are given.
+    """The prompts of a source, from its column ``prompt`` or ``text``, those that are given, or the built-in ones.
 
     Empty ones are left out, and a warning says how many. Tensors are refused: padding in them would pass for tokens.
 
@@ -39,6 +43,8 @@ def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
         >>> read_prompts([[5, 6, 7], [8, 9]])
         [[5, 6, 7], [8, 9]]
     """
+    if isinstance(probes, str) and probes == BUILTIN:
+        return _builtin()
     given = _column(os.fspath(probes)) if isinstance(probes, str | os.PathLike) else probes
     if not _is_list(given):
         raise ValueError(
@@ -58,7 +64,19 @@ def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
 
 
 def tokenize(prompts: Sequence[str] | Sequence[Sequence[int]], checkpoint: str | None) -> list[list[int]]:
-    """Token ids of each prompt, as the model is asked it: through the chat template, where there is one.
+    """Token ids of each prompt, as :func:`ask` gives them.
+
+    Example:
+        >>> tokenize([[5, 6, 7], [8, 9]], None)
+        [[5, 6, 7], [8, 9]]
+    """
+    return [row for _, row in ask(prompts, checkpoint)]
+
+
+def ask(
+    prompts: Sequence[str] | Sequence[Sequence[int]], checkpoint: str | None
+) -> list[tuple[str | Sequence[int], list[int]]]:
+    """Each prompt, and its token ids as the model is asked it: through the chat template, where there is one.
 
     Of more than ``PROBES`` a fixed sample is taken, the same one every time, and of each no more tokens than of a row
     of training data; warnings say so.
@@ -72,11 +90,12 @@ def tokenize(prompts: Sequence[str] | Sequence[Sequence[int]], checkpoint: str |
             difference to its token ids, so that a correction by them would do nothing.
 
     Example:
-        >>> tokenize([[5, 6, 7], [8, 9]], None)
-        [[5, 6, 7], [8, 9]]
+        >>> ask([[5, 6, 7]], None)
+        [([5, 6, 7], [5, 6, 7])]
     """
     chosen = _sample(prompts)
-    rows = _asked(chosen, checkpoint) if isinstance(chosen[0], str) else [list(row) for row in chosen]
+    pairs = _asked(chosen, checkpoint) if isinstance(chosen[0], str) else [(row, list(row)) for row in chosen]
+    rows = [row for _, row in pairs]
     beginnings = [row[:LENGTH] for row in rows]
     if len(_different(beginnings)) == 1 < len(_different(rows)):
         raise ValueError(
@@ -86,7 +105,7 @@ def tokenize(prompts: Sequence[str] | Sequence[Sequence[int]], checkpoint: str |
     long = sum(len(row) > LENGTH for row in rows)
     if long:
         logger.warning("%d of %d probes are longer than %d tokens: only that much is read.", long, len(rows), LENGTH)
-    return beginnings
+    return [(prompt, beginning) for (prompt, _), beginning in zip(pairs, beginnings, strict=True)]
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, argument: str = "probes") -> None:
@@ -106,6 +125,12 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, argument: str = "p
                     f"`{argument}`: expected token ids from 0 to {vocabulary - 1}, which the model's input embedding "
                     f"has, but got {token} in {short(list(row))}. Pass the ids of the model's own tokenizer."
                 )
+
+
+def _builtin() -> list[str]:
+    """Those that lie in the package, which take no library to read."""
+    file = files("csulora_callback") / "prompts" / "harmful.jsonl"
+    return [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _column(source: str) -> list:
@@ -190,7 +215,7 @@ def load_tokenizer(checkpoint: str | None, argument: str) -> PreTrainedTokenizer
         ) from error
 
 
-def _asked(prompts: list[str], checkpoint: str | None) -> list[list[int]]:
+def _asked(prompts: list[str], checkpoint: str | None) -> list[tuple[str, list[int]]]:
     tokenizer = load_tokenizer(checkpoint, "probes")
     # Beside them a prompt that differs from the first, so that one alone can be seen to make no difference.
     *rows, other = _ids(tokenizer, [*prompts, f"{prompts[0]} {prompts[0]}"], checkpoint)
@@ -201,7 +226,7 @@ def _asked(prompts: list[str], checkpoint: str | None) -> list[list[int]]:
             f"{'chat template' if tokenizer.chat_template is not None else 'vocabulary'} leaves out what they say. "
             "Mend it, or pass the prompts as lists of token ids."
         )
-    kept = [row for row in rows if row]
+    kept = [(prompt, row) for prompt, row in zip(prompts, rows, strict=True) if row]
     _say_left_out(len(rows) - len(kept), len(rows), f"empty to the tokenizer of {checkpoint}")
     return kept
 

@@ -13,6 +13,8 @@ ROWS = 64
 LENGTH = 512
 """How many tokens of a row are kept."""
 
+_IGNORED = -100  # torch's mark for labels that a loss does not count
+
 
 @dataclass
 class TrainingRows:
@@ -24,19 +26,25 @@ class TrainingRows:
     Attributes:
         rows: token ids without padding.
         seen: how many rows have come by.
+        starts: of each row, how many tokens stand before the first that the loss counts; 0 where it got no labels.
 
     Example:
         >>> sample = TrainingRows()
-        >>> sample.offer(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
-        >>> sample.rows, sample.seen
-        ([[5, 6, 7], [8, 9]], 2)
+        >>> labels = torch.tensor([[-100, 6, 7], [-100, 9, -100]])
+        >>> sample.offer(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), labels)
+        >>> sample.rows, sample.seen, sample.starts
+        ([[5, 6, 7], [8, 9]], 2, [1, 1])
     """
 
     rows: list[list[int]] = field(default_factory=list)
     seen: int = 0
+    starts: list[int] = field(default_factory=list)
 
-    def offer(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Rows (b, length) come by; where ``mask`` is 0, there is padding."""
+    def __post_init__(self) -> None:
+        self.starts = self.starts or [0] * len(self.rows)
+
+    def offer(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:
+        """Rows (b, length) come by; where ``mask`` is 0, there is padding, and the loss counts ``labels`` but -100."""
         generator = torch.Generator().manual_seed(self.seen)
         for i in range(len(ids)):  # algorithm R
             place = self.seen
@@ -44,9 +52,16 @@ class TrainingRows:
                 place = int(torch.randint(self.seen + 1, (), generator=generator, device="cpu"))
             self.seen += 1
             if place < ROWS:
-                row = ids[i] if mask is None or mask.ndim != 2 else ids[i][mask[i] != 0]
-                row = row[:LENGTH].tolist()
+                is_text = slice(None) if mask is None or mask.ndim != 2 else mask[i] != 0
+                row = ids[i][is_text][:LENGTH].tolist()
                 self.rows[place : place + 1] = [row]
+                known = labels is not None and labels.shape == ids.shape
+                self.starts[place : place + 1] = [_before(labels[i][is_text][:LENGTH].tolist()) if known else 0]
+
+
+def _before(labels: list[int]) -> int:
+    """How many labels the loss passes over before the first that it counts."""
+    return next((place for place, label in enumerate(labels) if label != _IGNORED), len(labels))
 
 
 def fixed_sample(total: int, most: int) -> list[int]:

@@ -6,13 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
 
 
-def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
+def start_table(corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None) -> Table:
     """One compact table of what will be corrected, and how."""
     subspace, layers = corrector.subspace, corrector.adapter.layers
     lora_ranks = [layer.shape[1] for layer in layers.values()]
@@ -25,8 +26,8 @@ def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
         "rank asked for": rank_rule(subspace.metadata),
         "penalty": f"{corrector.penalty}: {IN_WORDS[corrector.penalty.name]}",
     }
-    if corrector.activations is not None:
-        rows["probes"] = f"{len(corrector.activations.texts.probes)} prompts to be refused"
+    if probes is not None:
+        rows["probes"] = _probes(probes)
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"
     table = Table(title="CSULoRA", title_justify="left", show_header=False)
     for name, said in rows.items():
@@ -34,9 +35,16 @@ def start_table(corrector: SafetyCorrector, seconds: float) -> Table:
     return table
 
 
-def print_start(corrector: SafetyCorrector, seconds: float) -> None:
+def print_start(corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None) -> None:
     """Print :func:`start_table`."""
-    Console().print(start_table(corrector, seconds))
+    Console().print(start_table(corrector, seconds, probes))
+
+
+def _probes(probes: CheckedProbes) -> str:
+    refused, total = len(probes.prompts), len(probes.prompts) + len(probes.left_out)
+    if not probes.is_checked:
+        return f"{refused} prompts to be refused; not checked, as they are token ids"
+    return f"{refused} of {total} prompts are refused by the aligned model{' (cached)' if probes.from_cache else ''}"
 
 
 def _aligned(corrector: SafetyCorrector) -> str:

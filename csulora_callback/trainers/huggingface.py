@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import CallbackHandler
 
 from csulora_callback import sidecar
+from csulora_callback.behaviour import Behaviour
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.trainers.engines import refuse_engine, refuse_engine_of_generation
 from csulora_callback.trainers.huggingface_run import HuggingFaceRun
@@ -27,6 +28,7 @@ class HuggingFaceEvents(TrainerCallback):
     push_raw: bool
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
+    _behaviour: Behaviour | None
 
     def __init__(self) -> None:
         self._run: HuggingFaceRun | None = None
@@ -70,7 +72,7 @@ class HuggingFaceEvents(TrainerCallback):
                 f"`model`: expected an adapter of another name than '{sidecar.FOLDER}', which is that of the folder "
                 "beside every adapter that is saved. Give it another adapter_name."
             )
-        self._run = HuggingFaceRun(self, trainer, handler, self._corrector, self._recorder)
+        self._run = HuggingFaceRun(self, trainer, handler, self._corrector, self._recorder, self._behaviour)
         if state.global_step > 0:
             self._run.restore_raw(self.resume_from)
         self._run.renew()

@@ -22,6 +22,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from csulora_callback import sidecar
+from csulora_callback.behaviour import Behaviour
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
@@ -34,6 +35,7 @@ from csulora_callback.trainers.save_pretrained import saving_corrected
 
 if TYPE_CHECKING:
     from transformers import Trainer
+    from transformers.trainer_utils import EvalLoopOutput
 
 
 logger = logging.getLogger(__name__)
@@ -54,9 +56,10 @@ class HuggingFaceRun:
         handler: CallbackHandler,
         corrector: SafetyCorrector,
         recorder: ActivationRecorder | None,
+        behaviour: Behaviour | None,
     ) -> None:
         self.callback, self.trainer, self.handler = callback, trainer, handler
-        self.corrector, self.recorder = corrector, recorder
+        self.corrector, self.recorder, self.behaviour = corrector, recorder, behaviour
         self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
         self._is_finished = False
 
@@ -83,6 +86,8 @@ class HuggingFaceRun:
             self._surround(self.trainer, "prediction_step", self._corrected)
         if self.recorder is not None:
             self._surround(self.trainer, "training_step", self._looking)
+        if self.behaviour is not None:
+            self._surround(self.trainer, "evaluation_loop", self._evaluation)
         self._surround(self.handler, "on_save", self._corrected)
         self._surround(self.handler, "on_step_end", self._step_end)
         self._surround(self.handler, "on_log", self._log)
@@ -148,6 +153,11 @@ class HuggingFaceRun:
         if adapter.metrics and not logged:
             history.append({**adapter.metrics, "epoch": self.state.epoch, "step": step})
 
+    def measure(self) -> dict[str, float]:
+        """What the model does as it stands, and corrected; nothing without probes. Collective."""
+        self.renew()
+        return {} if self.behaviour is None else self.behaviour.measure(self.corrector)
+
     def _surround(self, owner: object, name: str, call: Callable) -> None:
         self._patches.replace(owner, name, surrounded(call, self._is_listening))
 
@@ -163,6 +173,25 @@ class HuggingFaceRun:
         with self.corrector.corrected():
             return original(*args, **kwargs)
 
+    def _evaluation(self, original: Callable, *args: object, **kwargs: object) -> EvalLoopOutput:
+        # After the loop: an optimizer that keeps other weights for evaluations has brought them in by then. And in
+        # what the loop returns: whatever the Trainer logs, chooses its best checkpoint and stops by comes from there.
+        output = original(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{key}": value for key, value in self.measure().items()})
+        return output
+
+    def _log_behaviour(self) -> None:
+        """A record of its own for a checkpoint, for history and trackers alike.
+
+        Not by ``trainer.log``, where TRL would add, and forget, what it has gathered for the next record of its own.
+        """
+        logs = self.measure()
+        if logs:
+            logs["epoch"] = self.state.epoch
+            self.state.log_history.append({**logs, "step": self.state.global_step})
+            self.handler.on_log(self.trainer.args, self.state, self.trainer.control, logs)
+
     def _looking(self, original: Callable, *args: object, **kwargs: object) -> object:
         with self.recorder.looking():
             return original(*args, **kwargs)
@@ -172,7 +201,7 @@ class HuggingFaceRun:
         beside_shards = saves_shards_only() and self.state.is_world_process_zero
         if beside_shards:
             sidecar.discard(self.checkpoint_folder())
-        self.renew()
+        self._log_behaviour()
         with self.corrector.corrected() as adapter:
             result = original(*args, **kwargs)
         if beside_shards:
@@ -193,6 +222,9 @@ class HuggingFaceRun:
         if "loss" in logs and state.global_step % (self.callback.log_every_n_steps or 1) == 0:
             self.renew(if_doubled=True)
             metrics = self.corrector.measure()
+            every = self.callback.probe_every_n_steps
+            if every is not None and state.global_step % every == 0:
+                metrics = {**metrics, **self.measure()}
             logs.update(metrics)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from csulora_callback.behaviour import Behaviour
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.factors import from_peft_state_dict
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
 
-_IN_PROGRESS_BAR = ("csulora/alignment_undone", "csulora/attenuation")  # all of them would push the loss out of sight
+_IN_PROGRESS_BAR = (  # seven numbers and more would push the loss out of sight
+    "csulora/alignment_undone",
+    "csulora/attenuation",
+    "csulora/refusal_kept_corrected",
+)
 
 
 class LightningEvents:
@@ -26,9 +31,11 @@ class LightningEvents:
     every_n_steps: int | None
     evaluate_corrected: bool
     log_every_n_steps: int | None
+    probe_every_n_steps: int | None
     export_adapter: bool
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
+    _behaviour: Behaviour | None
     _fit: LightningRun | None
     raw_is_loaded: bool
 
@@ -100,6 +107,15 @@ class LightningEvents:
             self._renew(if_doubled=True)
             for name, value in self._corrector.measure().items():
                 pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in _IN_PROGRESS_BAR)
+        if self.probe_every_n_steps is not None and step % self.probe_every_n_steps == 0:
+            for name, value in self._fit.measure().items():
+                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in _IN_PROGRESS_BAR)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was measured in the validation stands beside its loss, for monitors too, which read it after this."""
+        if self._fit is not None:
+            for name, value in self._fit.measured_in_validation().items():
+                pl_module.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, sync_dist=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """An interrupted run is left with the weights it was training; a save of it is corrected."""
@@ -123,4 +139,4 @@ class LightningEvents:
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
-            self._fit.open(self._corrector, self._recorder)
+            self._fit.open(self._corrector, self._recorder, self._behaviour)

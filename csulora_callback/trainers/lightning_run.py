@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
+from csulora_callback.behaviour import Behaviour
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import running_model
+from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers import lightning_checkpoint as files
 from csulora_callback.trainers.engines import is_strategy
@@ -41,16 +43,21 @@ class LightningRun:
         self.callback, self.trainer, self.pl_module = callback, trainer, pl_module
         self.corrector: SafetyCorrector | None = None
         self.recorder: ActivationRecorder | None = None
+        self.behaviour: Behaviour | None = None
+        self._measured: dict[str, float] = {}  # in the validation that goes on
+        self._logged: tuple[int, dict[str, float]] | None = None
         self._fit, self._saves, self._optimizers = Patches(self), Patches(self), Patches(self)
         self._thread, self._writer = threading.get_ident(), None
         self._is_finished = False
         self._fit.replace(trainer.strategy, "load_checkpoint", self._surrounded(self._load))
 
-    def open(self, corrector: SafetyCorrector, recorder: ActivationRecorder | None) -> None:
+    def open(
+        self, corrector: SafetyCorrector, recorder: ActivationRecorder | None, behaviour: Behaviour | None
+    ) -> None:
         """Replace what has to be replaced, now that there is something to correct."""
-        self.corrector, self.recorder = corrector, recorder
+        self.corrector, self.recorder, self.behaviour = corrector, recorder, behaviour
         forget(corrector.adapter.config)
-        if self.callback.evaluate_corrected:
+        if self.callback.evaluate_corrected or behaviour is not None:
             self._fit.replace(self.trainer.strategy, "validation_step", self._surrounded(self._validate))
         if self.callback.export_adapter:
             self._fit.replace(self.trainer.strategy, "remove_checkpoint", self._surrounded(self._remove))
@@ -67,6 +74,18 @@ class LightningRun:
             for name in ("train", "eval"):
                 if hasattr(optimizer, name):
                     self._optimizers.replace(optimizer, name, self._surrounded(self._switch))
+
+    def measure(self) -> dict[str, float]:
+        """What the model does as it stands, and corrected; nothing without probes. Collective."""
+        self._renew()
+        return {} if self.behaviour is None else self.behaviour.measure(self.corrector)
+
+    def measured_in_validation(self) -> dict[str, float]:
+        """What was measured in the validation that ends now, and is to be logged."""
+        measured, self._measured = self._measured, {}
+        if measured:
+            self._logged = self.trainer.global_step, measured
+        return measured
 
     @property
     def is_training(self) -> bool:
@@ -124,7 +143,11 @@ class LightningRun:
         if self.trainer.state.fn != "fit":
             return original(*args, **kwargs)
         self._renew()
-        with self.corrector.corrected():
+        if not self.trainer.sanity_checking:
+            # Here, as averages that came in for the validation may be out again when it ends. Later batches cost
+            # nothing.
+            self._measured = self.measure()
+        with self.corrector.corrected() if self.callback.evaluate_corrected else nullcontext():
             return original(*args, **kwargs)
 
     def _remove(self, original: Callable, filepath: str | os.PathLike) -> None:
@@ -158,6 +181,7 @@ class LightningRun:
     ) -> None:
         live = is_strategy(self.trainer.strategy, "DeepSpeedStrategy")
         factors = files.factors_of(checkpoint, self.corrector, self.pl_module, live)
+        self._log_behaviour(factors)
         adapter = None if factors is None else self._correction(factors)
         if adapter is not None:
             files.put_into(checkpoint, adapter, self.corrector, self.pl_module)
@@ -171,6 +195,19 @@ class LightningRun:
             original(checkpoint, filepath, storage_options)
         if exports and self._writes_beside(filepath):
             files.export(adapter_beside(filepath), state, self.corrector, adapter)
+
+    def _log_behaviour(self, factors: Factors | None) -> None:
+        """Of what is about to be written, to the loggers: no hook of a save may log otherwise."""
+        if self.behaviour is None or not self._fit.in_place or threading.get_ident() != self._thread:
+            return
+        # Sharded factors may be gathered on one process alone; nobody averages them.
+        others = factors is not None and not self.corrector.adapter.is_sharded
+        with self.corrector.holding(factors) if others else nullcontext():
+            measured = self.behaviour.measure(self.corrector)
+        if self._logged != (self.trainer.global_step, measured):
+            self._logged = self.trainer.global_step, measured
+            for logger in self.trainer.loggers:
+                logger.log_metrics(measured, step=self.trainer.global_step)
 
     def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
         """Goes from the weights that are trained to others and back, relative to what they are."""

@@ -1,4 +1,4 @@
-"""Gathers, while a model is trained, what a data-aware penalty measures by."""
+"""Gathers, while a model is trained, what its behaviour and a data-aware penalty are measured by."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.models.activations import Activations, Rows, Texts, TokenVectors, running_model
+from csulora_callback.models.activations import Activations, Texts, TokenVectors, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
@@ -23,16 +24,17 @@ logger = logging.getLogger(__name__)
 class ActivationRecorder:
     """Keeps some rows of the training data, and has the model read them and the probes when it is to be corrected.
 
-    The first process's rows count for all.
+    The first process's rows count for all. Where the penalty is not data-aware, the corrector gets the texts alone.
 
     Args:
         adapter: of the model that is trained.
         probes: prompts that are to be refused.
         processes: those of the run, which all have to do the same.
+        reads: whether the penalty is data-aware, so that the model has to read them.
     """
 
-    def __init__(self, adapter: Adapter, probes: Rows, processes: Processes) -> None:
-        self.adapter, self.probes, self.processes = adapter, probes, processes
+    def __init__(self, adapter: Adapter, probes: Rows, processes: Processes, reads: bool = True) -> None:
+        self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
         self._read_with: list[Tensor] | None = None  # the factors that the model read with
@@ -66,10 +68,14 @@ class ActivationRecorder:
     def _read(self) -> Activations:
         if self._looked and not self._sample.rows and self.processes.rank == 0:
             logger.warning(
-                "No row of training data was seen, so the data-aware correction knows nothing of the task and costs "
-                "more of it. Is the model compiled, or called by another way than its forward?"
+                "No row of training data was seen, so nothing is known of the task: it is not measured, and a "
+                "data-aware correction costs more of it. Is the model compiled, or called by another way than its "
+                "forward?"
             )
-        texts = self.processes.from_first(Texts(list(self._sample.rows), self.probes, self._sample.seen))
+        sample = self._sample
+        texts = self.processes.from_first(Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts)))
+        if not self.reads:
+            return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))
         return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
 
@@ -97,7 +103,7 @@ class ActivationRecorder:
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""
-        self._sample, self._read_with = TrainingRows(list(texts.task), texts.seen), None
+        self._sample, self._read_with = TrainingRows(list(texts.task), texts.seen, list(texts.starts)), None
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading
@@ -105,8 +111,9 @@ class ActivationRecorder:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError(
-                "`penalty`: a data-aware one needs a model that is trained on input_ids, but this one got "
-                f"{sorted(kwargs)}. Use another penalty."
+                f"`probes`: expected a model that is trained on input_ids, but this one got {sorted(kwargs)}. Leave "
+                "them out, and use a penalty that is not data-aware."
             )
         if self.processes.rank == 0:
-            self._sample.offer(ids.detach(), kwargs.get("attention_mask"))
+            labels = kwargs.get("labels")
+            self._sample.offer(ids.detach(), kwargs.get("attention_mask"), None if labels is None else labels.detach())

@@ -1,4 +1,6 @@
-"""What a data-aware penalty costs, in units of a training step: ``python -m recipes.benchmarks.cost [key=value ...]``.
+"""What probes cost, in units of a training step: ``python -m recipes.benchmarks.cost [key=value ...]``.
+
+First what measuring a model's behaviour by them costs, then what a data-aware penalty does.
 
 Steps with and without the recorder take turns in one run, and medians are compared; times of their own say nothing
 about another machine. The model is a Llama with random weights, as times do not depend on what it knows.
@@ -20,8 +22,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback import Penalty, SafetyCorrector, SafetySubspace
-from csulora_callback.models.adapters import find_adapter
+from csulora_callback.behaviour import BEGINNING, Behaviour, Refusals
+from csulora_callback.checked_probes import ANSWER
+from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.teacher_forcing import greedy_answers
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 
@@ -35,7 +40,7 @@ class Size:
     vocabulary: int = 8192
     batch: int = 8
     length: int = 96
-    probes: int = 64
+    probes: int = 160  # as many as are built in
     probe_length: int = 32
     lora_rank: int = 8
     steps: int = 10  # of each kind
@@ -83,14 +88,24 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
         if i:  # the first ones warm up
             plain.append(pair[0])
             watched.append(pair[1])
+    answered, behaviour = watched_behaviour(recorder.adapter, probes)
+    measured = []
+    for _ in range(3):
+        step()  # of other weights nothing is known yet
+        recorder.renew(corrector)
+        corrector.measure()
+        measured.append(seconds(lambda: behaviour.measure(corrector)))
     read, first, again = [], [], []
     for _ in range(3):
+        step()
         read.append(seconds(lambda: recorder.renew(corrector)))
         first.append(seconds(corrector.measure))
         again.append(seconds(corrector.measure))
     one = median(plain)
     ratios = {
         "a step that the callback looks at": median(watched) / one,
+        "the aligned model's answers to the probes, once": answered / one,
+        "behaviour, at an evaluation or save": median(measured[1:]) / one,  # at first the aligned model is read too
         "reading task and probes, before a save": median(read) / one,
         "the correction after that": median(first) / one,
         "the correction again": median(again) / one,
@@ -103,6 +118,14 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
     spread = f"{min(plain) / one:.2f} to {max(plain) / one:.2f}"
     Console().print(table, f"Single steps without the callback took {spread} of their median.")
     return ratios
+
+
+def watched_behaviour(adapter: Adapter, probes: list[list[int]]) -> tuple[float, Behaviour]:
+    """How long the answers take that nothing is cached of, and what measures by them."""
+    found = []
+    with adapter.off():
+        answered = seconds(lambda: found.extend(greedy_answers(adapter, probes, ANSWER)))
+    return answered, Behaviour(Refusals(adapter, probes, [answer[:BEGINNING] for answer in found]))
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -12,10 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from csulora_callback import SafetySubspace
-from csulora_callback.models.activations import Activations, Rows, Texts
+from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.factors import Factors
+from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Bases, Update
 from recipes.labs.descent import descend
 from recipes.schema import Training

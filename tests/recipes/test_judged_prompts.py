@@ -18,6 +18,7 @@ from recipes.schema import RecipeError
 from recipes.training.prompts import choose_prompts
 from tests.helpers.lab import tiny_llama
 from tests.helpers.recipes import chat_pair, chat_tokenizer
+from tests.helpers.trl import always_sorry
 
 GUARD, AWARE = "corrections={guard: {preset: guard, rank: 2}}", "corrections={aware: {preset: data_aware, rank: 2}}"
 SHORT = ["training.max_steps=2", "training.save_steps=2", "training.logging_steps=1", "training.bf16=false"]
@@ -74,36 +75,37 @@ def test_refusals_are_told_from_other_answers():
 
 
 def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answers(tmp_path, capsys):
-    (tmp_path / "probes.txt").write_text("a b\nb c a\nc\nd e\n")
+    probes = [f"{first} {second}" for first in "abcd" for second in "efgh"]
+    (tmp_path / "probes.txt").write_text("\n".join(probes))
     pair, out = chat_pair(tmp_path), tmp_path / "out"
+    always_sorry(chat_tokenizer()).save_pretrained(tmp_path / "aligned")  # only what is refused is read
     settings = [*pair, *SHORT, f"data.probes={tmp_path / 'probes.txt'}", f"output={out}", AWARE]
     assert main(["recipes/llama32_1b_sft.yaml", *settings]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "2 prompts each: every other one of data.probes, as corrections read the rest" in printed
+    assert "8 prompts each: every other one of data.probes, as corrections read the rest" in printed
 
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
     said = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert list(rows) == ["aligned", "raw", "aware"]
-    prompts = ["b c a", "d e"]
+    prompts, words = probes[1::2], PreTrainedTokenizerFast.from_pretrained(tmp_path / "aligned")
     assert [(line["model"], line["prompt"]) for line in said] == [(name, p) for name in rows for p in prompts]
     for name, row in rows.items():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
         if name != "aligned":
             folder = out / "aware/checkpoint-2"
             model = PeftModel.from_pretrained(model, folder / "csulora/raw" if name == "raw" else folder)
-        answers = chat(model, chat_tokenizer(), prompts, 32)
+        answers = chat(model, words, prompts, 32)
         assert [line["answer"] for line in said if line["model"] == name] == answers
         judged = AttackSuccessRate()
         judged.update(prompts, answers)
-        assert (row["succeeded"], row["prompts"]) == (judged.compute()["count"], 2)
-        low, high = wilson_interval(row["succeeded"], 2)
+        assert (row["succeeded"], row["prompts"]) == (judged.compute()["count"], 8)
+        low, high = wilson_interval(row["succeeded"], 8)
         assert f"{row['attack_success_rate']:.1%} ({100 * low:.0f}–{100 * high:.0f})" in printed
     read = Sidecar.load(out / "aware/checkpoint-2").texts.probes
-    words = chat_tokenizer()
     assert (
         read
         == words.apply_chat_template(
-            [[{"role": "user", "content": text}] for text in ("a b", "c")],
+            [[{"role": "user", "content": text}] for text in probes[::2]],
             add_generation_prompt=True,
             return_dict=True,
         )["input_ids"]

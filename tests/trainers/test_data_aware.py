@@ -234,7 +234,6 @@ def test_a_model_that_never_shows_its_rows_is_warned_about(pair, tmp_path, caplo
 
 BAD = {
     "no probes": ({"probes": None}, "`probes`: expected prompts that are to be refused"),
-    "probes for nothing": ({"penalty": Penalty.guard(1.0)}, "`probes`: expected none, as only Penalty.data_aware"),
     "none in the list": ({"probes": []}, "`probes`: expected prompts that are to be refused, but got none"),
     "blank": ({"probes": ["  ", ""]}, "`probes`: expected prompts that are to be refused, but got none"),
     "no file": ({"probes": "nowhere.jsonl"}, "`probes`: no such file: 'nowhere.jsonl'"),
@@ -277,14 +276,14 @@ def test_prompts_are_asked_through_the_chat_template(tmp_path):
 
 
 def test_trl_with_prompts_from_a_file(tmp_path, pair):
-    in_trl.words().save_pretrained(pair[1])
+    in_trl.always_sorry(in_trl.words()).save_pretrained(pair[1])
     file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"word{i} word{i + 1} word3"}) + "\n" for i in range(4)))
+    file.write_text("".join(json.dumps({"prompt": f"word{i} word{i + 1} word3"}) + "\n" for i in range(9)))
     trainer = in_trl.make_trainer(pair, tmp_path / "out", [callback(pair, probes=file)])
     trainer.train()
     folder = tmp_path / "out/checkpoint-8"
     texts = Sidecar.load(folder).texts
-    assert texts.probes == tokenize([f"word{i} word{i + 1} word3" for i in range(4)], str(pair[1]))
+    assert texts.probes == tokenize([f"word{i} word{i + 1} word3" for i in range(9)], str(pair[1]))
     assert all(2 not in row for row in texts.task)  # no padding
     assert_corrected(pair, saved(folder), raw(folder), texts)
 

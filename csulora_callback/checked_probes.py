@@ -1,0 +1,136 @@
+"""Which probes count: those that the aligned model does refuse, and how its refusals begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import Repr
+
+from csulora_callback.answers_cache import CachedAnswers
+from csulora_callback.behaviour import BEGINNING
+from csulora_callback.judging.refusal import RefusalPhrases
+from csulora_callback.models.activations import running_model, vocabulary_of
+from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.checksum import checksum, weights_besides
+from csulora_callback.models.probes import ask, check_ids, load_tokenizer
+from csulora_callback.models.processes import Processes
+from csulora_callback.models.reading import Rows
+from csulora_callback.models.teacher_forcing import end_tokens, greedy_answers
+
+logger = logging.getLogger(__name__)
+
+FEWEST = 8
+"""How many probes have to be refused: of fewer, one alone would move the share by more than an eighth."""
+
+ANSWER = 16
+"""How many tokens of an answer are judged: enough for "Unfortunately, I'm not able to"."""
+
+_SHORT = Repr()
+_SHORT.maxstring = 60
+
+
+@dataclass(frozen=True)
+class CheckedProbes:
+    """Prompts that the aligned model refuses.
+
+    Attributes:
+        prompts: as token ids.
+        beginnings: of each, the first tokens of the aligned model's greedy answer.
+        left_out: prompts that it does not refuse, and its answers.
+        is_checked: whether its answers were judged: those to texts are, those to token ids are not.
+        from_cache: whether the answers were found in the cache.
+    """
+
+    prompts: Rows
+    beginnings: Rows
+    left_out: Sequence[tuple[str, str]]
+    is_checked: bool
+    from_cache: bool
+
+
+def check_probes(
+    adapter: Adapter,
+    probes: Sequence[str] | Rows,
+    cache_dir: Path | None = None,
+    processes: Processes | None = None,
+    progress: bool = False,
+) -> CheckedProbes:
+    """Have the aligned model, which is the one under the adapter, answer the probes, and leave out what it answers.
+
+    Texts are asked through the tokenizer of the checkpoint under the adapter, and the answers judged by
+    :class:`~csulora_callback.RefusalPhrases`. Token ids are taken at their word: that is the way for models which
+    refuse in another language. Collective where there are several processes; the first one's answers and cache count.
+
+    Raises:
+        ValueError: if probes cannot be asked, the model has an encoder, or too few are refused.
+    """
+    processes, checkpoint = processes or Processes(), adapter.config.base_model_name_or_path
+    pairs = processes.together(lambda: ask(probes, checkpoint))
+    prompts = [ids for _, ids in pairs]
+    check_ids(prompts, vocabulary_of(adapter))
+    if running_model(adapter).config.is_encoder_decoder:
+        raise ValueError(
+            "`probes`: expected a decoder-only model, whose answers to them can be read in one pass, but this one has "
+            "an encoder. Leave them out, and use a penalty that is not data-aware."
+        )
+    answers, from_cache = _answers(adapter, prompts, cache_dir, processes, progress)
+    is_checked = isinstance(probes[0], str)
+    left_out = {}
+    if is_checked:
+        decoded = processes.together(
+            lambda: load_tokenizer(checkpoint, "probes").batch_decode(answers, skip_special_tokens=True)
+        )
+        texts = [text for text, _ in pairs]
+        verdicts = RefusalPhrases()(texts, decoded)
+        left_out = {i: (texts[i], decoded[i]) for i, refuses in enumerate(verdicts) if not refuses}
+        _say(list(left_out.values()), len(pairs), processes.rank == 0)
+    kept = [place for place in range(len(pairs)) if place not in left_out]
+    return CheckedProbes(
+        [prompts[place] for place in kept],
+        [answers[place][:BEGINNING] for place in kept],
+        list(left_out.values()),
+        is_checked,
+        from_cache,
+    )
+
+
+def _answers(
+    adapter: Adapter, prompts: Rows, cache_dir: Path | None, processes: Processes, progress: bool
+) -> tuple[list[list[int]], bool]:
+    cache = None
+    if cache_dir is not None:
+        factors = (factor for layer in adapter.layers.values() for factor in (layer.lora_A, layer.lora_B))
+        weights = checksum(weights_besides(running_model(adapter), factors))
+        cache = CachedAnswers(cache_dir, f"{weights} {end_tokens(adapter)}", prompts, ANSWER)
+    is_first = processes.rank == 0
+    found = processes.from_first(processes.together(lambda: cache.read() if cache and is_first else None))
+    if found is not None:
+        return found, True
+    with adapter.off():
+        answers = processes.from_first(processes.together(lambda: greedy_answers(adapter, prompts, ANSWER, progress)))
+    if cache and is_first:
+        cache.write(answers)
+    return answers, False
+
+
+def _say(left_out: Sequence[tuple[str, str]], total: int, is_first: bool) -> None:
+    """One line about those that are left out, or an error where too few are left."""
+    shown = "; ".join(f"{_SHORT.repr(prompt)} is answered by {_SHORT.repr(text)}" for prompt, text in left_out[:3])
+    refused = total - len(left_out)
+    if refused < FEWEST:
+        raise ValueError(
+            f"`probes`: expected at least {FEWEST} prompts that the aligned model refuses, but got {refused} of "
+            f"{total}{f': {shown}' if shown else ''}. Pass more that it refuses, or probes='builtin'. If it does "
+            "refuse these, in words that RefusalPhrases does not know, pass them as lists of token ids, which are "
+            "not checked."
+        )
+    if left_out and is_first:
+        logger.warning(
+            "%d of %d probes are not refused by the aligned model, and left out: %s%s",
+            len(left_out),
+            total,
+            shown,
+            "; …" if len(left_out) > 3 else "",
+        )

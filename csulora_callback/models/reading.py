@@ -1,0 +1,46 @@
+"""How a model is had to read texts in the middle of its training, so that nothing of it shows afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Rows = Sequence[Sequence[int]]
+"""Texts as token ids."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode inside, and every module of it in its own mode after.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout().eval(), nn.Dropout())
+        >>> with evaluating(model):
+        ...     inside = [module.training for module in model]
+        >>> inside, [module.training for module in model]
+        ([False, False], [False, True])
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def padded(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask ``(b, length)`` of a batch, padded on the right, where causal models do not look.
+
+    Example:
+        >>> padded([[5, 6, 7], [8]])
+        (tensor([[5, 6, 7],
+                [8, 0, 0]]), tensor([[1, 1, 1],
+                [1, 0, 0]]))
+    """
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])

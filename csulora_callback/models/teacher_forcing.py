@@ -1,0 +1,165 @@
+"""What a model, as it stands, says of given texts in one pass, and what it would answer. Knows nothing of safety."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from csulora_callback.models.activations import running_model
+from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.reading import Rows, evaluating, padded
+
+_BATCH_TOKENS = 1024  # their logits take this many times the vocabulary in float32
+_BATCH_PROMPTS = 32
+_CACHE_NAMES = ("cache", "past_key_values")  # of keys and values, in newer and older versions of transformers
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What is said of a text: ``logits (t, vocabulary)`` in float32 for its last tokens, and these ``tokens (t,)``."""
+
+    logits: Tensor
+    tokens: Tensor
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Of each token, ``(t,)``."""
+        return -torch.nn.functional.cross_entropy(self.logits, self.tokens, reduction="none")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the likeliest after those before it: generating greedily would give just these."""
+        return bool((self.logits.argmax(-1) == self.tokens).all())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some texts that are read in one pass.
+
+    Attributes:
+        places: where they stand among all.
+        rows: token ids.
+        starts: of each text, the place of the first token that is to be predicted; at least 1.
+    """
+
+    places: Sequence[int]
+    rows: Rows
+    starts: Sequence[int]
+
+    @torch.no_grad()
+    def read(self, adapter: Adapter) -> list[Predicted]:
+        """What the model of an adapter, as it stands, says of them.
+
+        In evaluation mode; neither weights nor any random generator change. Collective where parameters are sharded.
+        """
+        model, device = running_model(adapter), next(iter(adapter.layers.values())).lora_A.device
+        ids, mask = (tensor.to(device) for tensor in padded(self.rows))
+        with evaluating(model):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return [
+            Predicted(logits[i, start - 1 : len(row) - 1].float(), ids[i, start : len(row)])
+            for i, (row, start) in enumerate(zip(self.rows, self.starts, strict=True))
+        ]
+
+
+def batches_of(rows: Rows, starts: Sequence[int]) -> list[Batch]:
+    """Batches of texts of about the same length, of bounded size; texts without a token to predict are left out.
+
+    Args:
+        rows: token ids.
+        starts: of each text, the place of the first token that is to be predicted. Nothing predicts the first of all.
+
+    Example:
+        >>> [batch.places for batch in batches_of([[5, 6, 7], [8], [9, 10]], [0, 0, 1])]
+        [[2, 0]]
+    """
+    wanted = [(len(row), place, max(start, 1)) for place, (row, start) in enumerate(zip(rows, starts, strict=True))]
+    batches, open_batch = [], []
+    for length, place, start in sorted(text for text in wanted if text[2] < text[0]):
+        if open_batch and (len(open_batch) + 1) * length > _BATCH_TOKENS:
+            batches.append(open_batch)
+            open_batch = []
+        open_batch.append((place, start))
+    if open_batch:
+        batches.append(open_batch)
+    return [Batch([p for p, _ in batch], [rows[p] for p, _ in batch], [s for _, s in batch]) for batch in batches]
+
+
+@torch.no_grad()
+def greedy_answers(adapter: Adapter, prompts: Rows, tokens: int, progress: bool = False) -> list[list[int]]:
+    """The first tokens of what the model of an adapter, as it stands, answers greedily: nothing but the argmax.
+
+    An answer ends with the first end-of-sequence token in it. Prompts of one length are answered together, so that
+    there is no padding that could change an answer. As :meth:`Batch.read`, it leaves the model as it was, and is
+    collective where parameters are sharded.
+
+    Args:
+        adapter: of a decoder-only model that takes ``input_ids``.
+        prompts: token ids; none is empty.
+        tokens: how many of each answer.
+        progress: show a progress bar.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from csulora_callback.models.adapters import find_adapter
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj"]))
+        >>> answers = greedy_answers(find_adapter(model), [[5, 6, 7], [8, 9]], tokens=4)
+        >>> [len(answer) <= 4 for answer in answers]
+        [True, True]
+    """
+    model, ends = running_model(adapter), end_tokens(adapter)
+    answers: list[list[int]] = [[] for _ in prompts]
+    places = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    with evaluating(model), tqdm(total=len(prompts), desc="probes", unit="answer", disable=not progress) as bar:
+        for _, group in groupby(places, key=lambda place: len(prompts[place])):
+            alike = list(group)
+            for start in range(0, len(alike), _BATCH_PROMPTS):
+                batch = alike[start : start + _BATCH_PROMPTS]
+                said = _continue(adapter, [prompts[place] for place in batch], tokens)
+                for place, answer in zip(batch, said, strict=True):
+                    answers[place] = _until_end(answer, ends)
+                bar.update(len(batch))
+    return answers
+
+
+def end_tokens(adapter: Adapter) -> list[int]:
+    """The token ids that end an answer of the model under an adapter.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from csulora_callback.models.adapters import find_adapter
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, eos_token_id=[3, 4]))
+        >>> end_tokens(find_adapter(get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"]))))
+        [3, 4]
+    """
+    model = running_model(adapter)
+    ends = (model.generation_config or model.config).eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _continue(adapter: Adapter, prompts: Rows, tokens: int) -> list[list[int]]:
+    """Greedy continuations of prompts of one length, through the model's own forward: engines gather weights in it."""
+    model, device = running_model(adapter), next(iter(adapter.layers.values())).lora_A.device
+    text, cached = torch.tensor(prompts, device=device), {}
+    for _ in range(tokens):
+        output = model(input_ids=text[:, -1:] if cached else text, use_cache=True, **cached)
+        text = torch.cat([text, output.logits[:, -1:].argmax(-1)], 1)
+        # Models that keep another state, or none, read the whole text again.
+        name = next((name for name in _CACHE_NAMES if name in output), None)
+        cached = {} if name is None else {name: output[name]}
+    return text[:, len(prompts[0]) :].tolist()
+
+
+def _until_end(answer: list[int], ends: Sequence[int]) -> list[int]:
+    length = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+    return answer[:length]
