@@ -55,3 +55,16 @@ def test_a_subspace_object_whose_bases_are_not_orthonormal(pair, subspace):
         SafetyCorrector(model, SafetySubspace(longer(subspace), {}), Penalty.guard(1.0))
     whole = SafetyCorrector(model, SafetySubspace(subspace.bases, {}), Penalty.guard(1.0))
     assert whole.subspace[list(subspace)[3]].U.shape[1] == RANK
+
+
+@pytest.mark.parametrize(
+    ("steps", "probes", "message"),
+    [
+        (5, None, r"`probe_every_n_steps`: expected None without `probes`, but got 5\. Pass probes='builtin' too"),
+        (0, "builtin", r"`probe_every_n_steps`: expected a number of steps ≥ 1 or None, but got 0"),
+    ],
+)
+def test_measuring_every_few_steps_takes_probes_and_a_number(steps, probes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CSULoRACallback(base_model="org/base", probes=probes, probe_every_n_steps=steps)
+    assert len(CSULoRACallback(base_model="org/base", probes="builtin", probe_every_n_steps=5).probes) == 160
