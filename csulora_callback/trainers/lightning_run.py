@@ -207,7 +207,8 @@ class LightningRun:
         if self._logged != (self.trainer.global_step, measured):
             self._logged = self.trainer.global_step, measured
             for logger in self.trainer.loggers:
-                logger.log_metrics(measured, step=self.trainer.global_step)
+                # Lightning counts from zero. A save before the first step is of the first step too.
+                logger.log_metrics(measured, step=max(self.trainer.global_step - 1, 0))
 
     def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
         """Goes from the weights that are trained to others and back, relative to what they are."""

@@ -23,6 +23,7 @@ from tests.helpers.two import torchrun
 
 CLOCKS = ("_runtime", "_second", "total_flos", "train_loss")
 RECIPES = {"huggingface": "recipes/quickstart.yaml", "lightning": "recipes/quickstart_lightning.yaml"}
+TRAINED = "data_aware"  # the one of their corrections that is trained with: the others are made of its checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(trainer, step, lab, whole, tmp_pa
     assert run(trainer, lab, tmp_path / "out") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "holds this run already: going on with it" in printed
-    assert f"fine-tuning once with the callback: csulora, from step {step // 4 * 4} " in printed
+    assert f"fine-tuning once with the callback: {TRAINED}, from step {step // 4 * 4} " in printed
     assert_as(tmp_path / "out", expected)
 
 
@@ -123,7 +124,7 @@ def test_a_run_that_is_killed_inside_of_a_save_goes_on_from_the_last_whole_one(t
         [*command, f"output={tmp_path / 'out'}"], cwd=Path(__file__).parents[2], capture_output=True, timeout=300
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    left = {path.name for path in (tmp_path / "out/csulora").iterdir()}
+    left = {path.name for path in (tmp_path / "out" / TRAINED).iterdir()}
     assert left & {"checkpoint-8", "step=8.ckpt"}
     assert run(trainer, lab, tmp_path / "out") == 0
     assert_as(tmp_path / "out", whole(trainer))
@@ -133,10 +134,10 @@ def test_a_run_that_is_killed_inside_of_a_save_goes_on_from_the_last_whole_one(t
 @pytest.mark.parametrize("trainer", RECIPES)
 def test_a_finished_run_is_not_trained_again(trainer, lab, whole, tmp_path, monkeypatch):
     folder = whole(trainer)
-    before, logged = {path: path.stat().st_mtime_ns for path in (folder / "csulora").rglob("*")}, records(folder)
+    before, logged = {path: path.stat().st_mtime_ns for path in (folder / TRAINED).rglob("*")}, records(folder)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: pytest.fail("trained again"))
     assert run(trainer, lab, folder) == 0
-    kept = {path: when for path, when in before.items() if path.is_file() and "csulora/logs" not in str(path)}
+    kept = {path: when for path, when in before.items() if path.is_file() and f"{TRAINED}/logs" not in str(path)}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert records(folder) == logged
 
@@ -151,12 +152,12 @@ def test_two_processes_go_on_to_the_bit(trainer, lab, tmp_path):
         done = torchrun(*command)
         assert done.returncode == 0, done.stderr[-3000:]
         if name == "cut":
-            for path in [*(tmp_path / "cut/csulora").glob("*-[81]*"), *(tmp_path / "cut/csulora").glob("*=[81]*")]:
+            for path in [*(tmp_path / "cut" / TRAINED).glob("*-[81]*"), *(tmp_path / "cut" / TRAINED).glob("*=[81]*")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             done = torchrun(*command)
             assert done.returncode == 0, done.stderr[-3000:]
-            assert "csulora, from step 4 " in done.stdout
-    assert len(adapters(tmp_path / "whole")) == 12
+            assert f"{TRAINED}, from step 4 " in done.stdout
+    assert len(adapters(tmp_path / "whole")) == 18  # three steps, three corrections, raw and corrected
     assert_as(tmp_path / "cut", tmp_path / "whole")
 
 
