@@ -237,7 +237,7 @@ def test_data_that_has_changed_under_its_name_is_another_run(tmp_path):
     pair = chat_pair(tmp_path)
     recipe = load_recipe("recipes/llama32_1b_sft.yaml", [*pair, f"output={tmp_path / 'out'}"])
     Output(recipe, 1).claim()
-    (tmp_path / "out/csulora/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out/guard/checkpoint-2").mkdir(parents=True)
     assert Output(recipe, 1).continues
     with (tmp_path / "chat.jsonl").open("a") as file:
         file.write("\n")

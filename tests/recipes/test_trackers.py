@@ -1,11 +1,13 @@
 """``training.report_to`` reports loss and drift to real trackers, offline, in both trainers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recipes.run import main
 from tests.helpers.recipes import SMALL
 
 RECIPES = {"huggingface": "recipes/quickstart.yaml", "lightning": "recipes/quickstart_lightning.yaml"}
@@ -18,8 +20,12 @@ def lab(tmp_path_factory) -> list[str]:
     return [*SMALL, f"toy.cache_dir={tmp_path_factory.mktemp('lab')}", every]
 
 
-def run(trainer: str, lab: list[str], output: Path, tracker: str) -> None:
-    assert main([RECIPES[trainer], *lab, f"output={output}", f"training.report_to={tracker}"]) == 0
+def run(trainer: str, lab: list[str], output: Path, tracker: str, **environment: str) -> None:
+    """In a process of its own: trackers keep sessions and experiments for as long as theirs lives."""
+    command = ["-m", "recipes.run", RECIPES[trainer], *lab, f"output={output}", f"training.report_to={tracker}"]
+    there = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *command], env=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -40,16 +46,10 @@ def test_tensorboard(trainer, lab, tmp_path):
 def test_mlflow(trainer, lab, tmp_path, monkeypatch):
     import mlflow
 
-    where, before = (tmp_path / "mlruns").as_uri(), mlflow.get_tracking_uri()
+    where = (tmp_path / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    mlflow.set_tracking_uri(where)
-    try:
-        run(trainer, lab, tmp_path / "out", "mlflow")
-    finally:
-        mlflow.end_run()
-        mlflow.set_tracking_uri(before)
+    run(trainer, lab, tmp_path / "out", "mlflow", MLFLOW_EXPERIMENT_NAME="mine", MLFLOW_TRACKING_URI=where)
     client = mlflow.MlflowClient(where)
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert {one.info.run_name for one in runs} == {"out-mine", "out-every"}
@@ -58,8 +58,6 @@ def test_mlflow(trainer, lab, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", RECIPES)
-def test_wandb_gets_a_run_for_each_training(trainer, lab, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run(trainer, lab, tmp_path / "out", "wandb")
+def test_wandb_gets_a_run_for_each_training(trainer, lab, tmp_path):
+    run(trainer, lab, tmp_path / "out", "wandb", WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
     assert len(list(tmp_path.rglob("offline-run-*/*.wandb"))) == 2
