@@ -163,6 +163,7 @@ def test_every_module_is_imported_by_its_doctests():
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 
 
+@pytest.mark.slow
 def test_only_the_command_line_needs_typer():
     importing = [
         path for path in Path("csulora_callback").rglob("*.py") if "typer" in imported(ast.parse(path.read_text()))

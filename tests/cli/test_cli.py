@@ -45,6 +45,7 @@ def test_a_subspace_is_estimated_written_and_shown(pair, tmp_path):
     assert (status, json.loads(as_json)) == (0, json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_inspected_and_nothing_is_changed(lab):
     before = {path: path.read_bytes() for path in lab.rglob("*") if path.is_file()}
     done = run_process("inspect", lab / "raw", "--subspace", lab / "subspace.safetensors")

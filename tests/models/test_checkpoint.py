@@ -156,6 +156,7 @@ for revision in (None, "other", "nowhere"):
 """
 
 
+@pytest.mark.slow
 def test_hub_ids_come_from_the_cache_with_their_revision_when_offline(storages, tmp_path):
     repo = tmp_path / "models--some-org--some-model"
     for commit, model in (("a" * 40, tiny_llama(0)), ("b" * 40, tiny_llama(9))):

@@ -165,6 +165,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_by_the_key_that_differs(lab, whole, capsys):
     folder = whole("huggingface")
     before = files(folder)

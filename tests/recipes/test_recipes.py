@@ -115,6 +115,7 @@ def test_models_with_code_of_their_own_are_refused(tmp_path, capsys, monkeypatch
     assert f"'model.aligned': {tmp_path / 'aligned'}: transformers does not load it without" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_language_that_is_used_up_says_so():
     with pytest.raises(RecipeError, match="no more new requests"):
         Language(seed=0).draw(40_000, ["copy"])
@@ -143,6 +144,7 @@ def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
     assert set((batch["attention_mask"].sum(1)).tolist()) == {8, 10}
 
 
+@pytest.mark.slow
 def test_only_what_reads_probes_keeps_them(tmp_path, capsys):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
     assert main(["recipes/quickstart.yaml", *overrides]) == 0

@@ -20,6 +20,8 @@ from recipes.training.task import answers, not_refused
 from tests.recipes.test_frontier import read
 from tests.recipes.test_toy_frontier import TINY
 
+pytestmark = pytest.mark.slow
+
 STEPS = [1, 3]
 SETTINGS = [*TINY, "frontier.targets=[1.0]", "effects.target=1.0", "effects.steps=[1,3]"]
 

@@ -25,6 +25,8 @@ from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama
 from tests.recipes.test_frontier import read
 
+pytestmark = pytest.mark.slow
+
 RECIPE = "recipes/smollm2_frontier.yaml"
 NOUNS = small_talk.NOUNS
 PAIRS = small_talk.stories(NOUNS)

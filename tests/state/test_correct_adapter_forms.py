@@ -169,6 +169,7 @@ restore_adapter("some-org/adapter", f"{sys.argv[1]}/raw")
 """
 
 
+@pytest.mark.slow
 def test_hub_ids_come_from_the_cache_with_their_revision_when_offline(pair, subspace, plain, tmp_path):
     subspace.save(tmp_path / "s.safetensors")
     repo = tmp_path / "hub/models--some-org--adapter"

@@ -214,6 +214,7 @@ def test_the_callback_is_lightnings_own_and_copies_and_pickles(pair):
         assert copied.penalty == PENALTY
 
 
+@pytest.mark.slow
 def test_neither_trainer_imports_the_other():
     code = (
         "import sys\nfrom csulora_callback import CSULoRACallback\nCSULoRACallback(base_model='a/b')\n"
