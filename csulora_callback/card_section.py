@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from csulora_callback.method.basis import RELATIVE_RANK
+from csulora_callback.method.penalty import in_words
+
 _UNKNOWN = """\
 ## Safety correction
 
@@ -94,7 +97,7 @@ def is_corrected(record: Mapping | None) -> bool:
 
 def _table(record: Mapping, base_model: str | None) -> str:
     subspace, metrics = record["subspace"], record["metrics"]
-    rows = {"penalty": _penalty(record["penalty"])}
+    rows = {"penalty": _plain(in_words(record["penalty"]))}
     rows |= {f"{side} checkpoint": _checkpoint(subspace[side], side, base_model) for side in _sides(subspace)}
     rows["safety subspace"] = _rank(subspace)
     if "fingerprint" in subspace:
@@ -122,22 +125,13 @@ def _checkpoint(origin: Mapping, side: str, base_model: str | None) -> str:
 
 def _rank(subspace: Mapping) -> str:
     told = []
-    if subspace.get("rank") is not None:
-        told.append(f"rank {subspace['rank']}")
-    elif subspace.get("energy") is not None:
+    if subspace.get("energy") is not None:
         told.append(f"smallest rank that keeps {_percent(subspace['energy'])} of the displacement's energy")
+    elif "rank" in subspace:
+        told.append(f"rank {RELATIVE_RANK if subspace['rank'] is None else subspace['rank']}")
     if "energy_kept" in subspace:
         told.append(f"keeps {_percent(subspace['energy_kept'])} of the displacement's energy")
     return "; ".join(told) or "not known"
-
-
-def _penalty(penalty: Mapping) -> str:
-    parameters = ", ".join(f"{name} {_number(value)}" for name, value in penalty.items() if name != "name")
-    return f"{_plain(penalty['name'])} ({parameters})" if parameters else _plain(penalty["name"])
-
-
-def _number(value: object) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else _plain(value)
 
 
 def _percent(share: float) -> str:

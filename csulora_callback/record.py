@@ -69,7 +69,13 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number.
+
+    Example:
+        >>> is_number(0), is_number(True), is_number(float("nan"))
+        (True, False, False)
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -78,7 +84,7 @@ def _is_section(value: object) -> bool:
 
 
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
 def _are_digests(value: object) -> bool:
@@ -89,7 +95,7 @@ def _are_modules(value: object) -> bool:
     return (
         isinstance(value, dict)
         and len(value) > 0
-        and all(isinstance(module, dict) and _is_number(module.get("scaling")) for module in value.values())
+        and all(isinstance(module, dict) and is_number(module.get("scaling")) for module in value.values())
     )
 
 

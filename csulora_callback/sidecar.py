@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,6 +129,18 @@ class Sidecar:
             )
         raw = from_peft_state_dict(read_adapter(place / RAW), names, str(place / RAW / WEIGHTS))
         return cls(raw, record, _read_texts(place / TEXTS), corrected)
+
+
+def places_below(root: str | os.PathLike) -> Iterator[Path]:
+    """The folders at and below ``root`` that hold a ``csulora/``, in no order.
+
+    What vanishes meanwhile is passed over: a run may be writing there, or renaming what it wrote.
+
+    Example:
+        >>> list(places_below("no such folder"))
+        []
+    """
+    return (Path(folder) for folder, inside, _ in os.walk(root) if FOLDER in inside)
 
 
 def discard(folder: str | os.PathLike) -> None:

@@ -33,7 +33,7 @@ from recipes.schema import Recipe, RecipeError
 from recipes.training import drift_picture, report, trackers
 from recipes.training.preview import preview
 from recipes.training.runs import Corrected, correct_all, load_trainer
-from recipes.training.task import Task, build_task
+from recipes.training.task import Task, build_task, device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,15 +106,15 @@ def run(recipe: Recipe) -> list[report.Row]:
 
 def judge(task: Task, recipe: Recipe, done: dict[str, Corrected]) -> list[report.Row]:
     """The rows of the corrections, and before them those of what they are compared with."""
-    device, batches = _device(), next(iter(done.values())).held_out
-    rows = [report.Row("aligned", None, task.judge(task.aligned_model().to(device), batches))]
+    where, batches = device(), next(iter(done.values())).held_out
+    rows = [report.Row("aligned", None, task.judge(task.aligned_model().to(where), batches))]
     # Where the live weights are corrected as well, what lies beside a checkpoint is no plain LoRA fine-tune.
     plain = [name for name, correction in recipe.corrections.items() if correction.every_n_steps is None]
     if plain:
-        raw = load_checkpoint(task, done[plain[0]].last, raw=True).to(device)
+        raw = load_checkpoint(task, done[plain[0]].last, raw=True).to(where)
         rows.append(report.Row("raw", None, task.judge(raw, batches)))
     for name, correction in recipe.corrections.items():
-        saved = task.judge(load_checkpoint(task, done[name].last).to(device), batches)
+        saved = task.judge(load_checkpoint(task, done[name].last).to(where), batches)
         rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
     return rows
 
@@ -157,16 +157,12 @@ def run_calibrate(recipe: Recipe) -> Calibration:
     _disable_other_bars()
     task = build_task(recipe)
     bench = make_bench(recipe, task)
-    return calibrate.run(recipe, task, bench, load_checkpoint(task, checkpoint, raw=True).to(_device()))
+    return calibrate.run(recipe, task, bench, load_checkpoint(task, checkpoint, raw=True).to(device()))
 
 
 def _check_alone(what: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError(f"{what} runs on one process; start it with python -m recipes.run")
-
-
-def _device() -> torch.device | str:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
 
 
 def _quiet() -> None:

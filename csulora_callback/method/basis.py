@@ -16,7 +16,9 @@ from csulora_callback.method.singular import leading_singular_triplets
 _TOLERANCE = 1e-3
 
 # The relative rank: on a toy model 4 of 128 did better than 16; on a small real one 16 of 576 is all that was tried.
-_SIDES_PER_RANK, _LEAST_RANK = 32, 4
+_SIDES_PER_RANK, LEAST_RANK = 32, 4
+RELATIVE_RANK = "a thirty-second of each module's smaller side"
+"""In words."""
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -161,7 +163,7 @@ def rank_of(shape: Sequence[int], rank: int | None = None) -> int:
         64
     """
     smaller = min(shape)
-    return min(max(_LEAST_RANK, smaller // _SIDES_PER_RANK) if rank is None else rank, smaller)
+    return min(max(LEAST_RANK, smaller // _SIDES_PER_RANK) if rank is None else rank, smaller)
 
 
 def check_rank_rule(rank: int | None, energy: float | None) -> None:

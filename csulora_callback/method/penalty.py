@@ -32,8 +32,7 @@ class Penalty:
     on_probes: float | None = field(default=None, repr=False)  # λ of a data-aware penalty, which is not in the table
 
     def __str__(self) -> str:
-        parameters = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
-        return f"{self.name} ({parameters})" if parameters else self.name
+        return in_words({"name": self.name, **self.parameters})
 
     @classmethod
     def csulora(cls, strength: float = 10.0) -> Penalty:
@@ -136,3 +135,15 @@ def _nothing(relative_energy: Mapping[str, float], strength: float) -> dict[str,
 
 def _constant(relative_energy: Mapping[str, float], **multipliers: float) -> dict[str, float]:
     return dict(multipliers)
+
+
+def in_words(penalty: Mapping[str, object]) -> str:
+    """A penalty's name and parameters, also of one that was written as JSON.
+
+    Example:
+        >>> in_words({"name": "guard", "strength": 10.0}), in_words({"name": "projection"}), str(Penalty.guard(3.0))
+        ('guard (strength 10)', 'projection', 'guard (strength 3)')
+    """
+    said = {name: f"{value:g}" if isinstance(value, int | float) else str(value) for name, value in penalty.items()}
+    name = said.pop("name")
+    return f"{name} ({', '.join(map(' '.join, said.items()))})" if said else name

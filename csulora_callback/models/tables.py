@@ -25,9 +25,7 @@ def reader_options(file: Path) -> dict[str, object]:
     """
     from datasets import Features, Value
 
-    if (
-        file.suffix == ".txt"
-    ):  # the readers of tables skip a byte-order mark; here it would be a part of the first line
+    if file.suffix == ".txt":  # readers of tables skip a byte-order mark; here it would be a part of the first line
         return {"encoding": "utf-8-sig"}
     if file.suffix in _JSON:  # otherwise all has to look as the first ten megabytes do
         return {"chunksize": max(file.stat().st_size, 1)}
@@ -52,16 +50,18 @@ def check_encoding(file: Path, source: str) -> None:
     """
     if file.suffix in _BINARY:
         return
+    number = 0
     try:
-        content = file.read_bytes()
-        content.decode("utf-8")
+        with file.open("rb") as lines:
+            for line in lines:
+                number += 1
+                line.decode("utf-8")
     except OSError as error:
         raise ValueError(f"{source}: expected a text file in UTF-8, but it cannot be read as one ({error})") from error
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{source}: expected a text file in UTF-8, but it cannot be read as one (line {line}: byte "
-            f"{content[error.start]:#04x}, {error.reason})"
+            f"{source}: expected a text file in UTF-8, but it cannot be read as one (line {number}: byte "
+            f"{error.object[error.start]:#04x}, {error.reason})"
         ) from error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Console
 
+from csulora_callback.method.basis import RELATIVE_RANK
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.reporting.inspection import short_kinds
 from csulora_callback.reporting.terminal import facts, make_table, percent, print_section, span
@@ -67,4 +68,4 @@ def rank_rule(rule: Mapping) -> str:
     """
     if rule["energy"] is not None:
         return f"{percent(rule['energy'])} % of the energy"
-    return "a thirty-second of each module's smaller side" if rule["rank"] is None else str(rule["rank"])
+    return RELATIVE_RANK if rule["rank"] is None else str(rule["rank"])

@@ -129,8 +129,8 @@ class HuggingFaceRun:
                 self.recorder.resume(saved.texts)
             elif self.recorder is not None:
                 logger.warning(
-                    "The checkpoint has no %s/%s, as those from the Hub have none: the data-aware correction begins a "
-                    "new sample of the training data. Training itself goes on as it was.",
+                    "The checkpoint has no %s/%s, as those from the Hub have none: what it is measured and corrected "
+                    "by begins a new sample of the training data. Training itself goes on as it was.",
                     sidecar.FOLDER,
                     sidecar.TEXTS,
                 )

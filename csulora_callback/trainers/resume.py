@@ -38,9 +38,7 @@ def raw_of_resumed(
     if resume_from is not None:
         place, folders = Path(resume_from), [Path(resume_from)]
     else:
-        # os.walk passes over folders that vanish while it looks: another run may be writing beside this one.
-        beside = (Path(folder) for folder, inside, _ in os.walk(output) if sidecar.FOLDER in inside)
-        place, folders = output, chain([own], beside)
+        place, folders = output, chain([own], sidecar.places_below(output))
     try:
         found = find_sidecar(live, folders)
     except NotPublishedError as error:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from csulora_callback import Penalty, wilson_interval
+from csulora_callback.method.basis import LEAST_RANK
 from recipes.labs.chat import Answer
 from recipes.schema import Calibrate, make_penalty
 
 ALIGNED, RAW = "aligned model", "raw LoRA"  # what a correction lies between
 
 _SHARES = (64, 32, 16)  # of a module's smaller side; a thirty-second is what the callback takes by itself
-_LEAST_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def exactly(number: float) -> str:
 def ranks_for(smaller_sides: Iterable[int]) -> list[int]:
     """Ranks to try on modules whose smaller sides are given: shares of the largest, and four at least."""
     side = max(smaller_sides)
-    return sorted({max(_LEAST_RANK, side // share) for share in _SHARES})
+    return sorted({max(LEAST_RANK, side // share) for share in _SHARES})
 
 
 def candidates(settings: Calibrate, ranks: Sequence[int]) -> list[Candidate]:

@@ -9,7 +9,6 @@ import argparse
 import sys
 import warnings
 
-import torch
 import transformers
 from peft import PeftModel
 from rich.console import Console
@@ -18,7 +17,7 @@ from csulora_callback.adapter_source import find_adapter_folder
 from csulora_callback.reporting.terminal import make_console, make_table, print_section
 from recipes.files.recipe import load_recipe
 from recipes.schema import Recipe, RecipeError
-from recipes.training.task import Score, Task, batches, build_task
+from recipes.training.task import Score, Task, batches, build_task, device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,10 +41,10 @@ def compare(recipe: Recipe, adapters: list[str]) -> dict[str, Score]:
     """How each of them does, after the model that they sit on."""
     task = build_task(recipe)
     held_out = batches(task, recipe, task.held_out)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    scores = {"(aligned model)": task.judge(task.aligned_model().to(device), held_out)}
+    where = device()
+    scores = {"(aligned model)": task.judge(task.aligned_model().to(where), held_out)}
     for adapter in adapters:
-        scores[adapter] = task.judge(_with_adapter(task, adapter).to(device), held_out)
+        scores[adapter] = task.judge(_with_adapter(task, adapter).to(where), held_out)
     return scores
 
 

@@ -100,6 +100,11 @@ def with_fresh_lora(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         raise RecipeError(f"'lora.target_modules': {' '.join(str(error).split())}") from error
 
 
+def device() -> torch.device | str:
+    """What models are judged on."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+
+
 def build_task(recipe: Recipe) -> Task:
     """The toy lab's task, or the one that ``model`` and ``data`` name."""
     return _toy_task(recipe) if recipe.model.base is None else _chat_task(recipe)

@@ -176,6 +176,16 @@ def test_the_section_says_what_the_record_says():
     assert "`LlamaForCausalLM in memory`" in section_of(RECORD)
 
 
+def test_the_section_says_which_rank_was_asked_for():
+    for rank, energy, said in (
+        (None, None, "rank a thirty-second of each module's smaller side; keeps 50.0%"),
+        (64, None, "rank 64; keeps 50.0%"),
+        (None, 0.9, "smallest rank that keeps 90.0% of the displacement's energy; keeps 50.0%"),
+    ):
+        record = {**RECORD, "subspace": {**RECORD["subspace"], "rank": rank, "energy": energy}}
+        assert f"| safety subspace | {said}" in section_of(record)
+
+
 def test_an_adapter_that_could_not_be_corrected_says_so_and_has_no_tag(tmp_path):
     record = {**RECORD, "status": "not corrected: the factors hold NaN or Inf", "metrics": {}}
     model_card.renew(tmp_path, record, tmp_path)

@@ -199,6 +199,15 @@ def test_a_run_without_the_callback_into_the_same_folder_is_resumed_as_one(pair,
     assert losses(trainer) == losses(twin)
 
 
+def test_folders_that_vanish_while_sidecars_are_looked_for_are_passed_over(tmp_path):
+    for name in ("a", "b/below", "c"):
+        (tmp_path / name / "csulora").mkdir(parents=True)
+    found = sidecar.places_below(tmp_path)
+    first = next(found)  # it has seen that there is a folder b
+    shutil.rmtree(tmp_path / "b")
+    assert {first, *found} >= {tmp_path / "a", tmp_path / "c"}
+
+
 def test_damaged_records_of_other_runs_do_not_stop_a_resume(pair, subspace, tmp_path, caplog):
     make_trainer(fresh_model(pair), tmp_path / "run", [callback(pair)]).train()
     shutil.move(tmp_path / "run/checkpoint-4", tmp_path / "run/last-checkpoint")  # as fetched from the Hub

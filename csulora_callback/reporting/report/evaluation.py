@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csulora_callback.judging.intervals import wilson_interval
-from csulora_callback.reporting.report.logs import is_number
+from csulora_callback.record import is_number
 from csulora_callback.reporting.report.words import percents
 
 _NAMES = {"aligned": "aligned model", "raw": "raw adapter"}

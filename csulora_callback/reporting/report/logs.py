@@ -56,16 +56,6 @@ def read_results(path: Path) -> list[dict]:
     return rows if fits else []
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a finite number.
-
-    Example:
-        >>> is_number(0), is_number(True), is_number(float("nan"))
-        (True, False, False)
-    """
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _has_step(log: dict) -> bool:
     return isinstance(log.get("step"), int)
 

@@ -8,12 +8,12 @@ from functools import cached_property
 from statistics import median
 
 from csulora_callback.inspection import Inspection, recorded_inspections
-from csulora_callback.method.penalty import BLOCKS
+from csulora_callback.method.penalty import BLOCKS, in_words
 from csulora_callback.reporting.inspection import BLOCK_NAMES, WORST
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.report.evaluation import Judged
 from csulora_callback.reporting.report.runs import Run
-from csulora_callback.reporting.report.words import penalty_name, ratio
+from csulora_callback.reporting.report.words import ratio
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Part:
     @property
     def penalty(self) -> str:
         """Its name and strength."""
-        return penalty_name(self.record["penalty"])
+        return in_words(self.record["penalty"])
 
     @property
     def does(self) -> str:

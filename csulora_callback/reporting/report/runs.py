@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from csulora_callback.adapter_source import find_adapter_folder, sidecar_place
 from csulora_callback.models.peft_folder import adapter_folder
 from csulora_callback.reporting.report.logs import read_json, read_metrics, read_results, read_trainer_state
-from csulora_callback.sidecar import FOLDER, RAW, RECORD, read_own_record, read_record
+from csulora_callback.sidecar import FOLDER, RAW, RECORD, places_below, read_own_record, read_record
 
 _RECIPE = "recipe.yaml"
 _STEP = re.compile(r"^checkpoint-(\d+)$|(?:^|-)step=(\d+)")  # the Trainer's name, and Lightning's
@@ -93,10 +93,11 @@ def find_material(run: str | os.PathLike) -> Material:
 def _checkpoints(root: Path) -> dict[Path, dict[int | None, Path]]:
     """By the folder of a run its checkpoints by their step; what was saved after training has none."""
     found: dict[Path, dict[int | None, Path]] = {}
-    for record in sorted(root.glob(f"**/{FOLDER}/{RECORD}")):
-        folder = record.parent.parent
+    for folder in sorted(places_below(root)):
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
             continue  # another process is writing it
+        if not (folder / FOLDER / RECORD).is_file():
+            continue
         step = _STEP.search(folder.name)
         if folder == root or step is None:
             found.setdefault(folder, {})[None] = folder

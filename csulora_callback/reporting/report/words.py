@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from csulora_callback.reporting.terminal import percent, signed
 
 _SPACE = "\N{NO-BREAK SPACE}"  # no line break parts a number from its sign
@@ -40,18 +38,6 @@ def ratio(part: float, whole: float) -> float:
         (0.25, 0.0)
     """
     return part / whole if whole else 0.0
-
-
-def penalty_name(penalty: Mapping[str, object]) -> str:
-    """As in :class:`~csulora_callback.Penalty`.
-
-    Example:
-        >>> penalty_name({"name": "guard", "strength": 10.0}), penalty_name({"name": "projection"})
-        ('guard (strength 10)', 'projection')
-    """
-    name, *parameters = penalty.items()
-    values = ", ".join(f"{key} {plain(value)}" for key, value in parameters)
-    return f"{name[1]} ({values})" if values else str(name[1])
 
 
 def plain(value: object) -> str:
