@@ -6,15 +6,15 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants
-from transformers import TrainerCallback
+from huggingface_hub import HfApi, constants
 from transformers.utils import hub as transformers_hub
 
 
@@ -129,6 +129,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+_run_as_future = HfApi.run_as_future
+
+
+def _run_and_wait(api: HfApi, function: Callable, *args, **kwargs) -> Future:
+    """In the background, but done before its caller goes on.
+
+    The Trainer drops a push while another runs, and it and TRL write over files, their card among them, which one that
+    still runs then reads half written. Here each upload is to be seen, as it was asked for.
+    """
+    future = _run_as_future(api, function, *args, **kwargs)
+    wait([future])
+    return future
+
+
 @contextmanager
 def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     """A fake Hub that huggingface_hub of this process talks to."""
@@ -144,6 +158,7 @@ def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHu
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made anew, with this endpoint
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(HfApi, "run_as_future", _run_and_wait)
     huggingface_hub.close_session()
     yield server
     huggingface_hub.close_session()
@@ -151,12 +166,3 @@ def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHu
     thread.join()
     server.server_close()
     assert server.unanswered == []
-
-
-class WaitForUploads(TrainerCallback):
-    """The Trainer drops a push while another runs; here each step's is to be seen."""
-
-    def on_save(self, args, state, control, **kwargs):
-        if getattr(self.trainer, "push_in_progress", None) is not None:
-            for upload in self.trainer.push_in_progress.jobs:
-                upload.result()

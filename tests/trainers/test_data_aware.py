@@ -123,7 +123,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_the_training_data_are_never_uploaded(hub, pair, tmp_path, caplog):
-    settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": "checkpoint", "hub_always_push": True}
+    settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": "checkpoint"}
     trainer = train(pair, tmp_path / "model", [callback(pair, push_raw=True)], **settings)
     trainer.push_to_hub()
     folder = tmp_path / "model/checkpoint-8"

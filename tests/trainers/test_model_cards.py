@@ -142,7 +142,7 @@ def test_lightnings_adapter_has_a_section(pair, tmp_path):
 @pytest.mark.parametrize("strategy", ["every_save", "end"])
 def test_trl_pushes_its_own_card_with_the_section(hub, pair, tmp_path, strategy):
     in_trl.words().save_pretrained(pair[1])
-    settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": strategy, "hub_always_push": True}
+    settings = {"push_to_hub": True, "hub_token": "hf_fake", "hub_strategy": strategy}
     trainer = in_trl.make_trainer(pair, tmp_path / "model", [callback(pair)], max_steps=4, **settings)
     trainer.train()
     trainer.push_to_hub()

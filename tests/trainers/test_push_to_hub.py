@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter, restore_adapter
 from csulora_callback.sidecar import NotPublishedError
-from tests.helpers.hub import WaitForUploads
 from tests.helpers.lab import PENALTY, RANK, assert_same, corrected_by_hand, live, make_trainer, raw, with_lora
 
 ADAPTER = "adapter_model.safetensors"
@@ -21,15 +20,13 @@ BESIDE = {RECORD, RAW, "csulora/raw/adapter_config.json"}
 
 
 def train(pair, output: Path, resume: Path | None = None, with_callback: bool = True, push_raw=False, **arguments):
-    wait = WaitForUploads()
     settings = {"rank": RANK, "penalty": PENALTY, "cache_dir": pair[0].parent / "cache", "resume_from": resume}
     ours = CSULoRACallback(base_model=pair[0], push_raw=push_raw, **settings)
     model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), lora_dropout=0.1)
-    wait.trainer = make_trainer(
-        model, output, [wait, ours] if with_callback else [wait], **{"max_steps": 5, "save_steps": 2, **arguments}
-    )
-    wait.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return wait.trainer
+    callbacks = [ours] if with_callback else []
+    trainer = make_trainer(model, output, callbacks, **{"max_steps": 5, "save_steps": 2, **arguments})
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
 
 
 def pushing(pair, output: Path, hub_strategy: str, **arguments):
