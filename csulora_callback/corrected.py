@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -62,6 +62,7 @@ def record_of(
     scalings: dict[str, float],
     measured: Callable[[], dict[str, dict]],
     about: dict,
+    notes: Mapping[str, object],
 ) -> dict:
     """What ``correction.json`` says of a correction; there are none of its modules where none could be made.
 
@@ -73,6 +74,7 @@ def record_of(
         scalings: PEFT's, by module.
         measured: gives what else is recorded of each corrected module.
         about: status, and names of adapter, penalty and subspace.
+        notes: further sections.
     """
     more = measured() if corrections else {}
     summaries = {name: {**_summary(correction), **more[name]} for name, correction in corrections.items()}
@@ -84,6 +86,7 @@ def record_of(
         "metrics": metrics,
         "modules": {name: {"scaling": scalings[name], **summaries.get(name, {})} for name in raw},
         "versions": _VERSIONS,
+        **notes,
     }
 
 

@@ -35,6 +35,7 @@ class Correcting:
         subspace: must hold a basis, of the right shape, for every layer.
         penalty: the table of multipliers.
         rank: see :func:`~csulora_callback.correct`.
+        notes: further sections of records, as they are when a record is asked for.
 
     Raises:
         ValueError: if a layer has no basis in ``subspace`` or one of another shape; the module is named.
@@ -58,8 +59,10 @@ class Correcting:
         subspace: SafetySubspace,
         penalty: Penalty,
         rank: Rank = "truncate",
+        notes: Mapping[str, object] | None = None,
     ) -> None:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
+        self._notes = {} if notes is None else notes
         self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
 
     def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
@@ -127,7 +130,7 @@ class Correcting:
                 **self.subspace.metadata,
             },
         }
-        return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about)
+        return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about, self._notes)
 
     def _measured(self, states: Mapping[str, Factors], scalings: Mapping[str, float]) -> dict[str, dict]:
         """Of each module what its subspace is, and where the update lies relative to it before and after."""

@@ -67,7 +67,8 @@ class SafetyCorrector:
         self.penalty = penalty
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
-        self._correcting = Correcting(self.adapter.name, self.adapter.layers, subspace, penalty)
+        self.notes: dict[str, object] = {}  # what else records say, from now on
+        self._correcting = Correcting(self.adapter.name, self.adapter.layers, subspace, penalty, notes=self.notes)
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._swaps = Swaps(self.adapter)
