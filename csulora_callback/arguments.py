@@ -3,12 +3,88 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
+
+
+def choose_penalty(
+    penalty: Penalty | Family | None, strength: float | None, target: float | None, has_probes: bool
+) -> tuple[Penalty | Family, float | None]:
+    """The penalty of these arguments, and ``None``; or a preset without its strength, and the target it is to meet.
+
+    Raises:
+        ValueError: if one is of the wrong kind, they say different things, or something takes probes and has none.
+
+    Example:
+        >>> choose_penalty(None, None, None, has_probes=False)
+        (Penalty(name='csulora', parameters={'strength': 10.0}), None)
+        >>> choose_penalty(Penalty.guard, None, 0.95, has_probes=True) == (Penalty.guard, 0.95)
+        True
+    """
+    if penalty is not None:
+        check_preset(penalty)
+    check_share(target)
+    if penalty is not None and strength is not None:
+        if isinstance(penalty, Penalty):
+            raise ValueError(
+                f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
+                "Pass one of them, such as penalty=Penalty.guard(3.0)."
+            )
+        raise ValueError(
+            f"`strength`: expected it in the penalty, Penalty.{penalty.__name__}({strength!r}), but got it beside "
+            f"Penalty.{penalty.__name__}, which is for a target."
+        )
+    check_without_strength(target, penalty if isinstance(penalty, Penalty) else strength)
+    if not has_probes:
+        _demand_none(penalty, target)
+        default = Penalty.csulora() if strength is None else Penalty.csulora(strength)
+        return penalty or default, None
+    if isinstance(penalty, Penalty):
+        return penalty, None
+    if strength is not None:
+        return Penalty.data_aware(strength), None
+    return penalty or Penalty.data_aware, TARGET if target is None else float(target)
+
+
+def _demand_none(penalty: Penalty | Family | None, target: float | None) -> None:
+    """Refuse what takes probes, where there are none."""
+    if target is not None or not (penalty is None or isinstance(penalty, Penalty)):
+        raise ValueError(
+            "`probes`: expected prompts that are to be refused, as the strength is looked for by how many still are, "
+            "but got none. Pass probes='builtin', probes='prompts.jsonl', or a list."
+        )
+    if penalty is not None and penalty.on_probes is not None:
+        raise ValueError(
+            "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
+            "Pass probes='builtin', probes='prompts.jsonl', or a list."
+        )
 
 
 def check_source(name: str, source: object, kind: type) -> None:
     """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None."""
     fits = source is None or isinstance(source, kind) or is_path(source)
     check(name, fits, f"a path, a Hub id or a {kind.__name__}", source)
+
+
+def check_steps(numbers: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` unless each is a whole number from 1 on, or None."""
+    for name, steps in numbers.items():
+        whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
+
+
+def check_flags(flags: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` unless each is True or False."""
+    for name, flag in flags.items():
+        check(name, isinstance(flag, bool), "True or False", flag)
+
+
+def check_folders(folders: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` unless each is a path, or None."""
+    for name, path in folders.items():
+        check(name, path is None or is_path(path), "the path of a folder or None", path)
 
 
 def is_path(value: object) -> bool:

@@ -14,6 +14,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from csulora_callback.correcting import STRENGTH
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Activations
 from csulora_callback.models.adapters import Adapter
@@ -119,6 +120,7 @@ class Behaviour:
                                          data, from the first token on that the training loss counts; with
                                          ``_corrected``, of what would be saved
     ``csulora/task_kl``                  mean divergence ``KL(raw ‖ corrected)`` per token there
+    ``csulora/strength``                 of the penalty, where it was looked for
     ===================================  =======================================================================
 
     Those of the task are left out where no row of training data has been seen.
@@ -150,7 +152,7 @@ class Behaviour:
     def _measure(self, corrector: SafetyCorrector) -> dict[str, float]:
         with corrector.lifted():
             raw = self.refusals.read()
-        with corrector.corrected():
+        with corrector.corrected() as adapter:
             corrected = self.refusals.read()
         processes = self.refusals.processes
         return {
@@ -159,6 +161,7 @@ class Behaviour:
             "csulora/refusal_logprob": raw.logprob,
             "csulora/refusal_logprob_corrected": corrected.logprob,
             **processes.from_first(processes.together(lambda: _task(corrector))),
+            **{key: value for key, value in adapter.metrics.items() if key == STRENGTH},
         }
 
 

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from contextlib import AbstractContextManager
-from functools import cache
 from pathlib import Path
 
 from torch import nn
 
-from csulora_callback.arguments import check, check_source, is_path
+from csulora_callback.arguments import check_flags, check_folders, check_source, check_steps, choose_penalty
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.checked_probes import CheckedProbes, check_probes
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
+from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
+from csulora_callback.presets import Family
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_file import check_metadata
+from csulora_callback.target import Target, divide
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
+from csulora_callback.trainers.mixing import also_lightnings, bare, importable
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 logger = logging.getLogger(__name__)
-
-_LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # one project, two import names
 
 
 class CSULoRACallback(HuggingFaceEvents, LightningEvents):
@@ -58,8 +58,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         rank: \\( k \\), the number of singular vectors on each side. By default a thirty-second of each module's
             smaller side (64 at 2048), at least 4.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
-        penalty: the table of \\( λ_b \\). By default ``Penalty.csulora(strength)``.
-        strength: of the default penalty, 10 by default; ``0`` corrects nothing. A ``penalty`` has its own.
+        penalty: the table of \\( λ_b \\), or, for a ``target``, a preset without its strength: ``Penalty.guard``. By
+            default the data-aware preset where there are ``probes``, and otherwise the paper's, ``Penalty.csulora``.
+        strength: of the default penalty; ``0`` corrects nothing. By default 10 without ``probes``, and with them what
+            ``target`` finds. A ``penalty`` may have its own.
+        target: the share of the refusals of ``probes`` that what is saved has to keep (``csulora/refusal_kept``), 0.9
+            by default where nothing gives a strength. At every save and evaluation the smallest strength that keeps
+            it is looked for, in at most eight passes over prompts that the correction does not read: a data-aware one
+            reads half of ``probes``. It is logged as ``csulora/strength``. Where none keeps it, the largest is taken,
+            and a warning says so.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
         evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.
@@ -104,8 +111,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         subspace: SafetySubspace | str | os.PathLike | None = None,
         rank: int | None = None,
         energy: float | None = None,
-        penalty: Penalty | None = None,
+        penalty: Penalty | Family | None = None,
         strength: float | None = None,
+        target: float | None = None,
         every_n_steps: int | None = None,
         evaluate_corrected: bool = True,
         log_every_n_steps: int | None = None,
@@ -121,7 +129,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._recorder: ActivationRecorder | None = None
         self._behaviour: Behaviour | None = None
         self._fit: LightningRun | None = None
-        self.__class__ = _also_lightnings(type(self))
+        self.__class__ = also_lightnings(type(self))
         if (base_model is None) == (subspace is None):
             raise ValueError(
                 "`base_model`: expected the unaligned base checkpoint, or a `subspace` instead, but got "
@@ -134,31 +142,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if isinstance(subspace, SafetySubspace):
             check_metadata(subspace.metadata)
         check_rank_rule(rank, energy)
-        if penalty is not None and not isinstance(penalty, Penalty):
-            raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
-        if penalty is not None and strength is not None:
-            raise ValueError(
-                f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
-                "Pass one of them, such as penalty=Penalty.guard(3.0)."
-            )
-        numbers = {
+        self.penalty, self.target = choose_penalty(penalty, strength, target, probes is not None)
+        steps = {
             "every_n_steps": every_n_steps,
             "log_every_n_steps": log_every_n_steps,
             "probe_every_n_steps": probe_every_n_steps,
         }
-        for name, steps in numbers.items():
-            whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-            check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
-        flags = {"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw}
-        for name, flag in flags.items():
-            check(name, isinstance(flag, bool), "True or False", flag)
-        for name, path in (("cache_dir", cache_dir), ("resume_from", resume_from)):
-            check(name, path is None or is_path(path), "the path of a folder or None", path)
-        if probes is None and penalty is not None and penalty.on_probes is not None:
-            raise ValueError(
-                "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
-                "Pass probes='builtin', probes='prompts.jsonl', or a list."
-            )
+        check_steps(steps)
+        check_flags({"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw})
+        check_folders({"cache_dir": cache_dir, "resume_from": resume_from})
         if probes is None and probe_every_n_steps is not None:
             raise ValueError(
                 f"`probe_every_n_steps`: expected None without `probes`, but got {probe_every_n_steps}. Pass "
@@ -169,9 +161,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.subspace = subspace
         self.rank = rank
         self.energy = energy
-        if penalty is None:
-            penalty = Penalty.csulora() if strength is None else Penalty.csulora(strength)
-        self.penalty = penalty
         self.every_n_steps = every_n_steps
         self.evaluate_corrected = evaluate_corrected
         self.log_every_n_steps = log_every_n_steps
@@ -185,9 +174,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.probe_every_n_steps = probe_every_n_steps
 
     def __reduce__(self) -> tuple:
-        # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
-        plain = next(kind for kind in type(self).__mro__ if kind.__dict__.get("_made_from") is None)
-        return _bare, (plain,), {**self.__dict__, "_run": None, "_fit": None}  # a copy is at work in no Trainer
+        return bare, (importable(type(self)),), {**self.__dict__, "_run": None, "_fit": None}  # at work in no Trainer
 
     def corrected(self) -> AbstractContextManager[CorrectedAdapter]:
         """What ships is live in the model inside: ``with callback.corrected(): ...``, while training or after it.
@@ -221,14 +208,15 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         subspace = self._subspace_for(adapter, aligned, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
-        probes = self._watch(adapter, processes, verbose)
+        penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
+        probes = self._watch(adapter, penalty, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
-        corrector = SafetyCorrector(model, subspace, self.penalty, activations)
+        corrector = SafetyCorrector(model, subspace, penalty, activations)
         if self.subspace is not None:
             check_origin(subspace, aligned, processes)
         still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
-            print_start(corrector, seconds=time.perf_counter() - started, probes=probes)
+            print_start(corrector, time.perf_counter() - started, probes, self.target)
             if still:
                 logger.warning(
                     "%d of %d adapted modules did not change between base and aligned model, so their whole update "
@@ -245,14 +233,18 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self._recorder is not None:
             self._recorder.renew(self._corrector, if_doubled)
 
-    def _watch(self, adapter: Adapter, processes: Processes, verbose: bool) -> CheckedProbes | None:
+    def _watch(self, adapter: Adapter, penalty: Penalty, processes: Processes, verbose: bool) -> CheckedProbes | None:
         self._recorder = self._behaviour = None
         if self.probes is None:
             return None
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
-        reads = self.penalty.on_probes is not None
-        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads)
-        self._behaviour = Behaviour(Refusals(adapter, probes.prompts, probes.beginnings, processes))
+        reads = penalty.on_probes is not None
+        read, measured = (probes, probes) if self.target is None else divide(probes, reads)
+        refusals = Refusals(adapter, measured.prompts, measured.beginnings, processes)
+        target = None if self.target is None else Target(self.target, self.penalty, refusals)
+        held_back = () if measured is read else measured.prompts
+        self._recorder = ActivationRecorder(adapter, read.prompts, processes, reads, held_back, target)
+        self._behaviour = Behaviour(refusals)
         return probes
 
     def _subspace_for(
@@ -272,26 +264,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             cache_dir=self.cache_dir,
             processes=processes,
         )
-
-
-def _also_lightnings(kind: type[CSULoRACallback]) -> type[CSULoRACallback]:
-    """``kind``, or where Lightning is in use a subclass that is one of its callbacks too.
-
-    Lightning asks its callbacks for some forty hooks. Inheriting them here, and not in the class statement, spares
-    everyone else the import.
-    """
-    bases = tuple(sys.modules[package].Callback for package in _LIGHTNING if package in sys.modules)
-    return _mixed(kind, bases) if bases and not issubclass(kind, bases) else kind
-
-
-def _bare(kind: type[CSULoRACallback]) -> CSULoRACallback:
-    """An instance that a pickle then fills."""
-    return object.__new__(_also_lightnings(kind))
-
-
-@cache
-def _mixed(kind: type[CSULoRACallback], bases: tuple[type, ...]) -> type[CSULoRACallback]:
-    return type(kind.__name__, (kind, *bases), {"_made_from": kind, "__doc__": kind.__doc__})
 
 
 def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,17 +57,19 @@ def check_probes(
     cache_dir: Path | None = None,
     processes: Processes | None = None,
     progress: bool = False,
+    checkpoint: str | os.PathLike | None = None,
 ) -> CheckedProbes:
     """Have the aligned model, which is the one under the adapter, answer the probes, and leave out what it answers.
 
-    Texts are asked through the tokenizer of the checkpoint under the adapter, and the answers judged by
-    :class:`~csulora_callback.RefusalPhrases`. Token ids are taken at their word: that is the way for models which
-    refuse in another language. Collective where there are several processes; the first one's answers and cache count.
+    Texts are asked through the tokenizer of ``checkpoint``, by default the one under the adapter, and the answers
+    judged by :class:`~csulora_callback.RefusalPhrases`. Token ids are taken at their word: that is the way for models
+    which refuse in another language. Collective where there are several processes; the first one's answers and cache
+    count.
 
     Raises:
         ValueError: if probes cannot be asked, the model has an encoder, or too few are refused.
     """
-    processes, checkpoint = processes or Processes(), adapter.config.base_model_name_or_path
+    processes, checkpoint = processes or Processes(), checkpoint or adapter.config.base_model_name_or_path
     pairs = processes.together(lambda: ask(probes, checkpoint))
     prompts = [ids for _, ids in pairs]
     check_ids(prompts, vocabulary_of(adapter))

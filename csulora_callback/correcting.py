@@ -24,6 +24,8 @@ from csulora_callback.models.saved_adapter import SavedLayer
 from csulora_callback.subspace import SafetySubspace, oriented_basis
 
 Rank = Literal["truncate", "expand"]
+STRENGTH = "csulora/strength"
+"""The metric that says which strength was found, where one was looked for."""
 
 
 class Correcting:
@@ -35,6 +37,7 @@ class Correcting:
         subspace: must hold a basis, of the right shape, for every layer.
         penalty: the table of multipliers.
         rank: see :func:`~csulora_callback.correct`.
+        chosen: how the penalty's strength was found, if it was looked for; a section of records.
         notes: further sections of records, as they are when a record is asked for.
 
     Raises:
@@ -59,10 +62,11 @@ class Correcting:
         subspace: SafetySubspace,
         penalty: Penalty,
         rank: Rank = "truncate",
+        chosen: Mapping[str, float] | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> None:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
-        self._notes = {} if notes is None else notes
+        self.chosen, self._notes = chosen, {} if notes is None else notes
         self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
 
     def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
@@ -89,6 +93,8 @@ class Correcting:
         for name in sorted(corrections):  # files hold modules in another order than models, and sums round by it
             drift.update(corrections[name], self.subspace[name])
         metrics = drift.compute()
+        if self.chosen is not None:
+            metrics[STRENGTH] = self.penalty.parameters["strength"]
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
         record = self._recorder(raw, corrected, corrections, metrics, "corrected")
         return CorrectedAdapter(raw, corrected, metrics, record, texts)
@@ -130,6 +136,8 @@ class Correcting:
                 **self.subspace.metadata,
             },
         }
+        if self.chosen is not None:
+            about["target"] = self.chosen
         return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about, self._notes)
 
     def _measured(self, states: Mapping[str, Factors], scalings: Mapping[str, float]) -> dict[str, dict]:

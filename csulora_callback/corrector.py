@@ -64,7 +64,6 @@ class SafetyCorrector:
             raise ValueError(f"`activations`: expected those of the model for the penalty {penalty}, but got none.")
         self.adapter: Adapter = find_adapter(model)
         self.subspace = subspace
-        self.penalty = penalty
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
         self.notes: dict[str, object] = {}  # what else records say, from now on
@@ -83,6 +82,21 @@ class SafetyCorrector:
     @activations.setter
     def activations(self, activations: Activations) -> None:
         self._activations, self._input_gains, self._last = activations, None, None
+
+    @property
+    def penalty(self) -> Penalty:
+        """The table of multipliers; :meth:`penalize` gives another one."""
+        return self._correcting.penalty
+
+    @property
+    def chosen(self) -> Mapping[str, float] | None:
+        """How its strength was found, if it was looked for."""
+        return self._correcting.chosen
+
+    def penalize(self, penalty: Penalty, chosen: Mapping[str, float] | None = None) -> None:
+        """Correct with another penalty from now on; ``chosen`` says in records how its strength was found."""
+        self._correcting.penalty, self._correcting.chosen = penalty, chosen
+        self._input_gains = self._last = self._swap = None
 
     @property
     def _texts(self) -> Texts | None:

@@ -16,8 +16,6 @@ from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting, Rank
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.activations import Activations, Texts
-from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
@@ -25,7 +23,9 @@ from csulora_callback.models.processes import Processes
 from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder
-from csulora_callback.rereading import choose_texts, load_with_adapter, read_again
+from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
+from csulora_callback.rereading import choose_texts, load_of_subspace, read_again
+from csulora_callback.searching import find_strength
 from csulora_callback.sidecar import FOLDER
 from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_file import check_metadata
@@ -54,11 +54,12 @@ def correct_adapter(
     adapter: str | os.PathLike,
     subspace: SafetySubspace | str | os.PathLike,
     output: str | os.PathLike,
-    penalty: Penalty,
+    penalty: Penalty | Family,
     rank: Rank = "truncate",
     probes: Probes | None = None,
     task: TaskRows | None = None,
     aligned_model: str | os.PathLike | None = None,
+    target: float | None = None,
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
 
@@ -73,15 +74,19 @@ def correct_adapter(
         subspace: of the aligned model that the adapter was trained on, or the path of a saved one.
         output: a folder that does not exist yet, or is empty. It appears whole or not at all, with ``csulora/`` in
             it, so that the correction can be undone.
-        penalty: the table of multipliers. A data-aware one has the model read, which is loaded for it.
+        penalty: the table of multipliers. A data-aware one has the model read, which is loaded for it. Or, for a
+            ``target``, a preset without its strength, such as ``Penalty.guard``.
         rank: ``"truncate"`` keeps the adapter's rank; ``"expand"`` loses nothing of the closest safe update, and the
             adapter's rank at most doubles, its scaling stays.
-        probes: prompts that are to be refused, as for the callback; only for a data-aware penalty. By default those
-            that the checkpoint holds.
+        probes: prompts that are to be refused, as for the callback; only for a data-aware penalty, or a ``target``.
+            By default those that the checkpoint holds.
         task: what the adapter was trained on, likewise: rows of token ids, or a source with a column ``text``,
             ``messages`` or ``input_ids``. By default what the checkpoint holds.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
             given or loaded, the subspace has to be one of it.
+        target: the share of the refusals of ``probes`` that is to be kept, 0.9 by default for a preset without its
+            strength: the smallest strength that keeps it is looked for, as the callback does. The model is loaded for
+            that. Only with ``rank="truncate"``.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
@@ -106,7 +111,7 @@ def correct_adapter(
         >>> again.from_raw
         True
     """
-    _check_arguments(penalty, rank, probes, task)
+    _check_arguments(penalty, rank, probes, task, target)
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
@@ -119,16 +124,22 @@ def correct_adapter(
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
     subspace = _opened(subspace)
-    if penalty.on_probes is None:
+    kept, chosen = None if source.sidecar is None else source.sidecar.texts, None
+    if not isinstance(penalty, Penalty):
+        share = TARGET if target is None else target
+        corrector = find_strength(saved, subspace, penalty, share, kept, probes, task, aligned_model)
+        layers, activations = corrector.adapter.layers, corrector.activations
+        penalty, chosen = corrector.penalty, corrector.chosen
+    elif penalty.on_probes is None:
         if aligned_model is not None:
             check_origin(subspace, aligned_model, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
-        kept = None if source.sidecar is None else source.sidecar.texts
         texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
-        layers, activations = _read(saved, subspace, texts, aligned_model)
+        live = load_of_subspace(saved, subspace, aligned_model)
+        layers, activations = live.layers, read_again(live, texts)
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
-    correcting = Correcting(name, layers, subspace, penalty, rank)
+    correcting = Correcting(name, layers, subspace, penalty, rank, chosen)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
@@ -174,13 +185,21 @@ def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) ->
     return output
 
 
-def _check_arguments(penalty: object, rank: object, probes: object, task: object) -> None:
-    if not isinstance(penalty, Penalty):
-        raise ValueError(f"`penalty`: expected a Penalty such as Penalty.guard(3.0), but got {penalty!r}.")
+def _check_arguments(penalty: object, rank: object, probes: object, task: object, target: object) -> None:
+    check_preset(penalty)
+    check_share(target)
+    check_without_strength(target, penalty if isinstance(penalty, Penalty) else None)
     if rank not in ("truncate", "expand"):
         raise ValueError(f"`rank`: expected 'truncate' or 'expand', but got {rank!r}.")
-    for name, given in (("probes", probes), ("task", task)):
-        if given is not None and penalty.on_probes is None:
+    searches = not isinstance(penalty, Penalty)
+    if searches and rank != "truncate":
+        raise ValueError(
+            f"`rank`: expected 'truncate' where a strength is looked for, as the model that is measured has the "
+            f"adapter's rank, but got {rank!r}. Pass the strength that is found, in a second correction."
+        )
+    reads = penalty == Penalty.data_aware if searches else penalty.on_probes is not None
+    for name, given, fits in (("probes", probes, reads or searches), ("task", task, reads)):
+        if given is not None and not fits:
             raise ValueError(
                 f"`{name}`: expected none, as only Penalty.data_aware measures by them, but got some. "
                 "Pass penalty=Penalty.data_aware(strength) too."
@@ -216,16 +235,6 @@ def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
 def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:
     stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
     return saved.layers(saved.stored_transposed(stored))
-
-
-def _read(
-    saved: SavedAdapter, subspace: SafetySubspace, texts: Texts, aligned_model: str | os.PathLike | None
-) -> tuple[dict[str, AdaptedLayer], Activations]:
-    """The live layers, and what enters them while the model reads; a subspace of another model is refused first."""
-    adapter = load_with_adapter(saved, aligned_model)
-    if next(iter(adapter.layers.values())).module.get_base_layer().weight.is_floating_point():
-        check_origin(subspace, adapter.model, Processes())  # of a quantized model nothing can be said
-    return adapter.layers, read_again(adapter, texts)
 
 
 def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:

@@ -13,8 +13,11 @@ from csulora_callback.models.activations import Activations, Texts, vocabulary_o
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
+from csulora_callback.models.processes import Processes
+from csulora_callback.models.reading import Rows
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows, read_task
+from csulora_callback.subspace import SafetySubspace, check_origin
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +43,60 @@ def choose_texts(
 
     Example:
         >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
-        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[])
+        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[], held_back=[])
     """
     if probes is None and kept is None:
-        raise ValueError(
-            f"`probes`: expected prompts that are to be refused, as the penalty is data-aware and {saved.folder} has "
-            "no texts.json of a data-aware run beside it, but got none. Pass probes='prompts.jsonl', or a list."
-        )
+        raise no_probes(saved, "the penalty is data-aware")
     asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
+    return with_task(kept, asked, task, checkpoint)
+
+
+def with_task(
+    kept: Texts | None, probes: Rows, task: TaskRows | None, checkpoint: str | None, held_back: Rows = ()
+) -> Texts:
+    """These probes, with what is given or was kept of the task.
+
+    Raises:
+        ValueError: if what is given cannot be read.
+
+    Example:
+        >>> with_task(None, [[5]], [[6, 7]], None)
+        Texts(task=[[6, 7]], probes=[[5]], seen=1, starts=[], held_back=[])
+    """
     if task is not None:
         sample = read_task(task, checkpoint)
-        return Texts(sample.rows, asked, sample.seen)
+        return Texts(sample.rows, probes, sample.seen, held_back=list(held_back))
     if kept is None or not kept.task:
         logger.warning(
             "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
             "what the adapter was trained on, or the Trainer's checkpoint, which holds some."
         )
-        return Texts([], asked, 0)
-    return replace(kept, probes=asked)
+        return Texts([], probes, 0, held_back=list(held_back))
+    return replace(kept, probes=probes, held_back=list(held_back))
+
+
+def no_probes(saved: SavedAdapter, why: str) -> ValueError:
+    """What to raise where none are given, and none were kept.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> str(no_probes(SimpleNamespace(folder="out"), "the penalty is data-aware"))[:76]
+        '`probes`: expected prompts that are to be refused, as the penalty is data-aw'
+    """
+    return ValueError(
+        f"`probes`: expected prompts that are to be refused, as {why} and {saved.folder} has no texts.json of a run "
+        "with probes beside it, but got none. Pass probes='prompts.jsonl', or a list."
+    )
+
+
+def load_of_subspace(
+    saved: SavedAdapter, subspace: SafetySubspace, aligned_model: str | os.PathLike | None
+) -> Adapter:
+    """The adapter in its model, as :func:`load_with_adapter`; a subspace of another model is refused first."""
+    adapter = load_with_adapter(saved, aligned_model)
+    if next(iter(adapter.layers.values())).module.get_base_layer().weight.is_floating_point():
+        check_origin(subspace, adapter.model, Processes())  # of a quantized model nothing can be said
+    return adapter
 
 
 def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | None) -> Adapter:

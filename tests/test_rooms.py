@@ -21,7 +21,7 @@ FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
     **dict.fromkeys(("answers_cache", "behaviour", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
-    **dict.fromkeys(("rereading", "sidecar", "swap"), STATE),
+    **dict.fromkeys(("presets", "rereading", "searching", "sidecar", "swap", "target"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(("__init__", "__main__", "arguments", "callback", "cli", "cli_options"), FRONT_DOORS),
 }

@@ -36,12 +36,14 @@ class Texts:
         seen: how many rows of training data the sample ``task`` was drawn from.
         starts: of each row of ``task``, how many tokens stand before the first that the loss counts; none where
             nothing is known of that, and all of them count.
+        held_back: further prompts that are to be refused, which are measured by and not read.
     """
 
     task: Rows
     probes: Rows
     seen: int
     starts: Sequence[int] = field(default_factory=list)  # as JSON reads it
+    held_back: Rows = field(default_factory=list)
 
 
 @dataclass(frozen=True)

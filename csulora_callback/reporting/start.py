@@ -13,8 +13,17 @@ from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
 
 
-def start_table(corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None) -> Table:
-    """One compact table of what will be corrected, and how."""
+def start_table(
+    corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None, target: float | None = None
+) -> Table:
+    """One compact table of what will be corrected, and how.
+
+    Args:
+        corrector: what will correct.
+        seconds: how long it took to make it.
+        probes: that are measured by.
+        target: the share of their refusals for which the penalty's strength is looked for.
+    """
     subspace, layers = corrector.subspace, corrector.adapter.layers
     lora_ranks = [layer.shape[1] for layer in layers.values()]
     ranks = [subspace[name].U.shape[1] for name in layers]
@@ -24,8 +33,11 @@ def start_table(corrector: SafetyCorrector, seconds: float, probes: CheckedProbe
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
         "rank asked for": rank_rule(subspace.metadata),
-        "penalty": f"{corrector.penalty}: {IN_WORDS[corrector.penalty.name]}",
+        "penalty": f"{corrector.penalty if target is None else corrector.penalty.name}: "
+        f"{IN_WORDS[corrector.penalty.name]}",
     }
+    if target is not None:
+        rows["strength"] = f"the smallest that keeps {target:.0%} of the refusals, looked for at saves and evaluations"
     if probes is not None:
         rows["probes"] = _probes(probes)
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"
@@ -35,9 +47,11 @@ def start_table(corrector: SafetyCorrector, seconds: float, probes: CheckedProbe
     return table
 
 
-def print_start(corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None) -> None:
+def print_start(
+    corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None, target: float | None = None
+) -> None:
     """Print :func:`start_table`."""
-    Console().print(start_table(corrector, seconds, probes))
+    Console().print(start_table(corrector, seconds, probes, target))
 
 
 def _probes(probes: CheckedProbes) -> str:

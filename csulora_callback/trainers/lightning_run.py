@@ -169,8 +169,6 @@ class LightningRun:
             saving, self._writer = Patches(self), threading.get_ident()
             saving.replace(self.trainer.strategy, "save_checkpoint", self._surrounded(self._write))
             try:
-                if threading.get_ident() == self._thread:
-                    self._renew()
                 original(*args, **kwargs)
             finally:
                 saving.undo()
@@ -181,7 +179,7 @@ class LightningRun:
     ) -> None:
         live = is_strategy(self.trainer.strategy, "DeepSpeedStrategy")
         factors = files.factors_of(checkpoint, self.corrector, self.pl_module, live)
-        self._log_behaviour(factors)
+        self._look_at(factors)
         adapter = None if factors is None else self._correction(factors)
         if adapter is not None:
             files.put_into(checkpoint, adapter, self.corrector, self.pl_module)
@@ -196,14 +194,17 @@ class LightningRun:
         if exports and self._writes_beside(filepath):
             files.export(adapter_beside(filepath), state, self.corrector, adapter)
 
-    def _log_behaviour(self, factors: Factors | None) -> None:
-        """Of what is about to be written, to the loggers: no hook of a save may log otherwise."""
-        if self.behaviour is None or not self._fit.in_place or threading.get_ident() != self._thread:
+    def _look_at(self, factors: Factors | None) -> None:
+        """Have the model read, and say what it does, with what is about to be written in it."""
+        if self.recorder is None or not self._fit.in_place or threading.get_ident() != self._thread:
             return
         # Sharded factors may be gathered on one process alone; nobody averages them.
         others = factors is not None and not self.corrector.adapter.is_sharded
         with self.corrector.holding(factors) if others else nullcontext():
-            measured = self.behaviour.measure(self.corrector)
+            self._log_behaviour(self.measure())
+
+    def _log_behaviour(self, measured: dict[str, float]) -> None:
+        """To the loggers: no hook of a save may log otherwise."""
         if self._logged != (self.trainer.global_step, measured):
             self._logged = self.trainer.global_step, measured
             for logger in self.trainer.loggers:

@@ -17,6 +17,7 @@ from csulora_callback.models.factors import equal_each
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import TrainingRows
+from csulora_callback.target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,23 @@ class ActivationRecorder:
     Args:
         adapter: of the model that is trained.
         probes: prompts that are to be refused.
+        held_back: further ones, which the model does not read.
         processes: those of the run, which all have to do the same.
         reads: whether the penalty is data-aware, so that the model has to read them.
+        target: looks for the penalty's strength whenever the corrector got something new to measure by.
     """
 
-    def __init__(self, adapter: Adapter, probes: Rows, processes: Processes, reads: bool = True) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        probes: Rows,
+        processes: Processes,
+        reads: bool = True,
+        held_back: Rows = (),
+        target: Target | None = None,
+    ) -> None:
         self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
+        self.held_back, self.target = list(held_back), target
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
         self._read_with: list[Tensor] | None = None  # the factors that the model read with
@@ -63,7 +75,7 @@ class ActivationRecorder:
 
     def unread(self) -> Activations:
         """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
-        return Activations({}, {}, Texts([], self.probes, 0))
+        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back))
 
     def _read(self) -> Activations:
         if self._looked and not self._sample.rows and self.processes.rank == 0:
@@ -73,7 +85,9 @@ class ActivationRecorder:
                 "forward?"
             )
         sample = self._sample
-        texts = self.processes.from_first(Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts)))
+        texts = self.processes.from_first(
+            Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts), self.held_back)
+        )
         if not self.reads:
             return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))
@@ -100,6 +114,8 @@ class ActivationRecorder:
             return
         corrector.activations, self._given = self._read(), seen
         self._read_with = [tensor.clone() for tensor in held]
+        if self.target is not None:
+            self.target.choose(corrector)
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""

@@ -1,0 +1,56 @@
+"""Penalties without their strength, and the target that stands for it: what both front doors take and refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+
+from csulora_callback.method.penalty import Penalty
+
+FAMILIES = {name: getattr(Penalty, name) for name in ("data_aware", "guard", "csulora", "separable")}
+"""The presets that have a strength, by name."""
+
+TARGET = 0.9
+"""The share of the refusals that is kept where nobody says another one."""
+
+Family = Callable[[float], Penalty]
+"""A preset without its strength, such as ``Penalty.guard``."""
+
+
+def check_share(target: object) -> None:
+    """Raise ``ValueError`` unless it is a share of refusals to be kept, or None.
+
+    Example:
+        >>> check_share(0.9)
+    """
+    fits = isinstance(target, Real) and not isinstance(target, bool) and 0 < target <= 1
+    if target is not None and not fits:
+        raise ValueError(
+            f"`target`: expected the share of refusals to be kept, in (0, 1], or None, but got {target!r}."
+        )
+
+
+def check_without_strength(target: object, strength: object) -> None:
+    """Raise ``ValueError`` where a target stands beside a strength, or a penalty that has one.
+
+    Example:
+        >>> check_without_strength(0.9, None)
+    """
+    if target is not None and strength is not None:
+        raise ValueError(
+            f"`target`: expected no strength beside it, as it looks for one, but got {strength}. Leave out one of "
+            "them; a preset without its strength is Penalty.guard, not Penalty.guard(3.0)."
+        )
+
+
+def check_preset(penalty: object) -> None:
+    """Raise ``ValueError`` unless it is a penalty, or a preset that has a strength and is given without it.
+
+    Example:
+        >>> check_preset(Penalty.guard)
+    """
+    if not isinstance(penalty, Penalty) and penalty not in FAMILIES.values():
+        raise ValueError(
+            "`penalty`: expected a Penalty such as Penalty.guard(3.0), or, for a target, one without its strength, "
+            f"{', '.join(f'Penalty.{name}' for name in FAMILIES)}, but got {penalty!r}."
+        )

@@ -1,0 +1,72 @@
+"""A target after training: the model of a saved adapter is loaded and measured, and a strength is looked for."""
+
+from __future__ import annotations
+
+import os
+
+from csulora_callback.behaviour import Refusals
+from csulora_callback.checked_probes import CheckedProbes, check_probes
+from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.method.search import STRONGEST
+from csulora_callback.models.activations import Activations, Texts
+from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.probes import Probes, read_prompts
+from csulora_callback.models.saved_adapter import SavedAdapter
+from csulora_callback.models.task_rows import TaskRows
+from csulora_callback.presets import Family
+from csulora_callback.rereading import load_of_subspace, no_probes, read_again, with_task
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.target import Target, divide
+
+
+def find_strength(
+    saved: SavedAdapter,
+    subspace: SafetySubspace,
+    family: Family,
+    share: float,
+    kept: Texts | None,
+    probes: Probes | None,
+    task: TaskRows | None,
+    aligned_model: str | os.PathLike | None,
+) -> SafetyCorrector:
+    """A corrector of the saved adapter in its model, with the smallest strength that keeps the share, as in a run.
+
+    Args:
+        saved: the raw adapter.
+        subspace: of the model under it.
+        family: the preset whose strength is looked for.
+        share: of the refusals that is to be kept.
+        kept: what the checkpoint kept of the run's texts, which counts where the next two are not given.
+        probes: prompts that are to be refused.
+        task: rows of what the adapter was trained on, for a data-aware preset.
+        aligned_model: the model under the adapter, where it does not lie where the adapter's config says.
+
+    Raises:
+        ValueError: if there are no probes or too few are refused, something cannot be read, the model cannot be
+            loaded, or the subspace is not of it.
+    """
+    if probes is None and kept is None:
+        raise no_probes(saved, "the strength is looked for by how many are still refused")
+    reads, checkpoint = family(STRONGEST).on_probes is not None, aligned_model or saved.config.base_model_name_or_path
+    adapter = load_of_subspace(saved, subspace, aligned_model)
+    read, measured = _probes(adapter, kept, probes, reads, checkpoint)
+    texts = with_task(kept, read.prompts, task if reads else [], checkpoint, held_back=measured.prompts)
+    activations = read_again(adapter, texts) if reads else Activations({}, {}, texts)
+    corrector = SafetyCorrector(adapter.model, subspace, family(STRONGEST), activations)
+    Target(share, family, Refusals(adapter, measured.prompts, measured.beginnings)).choose(corrector)
+    return corrector
+
+
+def _probes(
+    adapter: Adapter, kept: Texts | None, probes: Probes | None, reads: bool, checkpoint: str | os.PathLike
+) -> tuple[CheckedProbes, CheckedProbes]:
+    """Those that are read and those that are measured by: as in the run where the checkpoint holds both."""
+
+    def check(prompts: list) -> CheckedProbes:
+        return check_probes(adapter, prompts, progress=True, checkpoint=checkpoint)
+
+    if probes is not None:
+        return divide(check(read_prompts(probes)), reads)
+    if reads and kept.held_back:
+        return check(kept.probes), check(kept.held_back)
+    return divide(check([*kept.probes, *kept.held_back]), reads)
