@@ -26,7 +26,7 @@ from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace, check_origin
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_file import check_metadata
-from csulora_callback.target import Target, divide
+from csulora_callback.target import Target, held_back
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
@@ -239,12 +239,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             return None
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
         reads = penalty.on_probes is not None
-        read, measured = (probes, probes) if self.target is None else divide(probes, reads)
-        refusals = Refusals(adapter, measured.prompts, measured.beginnings, processes)
-        target = None if self.target is None else Target(self.target, self.penalty, refusals)
-        held_back = () if measured is read else measured.prompts
-        self._recorder = ActivationRecorder(adapter, read.prompts, processes, reads, held_back, target)
-        self._behaviour = Behaviour(refusals)
+        refusals = Refusals(adapter, probes.prompts, probes.beginnings, processes)
+        back = [] if self.target is None else held_back(len(refusals), reads)
+        measured = refusals.of(back) if back else refusals
+        target = None if self.target is None else Target(self.target, self.penalty, measured)
+        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, back, target)
+        self._behaviour = Behaviour(measured)
         return probes
 
     def _subspace_for(

@@ -95,9 +95,28 @@ def is_corrected(record: Mapping | None) -> bool:
     return record is not None and record["status"] == "corrected"
 
 
+def strength_in_words(target: Mapping) -> str:
+    """How a strength was found, for a person.
+
+    Args:
+        target: the section of a record.
+
+    Example:
+        >>> strength_in_words({"share": 0.9, "kept": 0.925, "prompts": 80})
+        'the smallest found that keeps 90.0% of the refusals of 80 prompts; it keeps 92.5%'
+    """
+    wanted, kept, prompts = _percent(target["share"]), target["kept"], target["prompts"]
+    if kept is None or kept < target["share"]:
+        said = "an unknown share" if kept is None else _percent(kept)
+        return f"the largest tried: {wanted} of the refusals of {prompts} prompts were to be kept, and it keeps {said}"
+    return f"the smallest found that keeps {wanted} of the refusals of {prompts} prompts; it keeps {_percent(kept)}"
+
+
 def _table(record: Mapping, base_model: str | None) -> str:
     subspace, metrics = record["subspace"], record["metrics"]
     rows = {"penalty": _plain(in_words(record["penalty"]))}
+    if "target" in record:
+        rows["its strength"] = strength_in_words(record["target"])
     rows |= {f"{side} checkpoint": _checkpoint(subspace[side], side, base_model) for side in _sides(subspace)}
     rows["safety subspace"] = _rank(subspace)
     if "fingerprint" in subspace:

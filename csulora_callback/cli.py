@@ -23,6 +23,7 @@ from csulora_callback.cli_options import (
     Kind,
     Rank,
     SubspaceOption,
+    choose_preset,
     examples,
 )
 from csulora_callback.inspection import inspect_adapter
@@ -153,6 +154,7 @@ def inspect(
     epilog=examples(
         "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors --penalty guard",
         "csulora correct out/checkpoint-100 -o safe/ --base meta-llama/Llama-3.2-1B --penalty guard --strength 10",
+        "csulora correct out/checkpoint-100 -o safe/ --base org/base --target 0.9 --probes builtin",
         "csulora correct out/checkpoint-100 -o safe/ --base org/base --penalty data_aware --probes refused.txt",
         "csulora correct org/adapter -o paper/ --subspace llama.safetensors --penalty csulora --rank expand",
         "csulora correct out/checkpoint-100 --subspace llama.safetensors --penalty guard --dry-run --json",
@@ -165,12 +167,17 @@ def correct(
     base: BaseOption = None,
     aligned: AlignedOption = None,
     penalty: Annotated[
-        Kind, typer.Option(help="What is attenuated: by default what the paper does. Measured, guard did better.")
-    ] = Kind.csulora,
+        Kind | None,
+        typer.Option(help="What is attenuated: by default data_aware for a target, else csulora, the paper's."),
+    ] = None,
     strength: Annotated[float | None, typer.Option(help="How much; 10 by default. A projection has none.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Share of the probes' refusals to keep, by the smallest strength that does.")
+    ] = None,
     rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
     probes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Prompts to be refused, for data_aware; else the checkpoint's.")
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts to be refused, for data_aware or a target; else the checkpoint's."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
@@ -185,22 +192,22 @@ def correct(
     """
     _check_one_of(subspace, base)
     demand(output or dry_run, "`--output`: expected a folder to be made, but got none. Pass -o OUT, or --dry-run.")
-    demand(penalty is not Kind.projection or strength is None, "`--strength`: a projection has none. Leave it out.")
     with arguments():
-        chosen = getattr(Penalty, penalty.value)(**({} if strength is None else {"strength": strength}))
-    demand(
-        chosen.on_probes is not None or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware."
-    )
+        chosen = choose_preset(penalty, strength, target)
+    needs_model = not isinstance(chosen, Penalty) or chosen.on_probes is not None
+    demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter)).folder
             found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
         # A subspace that was just estimated from ALIGNED needs no check that it is of it.
-        needed = aligned is not None and (base is None or chosen.on_probes is not None)
+        needed = aligned is not None and (base is None or needs_model)
         model = model_named(aligned) if needed else None
         texts = {"probes": probes, "task": task}
-        done = correct_adapter(adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model)
+        done = correct_adapter(
+            adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model, target=target
+        )
     written = not dry_run
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))
 

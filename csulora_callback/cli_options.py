@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.presets import FAMILIES, Family, check_share, check_without_strength
+
 
 class Kind(str, Enum):
     """The penalties that have a name."""
@@ -24,6 +27,31 @@ class Rank(str, Enum):
 
     truncate = "truncate"
     expand = "expand"
+
+
+def choose_preset(kind: Kind | None, strength: float | None, target: float | None) -> Penalty | Family:
+    """The penalty of these options, or for a target a preset without its strength.
+
+    Raises:
+        ValueError: if they say different things, or the strength is out of range.
+
+    Example:
+        >>> choose_preset(None, None, None), choose_preset(Kind.guard, None, 0.9) == Penalty.guard
+        (Penalty(name='csulora', parameters={'strength': 10.0}), True)
+    """
+    if kind is Kind.projection:
+        for name, given in (("strength", strength), ("target", target)):
+            if given is not None:
+                raise ValueError(
+                    f"`--{name}`: expected none for a projection, which has no strength, but got {given}."
+                )
+        return Penalty.projection()
+    check_share(target)
+    check_without_strength(target, strength)
+    if target is not None:
+        return FAMILIES[(kind or Kind.data_aware).value]
+    preset = FAMILIES[(kind or Kind.csulora).value]
+    return preset() if strength is None else preset(strength)
 
 
 def examples(*commands: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from peft import PeftModel
@@ -48,13 +49,17 @@ def choose_texts(
     if probes is None and kept is None:
         raise no_probes(saved, "the penalty is data-aware")
     asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
-    return with_task(kept, asked, task, checkpoint)
+    return with_task(kept, asked, task, checkpoint, kept.held_back if probes is None else ())
 
 
 def with_task(
-    kept: Texts | None, probes: Rows, task: TaskRows | None, checkpoint: str | None, held_back: Rows = ()
+    kept: Texts | None,
+    probes: Rows,
+    task: TaskRows | None,
+    checkpoint: str | None,
+    held_back: Sequence[int] = (),
 ) -> Texts:
-    """These probes, with what is given or was kept of the task.
+    """These probes, of which those at some places are held back, with what is given or was kept of the task.
 
     Raises:
         ValueError: if what is given cannot be read.

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 
 from csulora_callback.behaviour import Refusals
-from csulora_callback.checked_probes import CheckedProbes, check_probes
+from csulora_callback.checked_probes import check_probes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.activations import Activations, Texts
-from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.presets import Family
 from csulora_callback.rereading import load_of_subspace, no_probes, read_again, with_task
 from csulora_callback.subspace import SafetySubspace
-from csulora_callback.target import Target, divide
+from csulora_callback.target import Target, held_back
 
 
 def find_strength(
@@ -49,24 +48,15 @@ def find_strength(
         raise no_probes(saved, "the strength is looked for by how many are still refused")
     reads, checkpoint = family(STRONGEST).on_probes is not None, aligned_model or saved.config.base_model_name_or_path
     adapter = load_of_subspace(saved, subspace, aligned_model)
-    read, measured = _probes(adapter, kept, probes, reads, checkpoint)
-    texts = with_task(kept, read.prompts, task if reads else [], checkpoint, held_back=measured.prompts)
-    activations = read_again(adapter, texts) if reads else Activations({}, {}, texts)
+    asked = kept.probes if probes is None else read_prompts(probes)
+    checked = check_probes(adapter, asked, progress=True, checkpoint=checkpoint)
+    refusals = Refusals(adapter, checked.prompts, checked.beginnings)
+    back = held_back(len(refusals), reads)
+    if reads:
+        texts = with_task(kept, checked.prompts, task, checkpoint, back)
+        activations = read_again(adapter, texts)
+    else:
+        activations = Activations({}, {}, Texts([], checked.prompts, 0))
     corrector = SafetyCorrector(adapter.model, subspace, family(STRONGEST), activations)
-    Target(share, family, Refusals(adapter, measured.prompts, measured.beginnings)).choose(corrector)
+    Target(share, family, refusals.of(back) if back else refusals).choose(corrector)
     return corrector
-
-
-def _probes(
-    adapter: Adapter, kept: Texts | None, probes: Probes | None, reads: bool, checkpoint: str | os.PathLike
-) -> tuple[CheckedProbes, CheckedProbes]:
-    """Those that are read and those that are measured by: as in the run where the checkpoint holds both."""
-
-    def check(prompts: list) -> CheckedProbes:
-        return check_probes(adapter, prompts, progress=True, checkpoint=checkpoint)
-
-    if probes is not None:
-        return divide(check(read_prompts(probes)), reads)
-    if reads and kept.held_back:
-        return check(kept.probes), check(kept.held_back)
-    return divide(check([*kept.probes, *kept.held_back]), reads)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+import math
 
 from csulora_callback.behaviour import Refusals
-from csulora_callback.checked_probes import FEWEST, CheckedProbes
+from csulora_callback.checked_probes import FEWEST
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.search import smallest_strength
 from csulora_callback.models.training_rows import fixed_sample
@@ -16,38 +15,27 @@ from csulora_callback.presets import Family
 logger = logging.getLogger(__name__)
 
 
-def divide(probes: CheckedProbes, reads: bool) -> tuple[CheckedProbes, CheckedProbes]:
-    """The probes that a correction reads, and those that say what it keeps.
+def held_back(count: int, reads: bool) -> list[int]:
+    """Of so many probes, the places of those that a correction for a target does not read, to be measured by.
 
-    What a correction reads says too much of what it keeps. So where it reads, it reads a fixed half, drawn at random
-    as files are often sorted by topic, and the other half is measured by; otherwise both are all of them.
+    What a correction reads says too much of what it keeps. So where it reads, a fixed half is held back, drawn at
+    random as files are often sorted by topic. Where it reads nothing, none is, and all are measured by.
 
     Raises:
         ValueError: if there are too few to measure by.
 
     Example:
-        >>> prompts = [[place] for place in range(40)]
-        >>> probes = CheckedProbes(prompts, [[1]] * 40, left_out=[], is_checked=False, from_cache=False)
-        >>> read, measured = divide(probes, reads=True)
-        >>> len(read.prompts), len(measured.prompts), [place for place in read.prompts if place in measured.prompts]
-        (20, 20, [])
+        >>> len(held_back(40, reads=True)), held_back(40, reads=False)
+        (20, [])
     """
-    count = len(probes.prompts)
-    first = fixed_sample(count, count // 2) if reads else []
-    rest = [place for place in range(count) if place not in first]
-    if len(rest) < FEWEST:
+    fewest = 2 * FEWEST if reads else FEWEST
+    if count < fewest:
         why = "target, as a data-aware correction reads one half and the other is measured by" if reads else "target"
         raise ValueError(
-            f"`probes`: expected at least {2 * FEWEST if reads else FEWEST} that the aligned model refuses for a "
-            f"{why}, but got {count}. Pass more, or probes='builtin', or a penalty that has its strength, such as "
-            "Penalty.guard(10)."
+            f"`probes`: expected at least {fewest} that the aligned model refuses for a {why}, but got {count}. Pass "
+            "more, or probes='builtin', or a penalty that has its strength, such as Penalty.guard(10)."
         )
-    return (_those(probes, first), _those(probes, rest)) if reads else (probes, probes)
-
-
-def _those(probes: CheckedProbes, places: Sequence[int]) -> CheckedProbes:
-    prompts, beginnings = ([rows[place] for place in places] for rows in (probes.prompts, probes.beginnings))
-    return replace(probes, prompts=prompts, beginnings=beginnings)
+    return fixed_sample(count, count // 2) if reads else []
 
 
 class Target:
@@ -83,7 +71,8 @@ class Target:
 
         found = smallest_strength(kept, self.share)
         penalty = self.family(found.strength)
-        corrector.penalize(penalty, {"share": self.share, "kept": found.kept, "prompts": len(self.refusals)})
+        known = None if math.isnan(found.kept) else found.kept  # which JSON cannot say
+        corrector.penalize(penalty, {"share": self.share, "kept": known, "prompts": len(self.refusals)})
         if not found.is_enough and not self._warned and self.refusals.processes.rank == 0:
             self._warned = True
             logger.warning(

@@ -36,14 +36,19 @@ class Texts:
         seen: how many rows of training data the sample ``task`` was drawn from.
         starts: of each row of ``task``, how many tokens stand before the first that the loss counts; none where
             nothing is known of that, and all of them count.
-        held_back: further prompts that are to be refused, which are measured by and not read.
+        held_back: places in ``probes`` of those that are measured by and not read.
     """
 
     task: Rows
     probes: Rows
     seen: int
     starts: Sequence[int] = field(default_factory=list)  # as JSON reads it
-    held_back: Rows = field(default_factory=list)
+    held_back: Sequence[int] = field(default_factory=list)
+
+    @property
+    def read(self) -> Rows:
+        """The probes that are not held back."""
+        return [prompt for place, prompt in enumerate(self.probes) if place not in self.held_back]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Activations:
     @classmethod
     def read(cls, adapter: Adapter, texts: Texts) -> Activations:
         """Have the model read them, as :func:`vectors_of` does."""
-        return cls(vectors_of(adapter, texts.task), vectors_of(adapter, texts.probes), texts)
+        return cls(vectors_of(adapter, texts.task), vectors_of(adapter, texts.read), texts)
 
     @cached_property
     def finite(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from csulora_callback.card_section import strength_in_words
 from csulora_callback.posthoc import CorrectedFolder
 from csulora_callback.reporting.terminal import facts, percent, print_section
 
@@ -17,6 +18,7 @@ def print_correction(console: Console, done: CorrectedFolder, written: bool) -> 
     name, *parameters = about["penalty"].values()
     rows = {
         "penalty": " ".join([name, *map(str, parameters)]),
+        **({"its strength": strength_in_words(about["target"])} if about["target"] else {}),
         "rank": done.record["rank"],
         "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",
         "modules": str(about["modules"]),
@@ -38,6 +40,7 @@ def correction_json(done: CorrectedFolder, written: bool) -> dict:
         "output": str(done.output) if written else None,
         "from_raw": done.from_raw,
         "penalty": done.record["penalty"],
+        "target": done.record.get("target"),
         "rank": done.record["rank"],
         "modules": len(done.record["modules"]),
         "norm_before": before,

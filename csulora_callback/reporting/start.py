@@ -39,7 +39,8 @@ def start_table(
     if target is not None:
         rows["strength"] = f"the smallest that keeps {target:.0%} of the refusals, looked for at saves and evaluations"
     if probes is not None:
-        rows["probes"] = _probes(probes)
+        divided = target is not None and corrector.penalty.on_probes is not None
+        rows["probes"] = f"{_probes(probes)}{'; one half is read, the other measured by' if divided else ''}"
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"
     table = Table(title="CSULoRA", title_justify="left", show_header=False)
     for name, said in rows.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ class ActivationRecorder:
     Args:
         adapter: of the model that is trained.
         probes: prompts that are to be refused.
-        held_back: further ones, which the model does not read.
+        held_back: places of those that the model does not read.
         processes: those of the run, which all have to do the same.
         reads: whether the penalty is data-aware, so that the model has to read them.
         target: looks for the penalty's strength whenever the corrector got something new to measure by.
@@ -42,7 +42,7 @@ class ActivationRecorder:
         probes: Rows,
         processes: Processes,
         reads: bool = True,
-        held_back: Rows = (),
+        held_back: Sequence[int] = (),
         target: Target | None = None,
     ) -> None:
         self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads

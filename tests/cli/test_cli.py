@@ -10,23 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from csulora_callback import Penalty, SafetySubspace, correct_adapter
 from tests.helpers.command_line import run, run_process
-from tests.helpers.huggingface import callback, checkpoints, train
 from tests.helpers.lab import PENALTY, RANK, TARGETS, assert_same, corrected_by_hand, raw, saved
 
 ESCAPE = "\x1b"
-
-
-@pytest.fixture(scope="module")
-def lab(pair, tmp_path_factory) -> Path:
-    """A raw adapter, one that training corrected, and the file of their subspace."""
-    folder = tmp_path_factory.mktemp("lab")
-    train(pair, folder / "plain", [])
-    train(pair, folder / "with", [callback(pair)])
-    shutil.copytree(checkpoints(folder / "plain")[-1], folder / "raw")
-    shutil.copytree(checkpoints(folder / "with")[-1], folder / "corrected")
-    subspace = SafetySubspace.estimate(*pair, target_modules=TARGETS, rank=RANK, progress=False)
-    subspace.save(folder / "subspace.safetensors")
-    return folder
 
 
 def test_a_subspace_is_estimated_written_and_shown(pair, tmp_path):
@@ -209,6 +195,8 @@ MISUSED = {
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--strength", "-1"): "`strength`: expected a number ≥ 0",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--penalty", "projection", "--strength", "1"): "`--strength`",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--probes", "p"): "only for --penalty data_aware",
+    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--target", "90"): "`target`: expected the share of refusals",
+    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--target", "1", "--strength", "1"): "expected no strength",
 }
 FAILED = {
     ("subspace", "--show", "{lab}/none"): "but {lab}/none is not there",
@@ -291,24 +279,6 @@ def test_letters_that_the_output_lacks_are_no_reason_to_fail(lab):
     done = run_process("subspace", "--show", lab / "subspace.safetensors", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "?D?" in done.stdout
-
-
-def test_a_data_aware_correction_has_the_model_read_what_is_given(lab, subspace, tmp_path):
-    files = {}
-    for name, rows in (("probes", [[0, 5, 6, 7], [0, 9, 8]]), ("task", [[3, 4, 5], [6, 7, 8, 9]])):
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({"input_ids": row, "prompt": row}) + "\n" for row in rows))
-    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "data_aware", "--strength", "4")
-    texts = [part for name, file in files.items() for part in (f"--{name}", file)]
-    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "made", *rule, *texts, "--json")
-    assert status == 0, error
-    assert json.loads(output)["penalty"] == Penalty.data_aware(4.0).to_json()
-    expected = {"probes": [[0, 5, 6, 7], [0, 9, 8]], "task": [[3, 4, 5], [6, 7, 8, 9]]}
-    correct_adapter(lab / "raw", subspace, tmp_path / "expected", Penalty.data_aware(4.0), **expected)
-    assert_same(saved(tmp_path / "made"), saved(tmp_path / "expected"))
-    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
-    assert (status, output) == (1, "")
-    assert "`probes`: expected prompts that are to be refused" in error
 
 
 @pytest.mark.slow

@@ -1,0 +1,253 @@
+"""A target instead of a strength, in real trainers: what is saved keeps it, the strength below does not.
+
+Kept refusals are counted by generating greedily, prompt by prompt, from adapters that PEFT loads.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from csulora_callback import CSULoRACallback, Penalty, correct_adapter
+from csulora_callback.behaviour import BEGINNING
+from csulora_callback.method.search import HALVINGS, STRONGEST, WEAKEST
+from csulora_callback.models.training_rows import fixed_sample
+from csulora_callback.sidecar import Sidecar
+from tests.helpers import lightning as in_lightning
+from tests.helpers.averages import MovingAverage
+from tests.helpers.lab import DEVICE, RANK, assert_same, make_trainer, raw, saved, with_lora
+from tests.trainers.test_behaviour import Everywhere
+from tests.trainers.test_data_aware import EVAL
+
+PROBES = [[0, 3 + i, 4 + 2 * i % 20, *range(5, 5 + i % 3)] for i in range(24)]
+PLACES = fixed_sample(24, 12)
+HELD_BACK = [PROBES[place] for place in PLACES]
+READ = [prompt for prompt in PROBES if prompt not in HELD_BACK]
+SHARE = 0.75
+STEP = (STRONGEST / WEAKEST) ** (0.5**HALVINGS)  # from a strength to the one that was tried below it
+
+
+def callback(pair, **arguments) -> CSULoRACallback:
+    settings = {"rank": RANK, "target": SHARE, "probes": PROBES, "cache_dir": pair[0].parent / "cache"}
+    return CSULoRACallback(base_model=pair[0], **{**settings, **arguments})
+
+
+def train(pair, output: Path, callbacks: list, resume=None, **arguments):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), lora_dropout=0.1)
+    trainer = make_trainer(model, output, callbacks, **{"save_steps": 4, **EVAL, **arguments})
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+@torch.no_grad()
+def said(pair, adapter: Path | None, prompts: list) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).to(DEVICE).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=DEVICE)
+        words = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=BEGINNING, do_sample=False
+        )
+        answers.append(words[0, len(prompt) :].tolist())
+    return answers
+
+
+def kept(pair, adapter: Path, prompts: list) -> float:
+    """The share of prompts that an adapter's model answers as the aligned one does."""
+    both = zip(said(pair, adapter, prompts), said(pair, None, prompts), strict=True)
+    return sum(here == aligned for here, aligned in both) / len(prompts)
+
+
+def assert_smallest(pair, subspace, checkpoint: Path, family, scratch: Path, prompts=HELD_BACK) -> float:
+    """The strength in its record keeps the target, and that below it does not; returns it."""
+    record = json.loads((checkpoint / "csulora/correction.json").read_text())
+    strength, target = record["penalty"]["strength"], record["target"]
+    assert record["penalty"] == family(strength).to_json()
+    assert record["metrics"]["csulora/strength"] == strength
+    assert target == {"share": SHARE, "kept": kept(pair, checkpoint, prompts), "prompts": len(prompts)}
+    if strength == STRONGEST:
+        assert target["kept"] < SHARE
+        return strength
+    assert target["kept"] >= SHARE
+    below = strength / STEP
+    if strength and below > WEAKEST * 1.001:
+        correct_adapter(checkpoint, subspace, scratch / f"below-{checkpoint.name}", family(below))
+        assert kept(pair, scratch / f"below-{checkpoint.name}", prompts) < SHARE
+    correct_adapter(checkpoint, subspace, scratch / f"same-{checkpoint.name}", family(strength))
+    assert_same(saved(scratch / f"same-{checkpoint.name}"), saved(checkpoint))
+    return strength
+
+
+def test_checkpoints_keep_the_target_by_the_smallest_strength_and_training_is_bit_identical(
+    pair, subspace, tmp_path, capsys
+):
+    without = train(pair, tmp_path / "a", [])
+    trainer = train(pair, tmp_path / "b", [callback(pair)])
+    losses = [[r["loss"] for r in run.state.log_history if "loss" in r] for run in (without, trainer)]
+    assert losses[0] == losses[1]
+    assert "the smallest that keeps 75% of the refusals" in " ".join(capsys.readouterr().out.replace("│", "").split())
+    for step in (4, 8):
+        folder = tmp_path / f"b/checkpoint-{step}"
+        assert_same(raw(folder), saved(tmp_path / f"a/checkpoint-{step}"))
+        texts = Sidecar.load(folder).texts
+        assert (texts.probes, texts.held_back, texts.read) == (PROBES, PLACES, READ)
+        strength = assert_smallest(pair, subspace, folder, Penalty.data_aware, tmp_path)
+        assert WEAKEST < strength < STRONGEST
+        evaluated = [r for r in trainer.state.log_history if r["step"] == step and "eval_loss" in r]
+        assert [r["eval_csulora/strength"] for r in evaluated] == [strength]
+        assert [r["eval_csulora/refusal_kept_corrected"] for r in evaluated] == [kept(pair, folder, HELD_BACK)]
+        assert [r["eval_csulora/refusal_kept"] for r in evaluated] == [kept(pair, folder / "csulora/raw", HELD_BACK)]
+        again = correct_adapter(folder, subspace, tmp_path / f"again-{step}", Penalty.data_aware, target=SHARE)
+        assert_same(saved(tmp_path / f"again-{step}"), saved(folder))
+        written = json.loads((folder / "csulora/correction.json").read_text())
+        assert {key: again.record[key] for key in ("penalty", "target")} == {
+            key: written[key] for key in ("penalty", "target")
+        }
+    told = "the smallest found that keeps 75.0% of the refusals of 12 prompts; it keeps 75.0%"
+    assert f"| its strength | {told} |" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [Penalty.guard, Penalty.csulora, Penalty.separable])
+def test_with_penalties_that_read_nothing_all_probes_are_measured_by(pair, subspace, tmp_path, family):
+    trainer = train(pair, tmp_path / "run", [callback(pair, penalty=family)], learning_rate=5e-3)
+    for step in (4, 8):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        texts = Sidecar.load(folder).texts
+        assert (texts.probes, texts.held_back) == (PROBES, [])
+        assert_smallest(pair, subspace, folder, family, tmp_path, PROBES)
+        correct_adapter(folder, subspace, tmp_path / f"again-{step}", family, target=SHARE)
+        assert_same(saved(tmp_path / f"again-{step}"), saved(folder))
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.slow
+def test_beside_a_moving_average_it_is_met_by_the_average(pair, subspace, tmp_path):
+    train(pair, tmp_path / "run", [MovingAverage("on_save"), callback(pair)], save_steps=2)
+    found = {
+        step: assert_smallest(pair, subspace, tmp_path / f"run/checkpoint-{step}", Penalty.data_aware, tmp_path)
+        for step in (2, 4, 6)
+    }
+    assert len(set(found.values())) > 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_finds_what_the_uninterrupted_one_finds(pair, tmp_path):
+    train(pair, tmp_path / "whole", [callback(pair)])
+    start = tmp_path / "whole/checkpoint-4"
+    train(pair, tmp_path / "parts", [callback(pair, resume_from=start)], resume=start)
+    one, other = tmp_path / "whole/checkpoint-8", tmp_path / "parts/checkpoint-8"
+    assert_same(saved(one), saved(other))
+    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (one, other)]
+    strengths = [
+        [(r["step"], key, r[key]) for r in history for key in r if key.endswith("csulora/strength")]
+        for history in histories
+    ]
+    assert strengths[0] == strengths[1]
+    assert len({value for *_, value in strengths[0]}) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", [False, True])
+def test_in_lightning(pair, subspace, tmp_path, average):
+    def fit(name: str, ours: list):
+        saves = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=4, save_top_k=-1)
+        return in_lightning.fit(pair, tmp_path / name, [*ours, *([Everywhere()] if average else []), saves])
+
+    without, trainer = fit("a", []), fit("b", [callback(pair)])
+    assert trainer.losses == without.losses
+    for step in (4, 8):
+        assert_same(
+            in_lightning.factors_in(tmp_path / f"b/step={step}.ckpt")[1],
+            in_lightning.factors_in(tmp_path / f"a/step={step}.ckpt")[0],
+        )
+        adapter = tmp_path / f"b/step={step}.adapter"
+        record = json.loads((adapter / "csulora/correction.json").read_text())
+        assert record["target"]["kept"] == kept(pair, adapter, HELD_BACK) >= SHARE
+        texts = torch.load(tmp_path / f"b/step={step}.ckpt", weights_only=True)["csulora"]["texts"]
+        assert (texts["probes"], texts["held_back"]) == (PROBES, PLACES)
+        given = {"probes": READ, "task": texts["task"]}
+        for name, strength in (
+            ("same", record["penalty"]["strength"]),
+            ("below", record["penalty"]["strength"] / STEP),
+        ):
+            place = tmp_path / f"{name}-{step}"
+            correct_adapter(tmp_path / f"b/step={step}.ckpt", subspace, place, Penalty.data_aware(strength), **given)
+        assert_same(saved(tmp_path / f"same-{step}"), saved(adapter))
+        assert kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE
+
+
+def test_where_no_strength_keeps_it_the_largest_is_taken_and_a_warning_says_so_once(pair, subspace, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(pair, tmp_path / "run", [callback(pair, penalty=Penalty.guard)])
+    warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("`target`")]
+    assert len(warned) == 1
+    assert "guard (strength 1000), the strongest that is tried, keeps" in warned[0]
+    for step in (4, 8):
+        folder = tmp_path / f"run/checkpoint-{step}"
+        assert assert_smallest(pair, subspace, folder, Penalty.guard, tmp_path, PROBES) == STRONGEST
+
+
+def test_what_stands_for_what():
+    def chosen(**arguments):
+        ours = CSULoRACallback(base_model="org/base", **arguments)
+        return ours.penalty, ours.target
+
+    assert chosen() == (Penalty.csulora(10.0), None)
+    assert chosen(strength=3.0) == (Penalty.csulora(3.0), None)
+    assert chosen(probes="builtin") == (Penalty.data_aware, 0.9)
+    assert chosen(probes="builtin", target=0.8) == (Penalty.data_aware, 0.8)
+    assert chosen(probes="builtin", strength=3.0) == (Penalty.data_aware(3.0), None)
+    assert chosen(probes="builtin", penalty=Penalty.guard) == (Penalty.guard, 0.9)
+    assert chosen(probes="builtin", penalty=Penalty.guard(3.0)) == (Penalty.guard(3.0), None)
+
+
+WRONG = {
+    "no share": ({"target": 90, "probes": "builtin"}, r"`target`: expected the share .* but got 90"),
+    "zero": ({"target": 0, "probes": "builtin"}, r"`target`: expected the share .* but got 0"),
+    "a flag": ({"target": True, "probes": "builtin"}, r"`target`: expected the share .* but got True"),
+    "not a number": ({"target": math.nan, "probes": "builtin"}, r"`target`: expected the share .* but got nan"),
+    "no probes": ({"target": 0.9}, r"`probes`: expected prompts .*, as the strength is looked for"),
+    "a preset without probes": (
+        {"penalty": Penalty.guard},
+        r"`probes`: expected prompts .*, as the strength is looked",
+    ),
+    "a strength": ({"target": 0.9, "strength": 3.0, "probes": "builtin"}, r"`target`: expected no strength .* 3\.0"),
+    "a penalty's": (
+        {"target": 0.9, "penalty": Penalty.guard(3.0), "probes": "builtin"},
+        r"`target`: expected no strength beside it, as it looks for one, but got guard \(strength 3\)",
+    ),
+    "no preset": ({"penalty": Penalty.projection, "probes": "builtin"}, r"`penalty`: expected a Penalty such as"),
+    "beside a preset": (
+        {"penalty": Penalty.guard, "strength": 3.0, "probes": "builtin"},
+        r"`strength`: expected it in the penalty, Penalty\.guard\(3\.0\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CSULoRACallback(base_model="org/base", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "count", "message"),
+    [
+        (Penalty.data_aware, 15, r"at least 16 that the aligned model refuses for a target, as .* but got 15"),
+        (Penalty.guard, 7, r"at least 8 that the aligned model refuses for a target, but got 7"),
+    ],
+)
+def test_too_few_to_measure_by_are_refused_before_the_first_step(pair, tmp_path, penalty, count, message):
+    ours = callback(pair, penalty=penalty, probes=PROBES[:count])
+    trainer = make_trainer(with_lora(AutoModelForCausalLM.from_pretrained(pair[1])), tmp_path, [ours])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
