@@ -113,9 +113,10 @@ def judge(task: Task, recipe: Recipe, done: dict[str, Corrected]) -> list[report
     if plain:
         raw = load_checkpoint(task, done[plain[0]].last, raw=True).to(where)
         rows.append(report.Row("raw", None, task.judge(raw, batches)))
-    for name, correction in recipe.corrections.items():
+    for name in recipe.corrections:
         saved = task.judge(load_checkpoint(task, done[name].last).to(where), batches)
-        rows.append(report.Row(name, correction.penalty().parameters.get("strength"), saved))
+        strength = sidecar.Sidecar.load(done[name].last).record["penalty"].get("strength")  # maybe one that was found
+        rows.append(report.Row(name, None if strength is None else float(strength), saved))
     return rows
 
 
@@ -215,7 +216,7 @@ def dry_run(recipe: Recipe) -> None:
     if recipe.frontier.methods:
         table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
     for name, correction in recipe.corrections.items():
-        table.add_row(f"corrections.{name}", f"{correction.penalty()}, rank: {rank_rule(vars(correction))}")
+        table.add_row(f"corrections.{name}", f"{correction.in_words()}, rank: {rank_rule(vars(correction))}")
     table.add_row("output", recipe.output)
     Console().print(table)
 

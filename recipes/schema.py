@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from csulora_callback import Penalty
+from csulora_callback.presets import FAMILIES, Family
 
 
 class RecipeError(Exception):
@@ -150,18 +151,32 @@ class Correction:
 
     preset: Preset = MISSING
     strength: float | None = None
+    target: float | None = None  # share of refusals to be kept; the strength is then looked for
     rank: int | None = None  # of the subspace; a thirty-second of each module's smaller side
     energy: float | None = None
     every_n_steps: int | None = None
 
-    def penalty(self) -> Penalty:
-        """The penalty that preset and strength name."""
+    def penalty(self) -> Penalty | Family:
+        """The penalty that preset and strength name, or for a target the preset alone."""
+        if self.target is not None:
+            return FAMILIES[self.preset.value]
         return make_penalty(self.preset.value, self.strength)
+
+    def in_words(self) -> str:
+        """The same for a person."""
+        if self.target is None:
+            return str(self.penalty())
+        return f"{self.preset.value} (the smallest strength that keeps {self.target:.0%} of the refusals)"
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether it measures by rows of the training data."""
+        return self.preset is Preset.data_aware
 
     @property
     def reads_probes(self) -> bool:
         """Whether it measures by prompts that are to be refused."""
-        return self.preset is Preset.data_aware
+        return self.reads_task or self.target is not None
 
 
 @dataclass

@@ -97,9 +97,10 @@ def check_values(path: str, recipe: Recipe) -> None:
         or (isinstance(training.report_to, list) and all(isinstance(name, str) for name in training.report_to))
     ):
         refuse("training.report_to", "the name of a tracker, or a list of them", training.report_to)
-    asked = recipe.calibrate.presets or [correction.preset.value for correction in recipe.corrections.values()]
-    if Preset.data_aware.value in asked and recipe.model.base is not None and recipe.data.probes is None:
-        refuse("data.probes", "prompts that are to be refused, for the preset data_aware", None)
+    reading = Preset.data_aware.value in recipe.calibrate.presets
+    reading |= any(correction.reads_probes for correction in recipe.corrections.values())
+    if reading and recipe.model.base is not None and recipe.data.probes is None:
+        refuse("data.probes", "prompts that are to be refused, for the preset data_aware or a target", None)
     if recipe.frontier.methods:  # recipes.evidence.frontier.check looks at the rest
         if recipe.corrections:
             refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
@@ -126,6 +127,12 @@ def check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
         if correction.preset is Preset.data_aware and (correction.strength or 0.0) > MAX_STRENGTH:
             refuse(f"{key}.strength", f"at most {MAX_STRENGTH:g} for the preset data_aware", correction.strength)
+        if correction.target is not None and not 0.0 < correction.target <= 1.0:
+            refuse(f"{key}.target", "a share in (0, 1]", correction.target)
+        if correction.target is not None and correction.strength is not None:
+            refuse(f"{key}.strength", "nothing beside a target, which looks for it", correction.strength)
+        if correction.target is not None and correction.preset is Preset.projection:
+            refuse(f"{key}.target", "nothing, as projection has no strength", correction.target)
         if correction.rank is not None and correction.rank < 1:
             refuse(f"{key}.rank", "a whole number ≥ 1", correction.rank)
         if correction.every_n_steps is not None and correction.every_n_steps < 1:

@@ -34,11 +34,13 @@ def trained_runs(corrections: dict[str, Correction]) -> dict[str, list[str]]:
     """The corrections that are in the callback of a training run, each with those that are made from its checkpoints.
 
     Those that correct the live weights train something else, each in a run of its own. All others train the same, and
-    once is enough: with a data-aware one, if there is any, as its checkpoints hold the texts that the others need.
+    once is enough: with one that reads prompts, if there is any, as its checkpoints hold the texts that others need;
+    with one of a given strength, if there is any, as it reads all of them.
     """
     own = [name for name, correction in corrections.items() if correction.every_n_steps is not None]
     shared = [name for name in corrections if name not in own]
-    shared.sort(key=lambda name: not corrections[name].reads_probes)  # stable: the first one of the recipe leads
+    # Stable: of those that are alike the first one of the recipe leads.
+    shared.sort(key=lambda name: (not corrections[name].reads_probes, corrections[name].target is not None))
     runs = {name: [] for name in own}
     return {shared[0]: shared[1:], **runs} if shared else runs
 
@@ -84,13 +86,13 @@ def correct_all(
 
 def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
     """The callback that a correction section describes."""
-    penalty = correction.penalty()
     return CSULoRACallback(
         base_model=task.base,
         rank=correction.rank,
         energy=correction.energy,
-        penalty=penalty,
-        probes=None if penalty.on_probes is None else task.probes,
+        penalty=correction.penalty(),
+        target=correction.target,
+        probes=task.probes if correction.reads_probes else None,
         every_n_steps=correction.every_n_steps,
     )
 
@@ -116,8 +118,12 @@ def correct_again(
     for step, checkpoint in tqdm(run.checkpoints.items(), desc=name, unit="checkpoint"):
         place = folder / f"checkpoint-{step}"
         texts = trainer.texts_in(checkpoint) if correction.reads_probes else {}
+        if not correction.reads_task:
+            texts.pop("task", None)
         try:
-            made = correct_adapter(checkpoint, subspace, place, correction.penalty(), **texts)
+            made = correct_adapter(
+                checkpoint, subspace, place, correction.penalty(), **texts, target=correction.target
+            )
         except ValueError as error:
             raise RecipeError(f"'corrections.{name}': {error}") from error
         records.append({**made.metrics, "step": step})

@@ -30,9 +30,8 @@ def test_a_target_takes_the_place_of_a_strength(lab, subspace, tmp_path):
     prompts = [[0, 3 + i, 4 + 2 * i % 20] for i in range(16)]
     probes, rule = tmp_path / "probes.jsonl", ("--subspace", lab / "subspace.safetensors")
     probes.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    status, output, error = run(
-        "correct", lab / "raw", "-o", tmp_path / "a", *rule, "--target", 0.5, "--probes", probes
-    )
+    rule = (*rule, "--probes", probes, "--target", 0.5)
+    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "a", *rule)
     assert status == 0, error
     expected = correct_adapter(lab / "raw", subspace, tmp_path / "b", Penalty.data_aware, probes=prompts, target=0.5)
     assert_same(saved(tmp_path / "a"), saved(tmp_path / "b"))

@@ -120,7 +120,28 @@ BAD = {
     "no probes": (
         "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\ncorrections: {mine: {preset: data_aware}}",
         [],
-        "'data.probes': expected prompts that are to be refused, for the preset data_aware, but got None",
+        "'data.probes': expected prompts that are to be refused, for the preset data_aware or a target, but got None",
+    ),
+    "no probes for a target": (
+        "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\n"
+        "corrections: {mine: {preset: guard, target: 0.9}}",
+        [],
+        "'data.probes': expected prompts that are to be refused, for the preset data_aware or a target, but got None",
+    ),
+    "a target in percent": (
+        "output: a\ncorrections: {mine: {preset: guard, target: 90}}",
+        [],
+        "'corrections.mine.target': expected a share in (0, 1], but got 90.0",
+    ),
+    "a target and a strength": (
+        "output: a\ncorrections: {mine: {preset: guard, target: 0.9, strength: 3}}",
+        [],
+        "'corrections.mine.strength': expected nothing beside a target, which looks for it, but got 3.0",
+    ),
+    "a target of a projection": (
+        "output: a\ncorrections: {mine: {preset: projection, target: 0.9}}",
+        [],
+        "'corrections.mine.target': expected nothing, as projection has no strength, but got 0.9",
     ),
     "data-aware without end": (
         "output: a\ncorrections: {mine: {preset: data_aware, strength: .inf}}",

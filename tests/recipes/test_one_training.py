@@ -20,6 +20,8 @@ ALL = {
     "every": "{preset: guard, rank: 4, every_n_steps: 2}",
     "data_aware": "{preset: data_aware, strength: 10, rank: 4}",
     "weaker": "{preset: data_aware, strength: 1, rank: 3}",
+    "kept": "{preset: data_aware, target: 0.5, rank: 4}",
+    "guard_kept": "{preset: guard, target: 0.5, rank: 3}",
 }
 TRAINERS = {"huggingface": "quickstart", "lightning": "quickstart_lightning"}
 
@@ -37,6 +39,9 @@ def test_which_corrections_are_trained():
     assert trained_runs({"a": every, "b": plain, "c": other}) == {"b": ["c"], "a": []}
     assert trained_runs({"a": plain, "b": aware, "c": other, "d": again}) == {"b": ["d", "a", "c"]}
     assert trained_runs({"a": every}) == {"a": []}
+    kept = correction(Preset.guard, target=0.9)
+    assert trained_runs({"a": plain, "b": kept, "c": again}) == {"c": ["b", "a"]}
+    assert trained_runs({"a": plain, "b": kept}) == {"b": ["a"]}
 
 
 @pytest.fixture(scope="module")
