@@ -27,6 +27,7 @@ from csulora_callback.checked_probes import ANSWER
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.teacher_forcing import greedy_answers
+from csulora_callback.models.training_rows import fixed_sample
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 
@@ -110,6 +111,16 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
         "the correction after that": median(first) / one,
         "the correction again": median(again) / one,
     }
+    half = behaviour.refusals.of(fixed_sample(size.probes, size.probes // 2))  # a target measures by the other half
+    half.read()  # at first the aligned model is read too
+
+    def trial(strength: float) -> None:
+        corrector.penalize(Penalty.data_aware(strength))
+        with corrector.corrected():
+            half.read()
+
+    tried = [seconds(lambda strength=strength: trial(strength)) for strength in (1.0, 3.0, 10.0)]
+    ratios["a trial of a target, of eight at most"] = median(tried) / one
     table = Table(title=f"medians, in steps of {one:.2f} s on {model.device}", title_justify="left")
     table.add_column("what")
     table.add_column("steps", justify="right")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +76,8 @@ def correct_all(
         folder = output / name
         step = max(trainer.checkpoints(folder), default=None)
         console.rule(f"fine-tuning once with the callback: {name}" + (f", from step {step}" if step else ""))
-        run = trainer.fit(task, recipe, make_callback(task, recipe.corrections[name]), folder)
+        with _about(name):
+            run = trainer.fit(task, recipe, make_callback(task, recipe.corrections[name]), folder)
         if processes.is_main_process:
             done[name] = Corrected(run.records, run.last, run.held_out)
             for other in others:
@@ -117,14 +120,23 @@ def correct_again(
     records = []
     for step, checkpoint in tqdm(run.checkpoints.items(), desc=name, unit="checkpoint"):
         place = folder / f"checkpoint-{step}"
-        texts = trainer.texts_in(checkpoint) if correction.reads_probes else {}
+        texts = {"target": correction.target, **(trainer.texts_in(checkpoint) if correction.reads_probes else {})}
         if not correction.reads_task:
             texts.pop("task", None)
-        try:
+        with _about(name):
             made = correct_adapter(
                 checkpoint, subspace, place, correction.penalty(), **texts, target=correction.target
             )
-        except ValueError as error:
-            raise RecipeError(f"'corrections.{name}': {error}") from error
         records.append({**made.metrics, "step": step})
     return Corrected(records, place, run.held_out)
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """An error that names an argument of the library's is one of the recipe."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("`"):
+            raise
+        raise RecipeError(f"'corrections.{name}': {error}") from error
