@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from csulora_callback.arguments import check, check_source, is_path
 from csulora_callback.behaviour import Behaviour, Refusals
+from csulora_callback.budget import Budget
 from csulora_callback.checked_probes import CheckedProbes, check_probes
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
@@ -30,8 +32,6 @@ from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.recorder import ActivationRecorder
-
-logger = logging.getLogger(__name__)
 
 _LIGHTNING = ("lightning.pytorch", "pytorch_lightning")  # one project, two import names
 
@@ -85,6 +85,10 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.
         probe_every_n_steps: measure that at log records of steps divisible by this too.
+        max_drift: a budget: by logged key the most that it may be, such as ``{"csulora/alignment_undone": 0.2}``.
+        min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
+        on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
+            corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -115,6 +119,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes: Probes | None = None,
         probe_every_n_steps: int | None = None,
         push_raw: bool = False,
+        max_drift: Mapping[str, float] | None = None,
+        min_refusal: float | None = None,
+        on_exceed: Literal["warn", "stop"] = "warn",
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -183,6 +190,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.push_raw = push_raw
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
+        self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
 
     def __reduce__(self) -> tuple:
         # The class that _also_lightnings made has no importable name: a pickle names the one it was made from.
@@ -224,20 +232,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes = self._watch(adapter, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, self.penalty, activations)
+        corrector.notes |= self.budget.begin()
         if self.subspace is not None:
             check_origin(subspace, aligned, processes)
-        still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, seconds=time.perf_counter() - started, probes=probes)
-            if still:
-                logger.warning(
-                    "%d of %d adapted modules did not change between base and aligned model, so their whole update "
-                    "counts as off-subspace: %s%s",
-                    len(still),
-                    len(adapter.layers),
-                    ", ".join(still[:3]),
-                    ", …" if len(still) > 3 else "",
-                )
         return corrector
 
     def _renew(self, if_doubled: bool = False) -> None:

@@ -29,6 +29,8 @@ _NOT_CORRECTED = """\
 **This adapter was not corrected.** It holds the weights as they were trained, because the correction was not \
 possible: {reason}. What follows is what it was to be corrected with."""
 
+_EXCEEDED = "**The drift budget was exceeded**, and training {then}: {reasons}."
+
 _UNDO = """\
 The raw adapter, as it was trained, lies in `csulora/raw/` beside this file. What the Trainer pushes leaves it out \
 unless asked; a copy of the folder, or `hf upload` without `--exclude "csulora/raw/*"`, takes it along. Where it is \
@@ -79,10 +81,11 @@ def section_of(record: Mapping | None, base_model: str | None = None) -> str:
     """
     if record is None:
         return _UNKNOWN
+    exceeded, table = _exceeded(record), _table(record, base_model)
     if is_corrected(record):
-        return "\n\n".join([_CORRECTED, _table(record, base_model), _UNDO, _CITATION])
+        return "\n\n".join([_CORRECTED, *exceeded, table, _UNDO, _CITATION])
     reason = _plain(record["status"].removeprefix("not corrected: "))
-    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), _table(record, base_model), _CITATION])
+    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), *exceeded, table, _CITATION])
 
 
 def is_corrected(record: Mapping | None) -> bool:
@@ -93,6 +96,14 @@ def is_corrected(record: Mapping | None) -> bool:
         (True, False)
     """
     return record is not None and record["status"] == "corrected"
+
+
+def _exceeded(record: Mapping) -> list[str]:
+    budget = record.get("budget")
+    if budget is None or not budget["exceeded"]:
+        return []
+    then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
+    return [_EXCEEDED.format(then=then, reasons="; ".join(map(_plain, budget["exceeded"])))]
 
 
 def _table(record: Mapping, base_model: str | None) -> str:

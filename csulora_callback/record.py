@@ -99,6 +99,15 @@ def _are_modules(value: object) -> bool:
     )
 
 
+def _is_budget(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.get("on_exceed") in ("warn", "stop")
+        and isinstance(value.get("exceeded"), list)
+        and all(map(_is_text, value["exceeded"]))
+    )
+
+
 _FIELDS = {
     "status": (_is_text, "a text"),
     "adapter": (_is_name, "the name of an adapter"),
@@ -109,6 +118,7 @@ _FIELDS = {
     "metrics": (_are_numbers, "numbers by name"),
     "modules": (_are_modules, "sections by module, each with a finite `scaling`"),
     "versions": (_is_section, "a section"),
+    "budget": (_is_budget, "a section with `on_exceed` and texts of what was `exceeded`, or to be missing"),
     "files": (_are_digests, "SHA-256 by file"),
     "sha256": (_is_digest, "a SHA-256"),
 }

@@ -59,6 +59,15 @@ class Part:
         return IN_WORDS[self.record["penalty"]["name"]]
 
     @property
+    def exceeded(self) -> str | None:
+        """What of a drift budget was exceeded, and what then became of training; ``None`` where nothing was."""
+        budget = self.record.get("budget")
+        if budget is None or not budget["exceeded"]:
+            return None
+        then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
+        return f"and training {then}: {'; '.join(budget['exceeded'])}."
+
+    @property
     def raw_is_saved(self) -> bool:
         """Whether the adapter beside the saved one is the same."""
         return self.record["raw_digest"] == self.record["corrected_digest"]
