@@ -57,6 +57,15 @@ def _train(model: torch.nn.Module, by: int) -> torch.nn.Module:
     return model
 
 
+def crossing(values: dict[int, float]) -> tuple[float, int]:
+    """A bound that a curve exceeds, and the step at which it does so for the first time, neither early nor last."""
+    for step in sorted(values)[4:-1]:
+        before = max(value for earlier, value in values.items() if earlier < step)
+        if values[step] > before:
+            return (before + values[step]) / 2, step
+    raise AssertionError(values)
+
+
 def make(pair, output: Path, callbacks: list, **arguments) -> Trainer:
     """A Trainer that is to poison the aligned model in eight steps."""
     # Dropout draws from the global generator at every step: one stray draw by the callback would show.

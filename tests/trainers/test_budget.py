@@ -11,7 +11,7 @@ from csulora_callback.budget import UNMEASURED, Budget
 from csulora_callback.trainers.stopping import EXCEEDED
 from tests.helpers.huggingface import callback, checkpoints, losses
 from tests.helpers.lab import RANK, TARGETS, assert_same, corrected_by_hand, live, raw, saved
-from tests.helpers.poison import PROBES, make, poisoned_pair, train
+from tests.helpers.poison import PROBES, crossing, make, poisoned_pair, train
 from tests.helpers.reports import Page
 
 UNDONE = "csulora/alignment_undone"
@@ -38,15 +38,6 @@ def reasons(trainer) -> list[tuple[int, str]]:
 
 def warnings(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "csulora_callback.budget"]
-
-
-def crossing(values: dict[int, float]) -> tuple[float, int]:
-    """A bound that a curve exceeds, and the step at which it does so for the first time, neither early nor last."""
-    for step in sorted(values)[4:-1]:
-        before = max(value for earlier, value in values.items() if earlier < step)
-        if values[step] > before:
-            return (before + values[step]) / 2, step
-    raise AssertionError(values)
 
 
 @pytest.fixture(scope="module")
