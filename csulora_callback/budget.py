@@ -101,7 +101,7 @@ class Budget:
         if on_exceed == "stop" and max_drift is None and min_refusal is None:
             raise ValueError(
                 "`on_exceed`: expected `max_drift` or `min_refusal` beside 'stop', but got neither. Pass "
-                "max_drift={'csulora/alignment_undone': 0.2}, or min_refusal=0.8 with probes."
+                "max_drift={'csulora/alignment_undone': 0.05}, or min_refusal=0.8 with probes."
             )
         self.max_drift = {} if max_drift is None else {key: float(most) for key, most in max_drift.items()}
         self.min_refusal = None if min_refusal is None else float(min_refusal)
@@ -169,7 +169,7 @@ def _check_max_drift(max_drift: Mapping[str, float], has_probes: bool) -> None:
     if not isinstance(max_drift, Mapping) or not max_drift:
         raise ValueError(
             "`max_drift`: expected logged keys with the most that each may be, such as "
-            f"{{'csulora/alignment_undone': 0.2}}, but got {max_drift!r}."
+            f"{{'csulora/alignment_undone': 0.05}}, but got {max_drift!r}."
         )
     for key, most in max_drift.items():
         if key not in (*DRIFT_KEYS, *BEHAVIOUR_KEYS):

@@ -85,7 +85,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.
         probe_every_n_steps: measure that at log records of steps divisible by this too.
-        max_drift: a budget: by logged key the most that it may be, such as ``{"csulora/alignment_undone": 0.2}``.
+        max_drift: a budget: by logged key the most that it may be, such as ``{"csulora/alignment_undone": 0.05}``.
         min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
         on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
             corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.

@@ -100,13 +100,16 @@ def test_a_run_stops_at_the_first_record_that_exceeds_with_a_corrected_checkpoin
     assert "drift budget" not in (tmp_path / "resumed/README.md").read_text()
 
 
+@SLOW
 def test_a_warning_is_given_once_for_each_limit_and_changes_nothing_else(pair, free, tmp_path, caplog):
     bound, step = crossing(curve(free))
-    limits = {"csulora/update_norm": 1e-3, UNDONE: bound, "csulora/attenuation": 1.0}
-    trainer = train(pair, tmp_path, [callback(pair, max_drift=limits)], save_strategy="steps", save_steps=8)
+    at_once = dict.fromkeys(("csulora/update_norm", "csulora/partial_energy", "csulora/off_energy"), 1e-3)
+    limits = {**at_once, UNDONE: bound, "csulora/attenuation": 1.0}
+    ours = callback(pair, max_drift=limits)
+    trainer = train(pair, tmp_path, [ours], save_strategy="steps", save_steps=1, save_total_limit=1)
     assert losses(trainer) == losses(free)
     assert curve(trainer) == curve(free)
-    assert [at for at, _ in reasons(trainer)] == [1, step]
+    assert [at for at, _ in reasons(trainer)] == [1, 1, 1, step]
     assert [message.split(": ", 1)[1] for message in warnings(caplog)] == [f"{said}." for _, said in reasons(trainer)]
     assert all("and training goes on: " in message for message in warnings(caplog))
     assert (
@@ -136,7 +139,8 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", [m if m == "an evaluation" else pytest.param(m, marks=SLOW) for m in MOMENTS])
+@SLOW
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_refusing_that_is_lost_stops_a_run_wherever_it_is_measured(pair, subspace, tmp_path, moment):
     arguments, end = MOMENTS[moment]
     every = 1 if moment == "a log record" else None

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from torch.utils.data import DataLoader
 
 from csulora_callback import CSULoRACallback, SafetySubspace
 from csulora_callback.sidecar import read_own_record
 from tests.helpers.lab import RANK, TARGETS, assert_same, live, saved
 from tests.helpers.lightning import assert_corrected, callback, factors_in
-from tests.helpers.poison import PROBES, crossing, fit, poisoned_pair
+from tests.helpers.poison import PROBES, Poison, crossing, fit, poisoned_pair
 
 UNDONE, KEPT = "csulora/alignment_undone", "csulora/refusal_kept_corrected"
 SLOW = pytest.mark.slow
@@ -104,7 +105,7 @@ def test_refusing_that_is_lost_is_found_in_the_validation(pair, subspace, tmp_pa
 def test_what_a_save_finds_stands_in_it_and_nothing_is_saved_beside_it(pair, subspace, tmp_path):
     ours = with_probes(pair, min_refusal=0.8, on_exceed="stop")
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    trainer = fit(pair, tmp_path, [ours, saving], limit_val_batches=0)
+    trainer = fit(pair, tmp_path, [ours, saving])  # and validates once more
     assert trainer.global_step == 3
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
     assert_corrected(tmp_path / "step=3.ckpt", subspace)
@@ -133,6 +134,6 @@ def test_a_validation_by_hand_looks_at_nothing(pair, tmp_path, caplog):
     trainer = fit(pair, tmp_path, [ours], enable_checkpointing=False, check_val_every_n_epoch=5)
     (never,) = warnings(caplog)
     assert f"was not checked for {KEPT}: " in never
-    trainer.validate(trainer.lightning_module, trainer.val_dataloaders, verbose=False)
+    trainer.validate(trainer.lightning_module, DataLoader(Poison(), batch_size=32), verbose=False)
     assert warnings(caplog) == [never]
     assert not list(tmp_path.glob("*.ckpt"))
