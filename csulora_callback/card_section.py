@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from csulora_callback.method.basis import RELATIVE_RANK
 from csulora_callback.method.penalty import in_words
+from csulora_callback.record import exceeded
 
 _UNKNOWN = """\
 ## Safety correction
@@ -29,7 +30,7 @@ _NOT_CORRECTED = """\
 **This adapter was not corrected.** It holds the weights as they were trained, because the correction was not \
 possible: {reason}. What follows is what it was to be corrected with."""
 
-_EXCEEDED = "**The drift budget was exceeded**, and training {then}: {reasons}."
+_EXCEEDED = "**The drift budget was exceeded**, and {said}"
 
 _UNDO = """\
 The raw adapter, as it was trained, lies in `csulora/raw/` beside this file. What the Trainer pushes leaves it out \
@@ -81,11 +82,12 @@ def section_of(record: Mapping | None, base_model: str | None = None) -> str:
     """
     if record is None:
         return _UNKNOWN
-    exceeded, table = _exceeded(record), _table(record, base_model)
+    said, table = exceeded(record), _table(record, base_model)
+    budget = [] if said is None else [_EXCEEDED.format(said=_plain(said))]
     if is_corrected(record):
-        return "\n\n".join([_CORRECTED, *exceeded, table, _UNDO, _CITATION])
+        return "\n\n".join([_CORRECTED, *budget, table, _UNDO, _CITATION])
     reason = _plain(record["status"].removeprefix("not corrected: "))
-    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), *exceeded, table, _CITATION])
+    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), *budget, table, _CITATION])
 
 
 def is_corrected(record: Mapping | None) -> bool:
@@ -96,14 +98,6 @@ def is_corrected(record: Mapping | None) -> bool:
         (True, False)
     """
     return record is not None and record["status"] == "corrected"
-
-
-def _exceeded(record: Mapping) -> list[str]:
-    budget = record.get("budget")
-    if budget is None or not budget["exceeded"]:
-        return []
-    then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
-    return [_EXCEEDED.format(then=then, reasons="; ".join(map(_plain, budget["exceeded"])))]
 
 
 def _table(record: Mapping, base_model: str | None) -> str:

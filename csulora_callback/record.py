@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 
 from csulora_callback.models.foreign import stays_inside
 
@@ -55,6 +56,23 @@ def checked(content: bytes, source: str) -> dict:
     if record["sha256"] != found:
         raise ValueError(f"{source}: expected the content that its sha256 states, but got another. {remedy}")
     return record
+
+
+def exceeded(record: Mapping) -> str | None:
+    """What became of training as a drift budget was exceeded, and in what, in words; ``None`` where nothing was.
+
+    Example:
+        >>> exceeded({"budget": {"on_exceed": "stop", "exceeded": ["drift is 3", "refusing is 0"]}})
+        'training was stopped: drift is 3; refusing is 0.'
+        >>> exceeded({}) is None
+        True
+    """
+    budget = record.get("budget")
+    if budget is None or not budget["exceeded"]:
+        return None
+    return (
+        f"training {'was stopped' if budget['on_exceed'] == 'stop' else 'went on'}: {'; '.join(budget['exceeded'])}."
+    )
 
 
 def _is_text(value: object) -> bool:

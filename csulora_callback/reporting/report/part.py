@@ -9,6 +9,7 @@ from statistics import median
 
 from csulora_callback.inspection import Inspection, recorded_inspections
 from csulora_callback.method.penalty import BLOCKS, in_words
+from csulora_callback.record import exceeded
 from csulora_callback.reporting.inspection import BLOCK_NAMES, WORST
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.report.evaluation import Judged
@@ -61,11 +62,7 @@ class Part:
     @property
     def exceeded(self) -> str | None:
         """What of a drift budget was exceeded, and what then became of training; ``None`` where nothing was."""
-        budget = self.record.get("budget")
-        if budget is None or not budget["exceeded"]:
-            return None
-        then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
-        return f"and training {then}: {'; '.join(budget['exceeded'])}."
+        return exceeded(self.record)
 
     @property
     def raw_is_saved(self) -> bool:
