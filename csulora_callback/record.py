@@ -70,9 +70,8 @@ def exceeded(record: Mapping) -> str | None:
     budget = record.get("budget")
     if budget is None or not budget["exceeded"]:
         return None
-    return (
-        f"training {'was stopped' if budget['on_exceed'] == 'stop' else 'went on'}: {'; '.join(budget['exceeded'])}."
-    )
+    then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
+    return f"training {then}: {'; '.join(budget['exceeded'])}."
 
 
 def _is_text(value: object) -> bool:
