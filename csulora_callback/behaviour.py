@@ -26,6 +26,17 @@ from csulora_callback.models.teacher_forcing import batches_of
 BEGINNING = 4
 """How many tokens of a refusal count; the first one alone says little: too many answers begin with it."""
 
+BEHAVIOUR_KEYS = (
+    "csulora/refusal_kept",
+    "csulora/refusal_kept_corrected",
+    "csulora/refusal_logprob",
+    "csulora/refusal_logprob_corrected",
+    "csulora/task_loss",
+    "csulora/task_loss_corrected",
+    "csulora/task_kl",
+)
+"""What :class:`Behaviour` measures, by name."""
+
 
 @dataclass(frozen=True)
 class Refusing:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
 from csulora_callback.arguments import check_flags, check_folders, check_source, check_steps, choose_penalty
 from csulora_callback.behaviour import Behaviour, Refusals
+from csulora_callback.budget import Budget
 from csulora_callback.checked_probes import CheckedProbes, check_probes
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
@@ -32,8 +34,6 @@ from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.mixing import also_lightnings, bare, importable
 from csulora_callback.trainers.recorder import ActivationRecorder
-
-logger = logging.getLogger(__name__)
 
 
 class CSULoRACallback(HuggingFaceEvents, LightningEvents):
@@ -92,6 +92,10 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.
         probe_every_n_steps: measure that at log records of steps divisible by this too.
+        max_drift: a budget: by logged key the most that it may be, such as ``{"csulora/alignment_undone": 0.05}``.
+        min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
+        on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
+            corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -123,6 +127,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes: Probes | None = None,
         probe_every_n_steps: int | None = None,
         push_raw: bool = False,
+        max_drift: Mapping[str, float] | None = None,
+        min_refusal: float | None = None,
+        on_exceed: Literal["warn", "stop"] = "warn",
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -172,6 +179,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.push_raw = push_raw
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
+        self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
 
     def __reduce__(self) -> tuple:
         return bare, (importable(type(self)),), {**self.__dict__, "_run": None, "_fit": None}  # at work in no Trainer
@@ -212,20 +220,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes = self._watch(adapter, penalty, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, penalty, activations)
+        corrector.notes |= self.budget.begin()
         if self.subspace is not None:
             check_origin(subspace, aligned, processes)
-        still = [name for name in adapter.layers if subspace[name].U.shape[1] == 0]
         if verbose:
             print_start(corrector, time.perf_counter() - started, probes, self.target)
-            if still:
-                logger.warning(
-                    "%d of %d adapted modules did not change between base and aligned model, so their whole update "
-                    "counts as off-subspace: %s%s",
-                    len(still),
-                    len(adapter.layers),
-                    ", ".join(still[:3]),
-                    ", …" if len(still) > 3 else "",
-                )
         return corrector
 
     def _renew(self, if_doubled: bool = False) -> None:

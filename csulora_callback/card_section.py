@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from csulora_callback.method.basis import RELATIVE_RANK
 from csulora_callback.method.penalty import in_words
+from csulora_callback.record import exceeded
 
 _UNKNOWN = """\
 ## Safety correction
@@ -28,6 +29,8 @@ _NOT_CORRECTED = """\
 
 **This adapter was not corrected.** It holds the weights as they were trained, because the correction was not \
 possible: {reason}. What follows is what it was to be corrected with."""
+
+_EXCEEDED = "**The drift budget was exceeded**, and {said}"
 
 _UNDO = """\
 The raw adapter, as it was trained, lies in `csulora/raw/` beside this file. What the Trainer pushes leaves it out \
@@ -79,10 +82,12 @@ def section_of(record: Mapping | None, base_model: str | None = None) -> str:
     """
     if record is None:
         return _UNKNOWN
+    said, table = exceeded(record), _table(record, base_model)
+    budget = [] if said is None else [_EXCEEDED.format(said=_plain(said))]
     if is_corrected(record):
-        return "\n\n".join([_CORRECTED, _table(record, base_model), _UNDO, _CITATION])
+        return "\n\n".join([_CORRECTED, *budget, table, _UNDO, _CITATION])
     reason = _plain(record["status"].removeprefix("not corrected: "))
-    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), _table(record, base_model), _CITATION])
+    return "\n\n".join([_NOT_CORRECTED.format(reason=reason), *budget, table, _CITATION])
 
 
 def is_corrected(record: Mapping | None) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 
 from csulora_callback.models.foreign import stays_inside
 
@@ -57,6 +58,22 @@ def checked(content: bytes, source: str) -> dict:
     return record
 
 
+def exceeded(record: Mapping) -> str | None:
+    """What became of training as a drift budget was exceeded, and in what, in words; ``None`` where nothing was.
+
+    Example:
+        >>> exceeded({"budget": {"on_exceed": "stop", "exceeded": ["drift is 3", "refusing is 0"]}})
+        'training was stopped: drift is 3; refusing is 0.'
+        >>> exceeded({}) is None
+        True
+    """
+    budget = record.get("budget")
+    if budget is None or not budget["exceeded"]:
+        return None
+    then = "was stopped" if budget["on_exceed"] == "stop" else "went on"
+    return f"training {then}: {'; '.join(budget['exceeded'])}."
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -99,6 +116,15 @@ def _are_modules(value: object) -> bool:
     )
 
 
+def _is_budget(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and value.get("on_exceed") in ("warn", "stop")
+        and isinstance(value.get("exceeded"), list)
+        and all(map(_is_text, value["exceeded"]))
+    )
+
+
 _FIELDS = {
     "status": (_is_text, "a text"),
     "adapter": (_is_name, "the name of an adapter"),
@@ -109,6 +135,7 @@ _FIELDS = {
     "metrics": (_are_numbers, "numbers by name"),
     "modules": (_are_modules, "sections by module, each with a finite `scaling`"),
     "versions": (_is_section, "a section"),
+    "budget": (_is_budget, "a section with `on_exceed` and texts of what was `exceeded`, or to be missing"),
     "files": (_are_digests, "SHA-256 by file"),
     "sha256": (_is_digest, "a SHA-256"),
 }

@@ -19,7 +19,7 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
-    **dict.fromkeys(("answers_cache", "behaviour", "checked_probes"), STATE),
+    **dict.fromkeys(("answers_cache", "behaviour", "budget", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
     **dict.fromkeys(("presets", "rereading", "searching", "sidecar", "swap", "target"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),

@@ -11,6 +11,22 @@ from csulora_callback.method.correction import Correction
 from csulora_callback.method.measure import Drift, chance_shares, kept_displacement
 from csulora_callback.method.penalty import BLOCKS
 
+DRIFT_KEYS = (
+    "csulora/aligned_energy",
+    "csulora/partial_energy",
+    "csulora/off_energy",
+    "csulora/aligned_over_chance",
+    "csulora/partial_over_chance",
+    "csulora/off_over_chance",
+    "csulora/alignment_undone",
+    "csulora/alignment_undone_corrected",
+    "csulora/attenuation",
+    "csulora/relative_change",
+    "csulora/truncation_error",
+    "csulora/update_norm",
+)
+"""What :class:`SafetyDrift` computes, by name."""
+
 _SUMS = ("corrected", "closest", "truncated", "changed", "along", "corrected_along", "displacement")
 
 

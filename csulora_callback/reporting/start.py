@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from csulora_callback.budget import NOTE, REFUSAL
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
+
+logger = logging.getLogger(__name__)
 
 
 def start_table(
@@ -41,6 +47,8 @@ def start_table(
     if probes is not None:
         divided = target is not None and corrector.penalty.on_probes is not None
         rows["probes"] = f"{_probes(probes)}{'; one half is read, the other measured by' if divided else ''}"
+    if NOTE in corrector.notes:
+        rows["drift budget"] = _budget(corrector.notes[NOTE])
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"
     table = Table(title="CSULoRA", title_justify="left", show_header=False)
     for name, said in rows.items():
@@ -51,8 +59,26 @@ def start_table(
 def print_start(
     corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None, target: float | None = None
 ) -> None:
-    """Print :func:`start_table`."""
+    """Print :func:`start_table`, and warn of modules that have no safety subspace."""
     Console().print(start_table(corrector, seconds, probes, target))
+    layers = corrector.adapter.layers
+    still = [name for name in layers if corrector.subspace[name].U.shape[1] == 0]
+    if still:
+        logger.warning(
+            "%d of %d adapted modules did not change between base and aligned model, so their whole update "
+            "counts as off-subspace: %s%s",
+            len(still),
+            len(layers),
+            ", ".join(still[:3]),
+            ", …" if len(still) > 3 else "",
+        )
+
+
+def _budget(budget: Mapping) -> str:
+    limits = [f"{key} ≤ {most:g}" for key, most in budget["max_drift"].items()]
+    if budget["min_refusal"] is not None:
+        limits.append(f"{REFUSAL} ≥ {budget['min_refusal']:g}")
+    return f"{', '.join(limits)}; {'stop' if budget['on_exceed'] == 'stop' else 'warn'} where it is exceeded"
 
 
 def _probes(probes: CheckedProbes) -> str:

@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.strategies import Strategy
     from transformers import TrainingArguments
 
@@ -45,7 +45,7 @@ def saves_shards_only() -> bool:
 
 def refuse_strategy(trainer: Trainer) -> None:
     """Refuse Lightning's strategies whose parameters the correction cannot reach."""
-    if is_strategy(trainer.strategy, "FSDPStrategy", "XLAFSDPStrategy"):
+    if is_kind(trainer.strategy, "FSDPStrategy", "XLAFSDPStrategy"):
         raise ValueError(
             f"`strategy`: CSULoRACallback runs on one device, with ddp, ModelParallelStrategy (FSDP2) or DeepSpeed, "
             f"but this Trainer uses {type(trainer.strategy).__name__}, whose flat parameters hold no whole factors. "
@@ -53,6 +53,6 @@ def refuse_strategy(trainer: Trainer) -> None:
         )
 
 
-def is_strategy(strategy: Strategy, *names: str) -> bool:
+def is_kind(instance: Strategy | Callback, *names: str) -> bool:
     """Whether it is one of these, by name: Lightning has two import names, and nothing here imports either."""
-    return any(kind.__name__ in names for kind in type(strategy).__mro__)
+    return any(kind.__name__ in names for kind in type(instance).__mro__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from csulora_callback import sidecar
 from csulora_callback.behaviour import Behaviour
+from csulora_callback.budget import UNMEASURED
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
@@ -32,6 +34,7 @@ from csulora_callback.trainers.patches import Patches, calling, is_running, surr
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
 from csulora_callback.trainers.save_pretrained import saving_corrected
+from csulora_callback.trainers.stopping import StoppingTrainer
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -60,13 +63,14 @@ class HuggingFaceRun:
     ) -> None:
         self.callback, self.trainer, self.handler = callback, trainer, handler
         self.corrector, self.recorder, self.behaviour = corrector, recorder, behaviour
+        self.stopping = StoppingTrainer(callback.budget, trainer)
         self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
         self._is_finished = False
 
     @property
     def is_training(self) -> bool:
         """Whether its Trainer trains at the moment, and was not ended by an exception."""
-        return self.is_open and is_running(self.trainer, self._thread)
+        return self.is_open and is_running(self.trainer, self._thread, "train")
 
     @property
     def is_open(self) -> bool:
@@ -81,6 +85,7 @@ class HuggingFaceRun:
         """Replace what has to be replaced; ``model`` is the one whose ``save_pretrained`` the Trainer calls."""
         forget(self.corrector.adapter.config)
         self._patches.replace(model, "save_pretrained", saving_corrected(self, model))
+        self._surround(self.trainer, "_maybe_log_save_evaluate", self.stopping.look)
         self._surround(self.trainer, "_save_checkpoint", self._checkpoint)
         if evaluate_corrected:
             self._surround(self.trainer, "prediction_step", self._corrected)
@@ -149,7 +154,8 @@ class HuggingFaceRun:
     def record(self, adapter: CorrectedAdapter) -> None:
         """A save between two log records gets one of its own, so that the checkpoint's state says it is corrected."""
         step, history = self.state.global_step, self.state.log_history
-        logged = any("csulora/update_norm" in record and record["step"] == step for record in history[-3:])
+        of_step = takewhile(lambda record: record.get("step") == step, reversed(history))
+        logged = any("csulora/update_norm" in record for record in of_step)
         if adapter.metrics and not logged:
             history.append({**adapter.metrics, "epoch": self.state.epoch, "step": step})
 
@@ -177,20 +183,23 @@ class HuggingFaceRun:
         # After the loop: an optimizer that keeps other weights for evaluations has brought them in by then. And in
         # what the loop returns: whatever the Trainer logs, chooses its best checkpoint and stops by comes from there.
         output = original(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{key}": value for key, value in self.measure().items()})
+        prefix, behaviour = kwargs.get("metric_key_prefix", "eval"), self.measure()
+        output.metrics.update({f"{prefix}_{key}": value for key, value in behaviour.items()})
+        if self.is_training:  # and was not ended by an exception
+            self.stopping.check(behaviour)
         return output
 
-    def _log_behaviour(self) -> None:
+    def _log_behaviour(self) -> dict[str, float]:
         """A record of its own for a checkpoint, for history and trackers alike.
 
         Not by ``trainer.log``, where TRL would add, and forget, what it has gathered for the next record of its own.
         """
-        logs = self.measure()
-        if logs:
-            logs["epoch"] = self.state.epoch
+        behaviour = self.measure()
+        if behaviour:
+            logs = {**behaviour, "epoch": self.state.epoch}
             self.state.log_history.append({**logs, "step": self.state.global_step})
             self.handler.on_log(self.trainer.args, self.state, self.trainer.control, logs)
+        return behaviour
 
     def _looking(self, original: Callable, *args: object, **kwargs: object) -> object:
         with self.recorder.looking():
@@ -201,9 +210,12 @@ class HuggingFaceRun:
         beside_shards = saves_shards_only() and self.state.is_world_process_zero
         if beside_shards:
             sidecar.discard(self.checkpoint_folder())
-        self._log_behaviour()
+        behaviour = self._log_behaviour()
+        if self.callback.budget.limits:  # before the record is written
+            self.stopping.check({**UNMEASURED, **self.corrector.measure(), **behaviour})
         with self.corrector.corrected() as adapter:
             result = original(*args, **kwargs)
+        self.stopping.saved()
         if beside_shards:
             adapter.sidecar_of_checkpoint.save(self.checkpoint_folder(), self.corrector.adapter.config)
             self.record(adapter)
@@ -228,11 +240,15 @@ class HuggingFaceRun:
             logs.update(metrics)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(metrics)
+            control = original(args, state, control, logs)
+            self.stopping.check({**UNMEASURED, **metrics})  # after it: the others find the record as the last one
+            return control
         return original(args, state, control, logs)
 
     def _train_end(self, original: Callable, *args: object, **kwargs: object) -> object:
         self._mark_best()
         self._apply()
+        self.callback.budget.end()
         control = original(*args, **kwargs)
         self._apply()  # a moving average may have come in
         self._remember()

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from csulora_callback.behaviour import Behaviour
+from csulora_callback.budget import UNMEASURED, Budget
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.factors import from_peft_state_dict
@@ -33,6 +34,7 @@ class LightningEvents:
     log_every_n_steps: int | None
     probe_every_n_steps: int | None
     export_adapter: bool
+    budget: Budget
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
     _behaviour: Behaviour | None
@@ -105,17 +107,27 @@ class LightningEvents:
         every = self.log_every_n_steps or trainer.log_every_n_steps
         if every and step % every == 0:
             self._renew(if_doubled=True)
-            for name, value in self._corrector.measure().items():
-                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in _IN_PROGRESS_BAR)
+            drift = self._corrector.measure()
+            _log(pl_module, drift, on_step=True, on_epoch=False)
+            self._fit.stopping.check({**UNMEASURED, **drift})
         if self.probe_every_n_steps is not None and step % self.probe_every_n_steps == 0:
-            for name, value in self._fit.measure().items():
-                pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name in _IN_PROGRESS_BAR)
+            behaviour = self._fit.measure()
+            _log(pl_module, behaviour, on_step=True, on_epoch=False)
+            self._fit.stopping.check(behaviour)
+        self._fit.stopping.save()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was measured in the validation stands beside its loss, for monitors too, which read it after this."""
         if self._fit is not None:
-            for name, value in self._fit.measured_in_validation().items():
-                pl_module.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, sync_dist=True)
+            behaviour = self._fit.measured_in_validation()
+            _log(pl_module, behaviour, sync_dist=True)
+            if behaviour:
+                self._fit.stopping.check(behaviour)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was exceeded in the validation is saved where ``ModelCheckpoint`` saves, and averages are out again."""
+        if self._fit is not None:
+            self._fit.stopping.save()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """An interrupted run is left with the weights it was training; a save of it is corrected."""
@@ -130,6 +142,7 @@ class LightningEvents:
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An averaging callback may have brought its weights in after that."""
         self._fit.finish()
+        self.budget.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind in module and strategy."""
@@ -140,3 +153,8 @@ class LightningEvents:
         if self._corrector is None:
             self._corrector = self._prepare(pl_module, verbose=trainer.is_global_zero)
             self._fit.open(self._corrector, self._recorder, self._behaviour)
+
+
+def _log(pl_module: LightningModule, metrics: dict[str, float], **how: bool) -> None:
+    for name, value in metrics.items():
+        pl_module.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, **how)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from csulora_callback.behaviour import Behaviour
+from csulora_callback.budget import UNMEASURED
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrected_config import forget, remember
 from csulora_callback.corrector import SafetyCorrector
@@ -24,10 +25,11 @@ from csulora_callback.models.activations import running_model
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers import lightning_checkpoint as files
-from csulora_callback.trainers.engines import is_strategy
+from csulora_callback.trainers.engines import is_kind
 from csulora_callback.trainers.patches import Patches, is_running, surrounded
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.save_pretrained import saving_corrected
+from csulora_callback.trainers.stopping import StoppingFit
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -44,6 +46,7 @@ class LightningRun:
         self.corrector: SafetyCorrector | None = None
         self.recorder: ActivationRecorder | None = None
         self.behaviour: Behaviour | None = None
+        self.stopping = StoppingFit(callback.budget, trainer)
         self._measured: dict[str, float] = {}  # in the validation that goes on
         self._logged: tuple[int, dict[str, float]] | None = None
         self._fit, self._saves, self._optimizers = Patches(self), Patches(self), Patches(self)
@@ -177,10 +180,12 @@ class LightningRun:
     def _write(
         self, original: Callable, checkpoint: dict[str, Any], filepath: str | os.PathLike, storage_options: Any = None
     ) -> None:
-        live = is_strategy(self.trainer.strategy, "DeepSpeedStrategy")
+        live = is_kind(self.trainer.strategy, "DeepSpeedStrategy")
         factors = files.factors_of(checkpoint, self.corrector, self.pl_module, live)
-        self._look_at(factors)
+        behaviour = self._look_at(factors)
         adapter = None if factors is None else self._correction(factors)
+        if self._is_own:
+            self.stopping.check({} if adapter is None else {**UNMEASURED, **adapter.metrics, **behaviour}, saving=True)
         if adapter is not None:
             files.put_into(checkpoint, adapter, self.corrector, self.pl_module)
         exports = self.callback.export_adapter and factors is not None
@@ -194,14 +199,21 @@ class LightningRun:
         if exports and self._writes_beside(filepath):
             files.export(adapter_beside(filepath), state, self.corrector, adapter)
 
-    def _look_at(self, factors: Factors | None) -> None:
+    @property
+    def _is_own(self) -> bool:
+        """Whether a save is one of this fit, and all processes are at it."""
+        return self._fit.in_place and threading.get_ident() == self._thread
+
+    def _look_at(self, factors: Factors | None) -> dict[str, float]:
         """Have the model read, and say what it does, with what is about to be written in it."""
-        if self.recorder is None or not self._fit.in_place or threading.get_ident() != self._thread:
-            return
+        if self.recorder is None or not self._is_own:
+            return {}
         # Sharded factors may be gathered on one process alone; nobody averages them.
         others = factors is not None and not self.corrector.adapter.is_sharded
         with self.corrector.holding(factors) if others else nullcontext():
-            self._log_behaviour(self.measure())
+            measured = self.measure()
+        self._log_behaviour(measured)
+        return measured
 
     def _log_behaviour(self, measured: dict[str, float]) -> None:
         """To the loggers: no hook of a save may log otherwise."""

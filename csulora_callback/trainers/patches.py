@@ -108,22 +108,22 @@ def calling(kind: type[T]) -> T | None:
         >>> calling(Patches) is None
         True
     """
-    return next((found for found in _running(threading.get_ident()) if isinstance(found, kind)), None)
+    return next((found for found, _ in _running(threading.get_ident()) if isinstance(found, kind)), None)
 
 
-def is_running(instance: object, thread: int) -> bool:
-    """Whether a method of the object is running in a thread.
+def is_running(instance: object, thread: int, method: str | None = None) -> bool:
+    """Whether a method of the object, maybe the one of this name, is running in a thread.
 
     Example:
         >>> is_running(Patches(), threading.get_ident())
         False
     """
-    return any(found is instance for found in _running(thread))
+    return any(found is instance and method in (None, name) for found, name in _running(thread))
 
 
-def _running(thread: int) -> Iterator[object]:
-    """Whose methods are running in a thread, innermost first."""
+def _running(thread: int) -> Iterator[tuple[object, str]]:
+    """Whose methods are running in a thread and what they are called, innermost first."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        yield frame.f_locals.get("self")
+        yield frame.f_locals.get("self"), frame.f_code.co_name
         frame = frame.f_back

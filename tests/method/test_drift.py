@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from csulora_callback import Penalty, SafetyDrift, correct
 from csulora_callback.method.basis import Basis
+from csulora_callback.method.drift import DRIFT_KEYS
 from csulora_callback.method.token_space import input_gain
 from tests.helpers.updates import DOUBLE, Update, make_update, presets, projectors, updates
 
@@ -111,3 +112,4 @@ def test_nothing_is_no_drift():
     update, basis = with_basis(make_update(8, 8, 2, 2, 2))
     update = update._replace(B=torch.zeros_like(update.B))
     assert drift_of([(update.correct(("csulora", (10.0,))), basis)]) == dict.fromkeys(KEYS, 0.0)
+    assert set(DRIFT_KEYS) == KEYS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from csulora_callback import Penalty, SafetyCorrector, SafetySubspace
-from csulora_callback.behaviour import BEGINNING, Behaviour, Refusals
+from csulora_callback.behaviour import BEGINNING, BEHAVIOUR_KEYS, Behaviour, Refusals
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.teacher_forcing import greedy_answers
@@ -97,6 +97,7 @@ def test_raw_and_corrected_model_are_measured_and_neither_is_left_behind():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     values = behaviour.measure(corrector)
+    assert tuple(values) == BEHAVIOUR_KEYS
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training

@@ -105,6 +105,8 @@ def test_records_that_are_none_are_refused_by_name(text):
         ("raw_digest", "abc"),
         ("penalty", [1]),
         ("status", None),
+        ("budget", "kept"),
+        ("budget", {"on_exceed": "stop", "exceeded": [1]}),
     ],
 )
 def test_fields_of_other_types_are_refused_by_name(written, field, value):

@@ -9,6 +9,7 @@ from statistics import median
 
 from csulora_callback.inspection import Inspection, recorded_inspections
 from csulora_callback.method.penalty import BLOCKS, in_words
+from csulora_callback.record import exceeded
 from csulora_callback.reporting.inspection import BLOCK_NAMES, WORST
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.report.evaluation import Judged
@@ -57,6 +58,11 @@ class Part:
     def does(self) -> str:
         """What such a penalty does."""
         return IN_WORDS[self.record["penalty"]["name"]]
+
+    @property
+    def exceeded(self) -> str | None:
+        """What of a drift budget was exceeded, and what then became of training; ``None`` where nothing was."""
+        return exceeded(self.record)
 
     @property
     def raw_is_saved(self) -> bool:
