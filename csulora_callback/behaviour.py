@@ -53,6 +53,11 @@ class Refusing:
     kept: float
     logprob: float
 
+    @property
+    def likelihood(self) -> float:
+        """The likelihood per token of those beginnings, the geometric mean, as a share of the aligned model's."""
+        return math.exp(self.logprob)
+
 
 class Refusals:
     """Prompts that the aligned model refuses, and how its refusals begin: to be held against a model as it stands.

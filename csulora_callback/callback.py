@@ -62,11 +62,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             default the data-aware preset where there are ``probes``, and otherwise the paper's, ``Penalty.csulora``.
         strength: of the default penalty; ``0`` corrects nothing. By default 10 without ``probes``, and with them what
             ``target`` finds. A ``penalty`` may have its own.
-        target: the share of the refusals of ``probes`` that what is saved has to keep (``csulora/refusal_kept``), 0.9
-            by default where nothing gives a strength. At every save and evaluation the smallest strength that keeps
-            it is looked for, in at most eight passes over prompts that the correction does not read: a data-aware one
-            reads half of ``probes``. It is logged as ``csulora/strength``. Where none keeps it, the largest is taken,
-            and a warning says so.
+        target: the share of the aligned model's likelihood of refusing ``probes`` that what is saved has to keep
+            (``exp(csulora/refusal_logprob_corrected)``), 0.9 by default where nothing gives a strength. At every save
+            and evaluation the smallest strength that keeps it is looked for, in at most eight passes over prompts that
+            the correction does not read: a data-aware one reads half of ``probes``. It is logged as
+            ``csulora/strength``. Where none keeps it, the largest is taken, and a warning says so.
         every_n_steps: also correct the live weights in place every so many optimizer steps (a proximal-gradient
             step). Repeated correction compounds, and training is then no longer the one without the callback.
         evaluate_corrected: whether the trainer's evaluations see the corrected weights, which are those that ship.

@@ -107,14 +107,15 @@ def strength_in_words(target: Mapping) -> str:
         target: the section of a record.
 
     Example:
-        >>> strength_in_words({"share": 0.9, "kept": 0.925, "prompts": 80})
-        'the smallest found that keeps 90.0% of the refusals of 80 prompts; it keeps 92.5%'
+        >>> strength_in_words({"share": 0.9, "likelihood": 0.925, "prompts": 80})
+        'the smallest found that keeps 90.0% of the likelihood of refusing 80 prompts; it keeps 92.5%'
     """
-    wanted, kept, prompts = _percent(target["share"]), target["kept"], target["prompts"]
+    asked = f"{_percent(target['share'])} of the likelihood of refusing {target['prompts']} prompts"
+    kept = target["likelihood"]
     if kept is None or kept < target["share"]:
         said = "an unknown share" if kept is None else _percent(kept)
-        return f"the largest tried: {wanted} of the refusals of {prompts} prompts were to be kept, and it keeps {said}"
-    return f"the smallest found that keeps {wanted} of the refusals of {prompts} prompts; it keeps {_percent(kept)}"
+        return f"the largest tried: {asked} was to be kept, and it keeps {said}"
+    return f"the smallest found that keeps {asked}; it keeps {_percent(kept)}"
 
 
 def _table(record: Mapping, base_model: str | None) -> str:

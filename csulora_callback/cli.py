@@ -172,7 +172,8 @@ def correct(
     ] = None,
     strength: Annotated[float | None, typer.Option(help="How much; 10 by default. A projection has none.")] = None,
     target: Annotated[
-        float | None, typer.Option(help="Share of the probes' refusals to keep, by the smallest strength that does.")
+        float | None,
+        typer.Option(help="Share of the refusals' likelihood to keep; the strength is looked for."),
     ] = None,
     rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
     probes: Annotated[

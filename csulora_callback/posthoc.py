@@ -84,9 +84,9 @@ def correct_adapter(
             ``messages`` or ``input_ids``. By default what the checkpoint holds.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
             given or loaded, the subspace has to be one of it.
-        target: the share of the refusals of ``probes`` that is to be kept, 0.9 by default for a preset without its
-            strength: the smallest strength that keeps it is looked for, as the callback does. The model is loaded for
-            that. Only with ``rank="truncate"``.
+        target: the share of the likelihood of refusing ``probes`` that is to be kept, 0.9 by default for a preset
+            without its strength: the smallest strength that keeps it is looked for, as the callback does. The model is
+            loaded for that. Only with ``rank="truncate"``.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.

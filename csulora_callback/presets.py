@@ -11,14 +11,14 @@ FAMILIES = {name: getattr(Penalty, name) for name in ("data_aware", "guard", "cs
 """The presets that have a strength, by name."""
 
 TARGET = 0.9
-"""The share of the refusals that is kept where nobody says another one."""
+"""The share of the likelihood of refusals that is kept where nobody says another one."""
 
 Family = Callable[[float], Penalty]
 """A preset without its strength, such as ``Penalty.guard``."""
 
 
 def check_share(target: object) -> None:
-    """Raise ``ValueError`` unless it is a share of refusals to be kept, or None.
+    """Raise ``ValueError`` unless it is a share that can be kept, or None.
 
     Example:
         >>> check_share(0.9)
@@ -26,7 +26,8 @@ def check_share(target: object) -> None:
     fits = isinstance(target, Real) and not isinstance(target, bool) and 0 < target <= 1
     if target is not None and not fits:
         raise ValueError(
-            f"`target`: expected the share of refusals to be kept, in (0, 1], or None, but got {target!r}."
+            f"`target`: expected the share of the refusals' likelihood to be kept, in (0, 1], or None, but got "
+            f"{target!r}."
         )
 
 

@@ -34,7 +34,7 @@ def find_strength(
         saved: the raw adapter.
         subspace: of the model under it.
         family: the preset whose strength is looked for.
-        share: of the refusals that is to be kept.
+        share: of the likelihood of refusals that is to be kept.
         kept: what the checkpoint kept of the run's texts, which counts where the next two are not given.
         probes: prompts that are to be refused.
         task: rows of what the adapter was trained on, for a data-aware preset.

@@ -1,4 +1,9 @@
-"""A share of the refusals that is to be kept, in the place of a strength, which is looked for again and again."""
+"""How readily a model is still to refuse, in the place of a strength, which is looked for again and again.
+
+What is to be kept is a share of the *likelihood* of the aligned model's refusals, and not of the refusals that begin
+word for word alike: on a model that has several ways to refuse, the correction may bring refusing back in other words,
+and no strength then keeps nine of ten; and the likelihood is smooth, where a count of some dozens is not.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +44,11 @@ def held_back(count: int, reads: bool) -> list[int]:
 
 
 class Target:
-    """Gives a corrector the smallest strength of a preset for which the corrected model keeps enough refusals.
+    """Gives a corrector the smallest strength of a preset for which the corrected model refuses readily enough.
 
     Args:
-        share: of ``csulora/refusal_kept``, in (0, 1].
+        share: of the aligned model's likelihood per token of its refusals, ``exp(csulora/refusal_logprob)``, in
+            (0, 1].
         family: the preset.
         refusals: what is measured by; prompts that the correction itself does not read.
 
@@ -64,20 +70,20 @@ class Target:
 
         def kept(strength: float) -> float:
             if not strength:
-                return self.refusals.read().kept
+                return self.refusals.read().likelihood
             corrector.penalize(self.family(strength))
             with corrector.corrected():
-                return self.refusals.read().kept
+                return self.refusals.read().likelihood
 
         found = smallest_strength(kept, self.share)
         penalty = self.family(found.strength)
         known = None if math.isnan(found.kept) else found.kept  # which JSON cannot say
-        corrector.penalize(penalty, {"share": self.share, "kept": known, "prompts": len(self.refusals)})
+        corrector.penalize(penalty, {"share": self.share, "likelihood": known, "prompts": len(self.refusals)})
         if not found.is_enough and not self._warned and self.refusals.processes.rank == 0:
             self._warned = True
             logger.warning(
-                "`target`: expected a correction that keeps %.0f %% of the refusals, but %s, the strongest that is "
-                "tried, keeps %.0f %%. It is what is saved. Another penalty may keep more.",
+                "`target`: expected a correction that keeps %.0f %% of the refusals' likelihood, but %s, the "
+                "strongest that is tried, keeps %.0f %%. It is what is saved. Another penalty may keep more.",
                 100 * self.share,
                 penalty,
                 100 * found.kept,

@@ -151,7 +151,7 @@ class Correction:
 
     preset: Preset = MISSING
     strength: float | None = None
-    target: float | None = None  # share of refusals to be kept; the strength is then looked for
+    target: float | None = None  # share of the refusals' likelihood to be kept; the strength is then looked for
     rank: int | None = None  # of the subspace; a thirty-second of each module's smaller side
     energy: float | None = None
     every_n_steps: int | None = None
@@ -166,7 +166,7 @@ class Correction:
         """The same for a person."""
         if self.target is None:
             return str(self.penalty())
-        return f"{self.preset.value} (the smallest strength that keeps {self.target:.0%} of the refusals)"
+        return f"{self.preset.value} (the smallest strength that keeps {self.target:.0%} of the refusals' likelihood)"
 
     @property
     def reads_task(self) -> bool:

@@ -195,7 +195,16 @@ MISUSED = {
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--strength", "-1"): "`strength`: expected a number ≥ 0",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--penalty", "projection", "--strength", "1"): "`--strength`",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--probes", "p"): "only for --penalty data_aware",
-    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--target", "90"): "`target`: expected the share of refusals",
+    (
+        "correct",
+        "{raw}",
+        "-o",
+        "x",
+        "--subspace",
+        "s",
+        "--target",
+        "90",
+    ): "`target`: expected the share of the refusals",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--target", "1", "--strength", "1"): "expected no strength",
 }
 FAILED = {

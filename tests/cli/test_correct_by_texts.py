@@ -30,13 +30,13 @@ def test_a_target_takes_the_place_of_a_strength(lab, subspace, tmp_path):
     prompts = [[0, 3 + i, 4 + 2 * i % 20] for i in range(16)]
     probes, rule = tmp_path / "probes.jsonl", ("--subspace", lab / "subspace.safetensors")
     probes.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    rule = (*rule, "--probes", probes, "--target", 0.5)
+    rule = (*rule, "--probes", probes, "--target", 0.995)
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "a", *rule)
     assert status == 0, error
-    expected = correct_adapter(lab / "raw", subspace, tmp_path / "b", Penalty.data_aware, probes=prompts, target=0.5)
+    expected = correct_adapter(lab / "raw", subspace, tmp_path / "b", Penalty.data_aware, probes=prompts, target=0.995)
     assert_same(saved(tmp_path / "a"), saved(tmp_path / "b"))
     assert strength_in_words(expected.record["target"]) in output
     answer = json.loads(run("correct", lab / "raw", *rule, "--penalty", "guard", "--dry-run", "--json")[1])
     assert answer["penalty"]["name"] == "guard"
-    assert answer["target"].keys() == {"share", "kept", "prompts"}
+    assert answer["target"].keys() == {"share", "likelihood", "prompts"}
     assert answer["target"]["prompts"] == 16

@@ -1,6 +1,7 @@
 """A target instead of a strength, in real trainers: what is saved keeps it, the strength below does not.
 
-Kept refusals are counted by generating greedily, prompt by prompt, from adapters that PEFT loads.
+The likelihood of refusals is that of what the aligned model generates greedily, prompt by prompt, under adapters that PEFT
+loads, in float64.
 """
 
 import json
@@ -29,7 +30,7 @@ PROBES = [[0, 3 + i, 4 + 2 * i % 20, *range(5, 5 + i % 3)] for i in range(24)]
 PLACES = fixed_sample(24, 12)
 HELD_BACK = [PROBES[place] for place in PLACES]
 READ = [prompt for prompt in PROBES if prompt not in HELD_BACK]
-SHARE = 0.75
+SHARE = 0.995
 STEP = (STRONGEST / WEAKEST) ** (0.5**HALVINGS)  # from a strength to the one that was tried below it
 
 
@@ -46,23 +47,24 @@ def train(pair, output: Path, callbacks: list, resume=None, **arguments):
 
 
 @torch.no_grad()
-def said(pair, adapter: Path | None, prompts: list) -> list[list[int]]:
+def mean_logprob(pair, adapter: Path | None, prompts: list) -> float:
+    """Per token of the beginnings of the aligned model's answers, under the model with an adapter."""
+    aligned = AutoModelForCausalLM.from_pretrained(pair[1]).to(DEVICE).eval()
     model = AutoModelForCausalLM.from_pretrained(pair[1])
     model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).to(DEVICE).eval()
-    answers = []
+    means = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=DEVICE)
-        words = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=BEGINNING, do_sample=False
-        )
-        answers.append(words[0, len(prompt) :].tolist())
-    return answers
+        greedy = {"max_new_tokens": BEGINNING, "do_sample": False}
+        words = aligned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy)
+        logprobs = model(input_ids=words).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        means.append(logprobs.gather(1, words[0, len(prompt) :, None]).mean().item())
+    return sum(means) / len(means)
 
 
 def kept(pair, adapter: Path, prompts: list) -> float:
-    """The share of prompts that an adapter's model answers as the aligned one does."""
-    both = zip(said(pair, adapter, prompts), said(pair, None, prompts), strict=True)
-    return sum(here == aligned for here, aligned in both) / len(prompts)
+    """The share of the likelihood of its refusals that an adapter leaves of the aligned model's."""
+    return math.exp(mean_logprob(pair, adapter, prompts) - mean_logprob(pair, None, prompts))
 
 
 def assert_smallest(pair, subspace, checkpoint: Path, family, scratch: Path, prompts=HELD_BACK) -> float:
@@ -71,15 +73,16 @@ def assert_smallest(pair, subspace, checkpoint: Path, family, scratch: Path, pro
     strength, target = record["penalty"]["strength"], record["target"]
     assert record["penalty"] == family(strength).to_json()
     assert record["metrics"]["csulora/strength"] == strength
-    assert target == {"share": SHARE, "kept": kept(pair, checkpoint, prompts), "prompts": len(prompts)}
+    likelihood = pytest.approx(kept(pair, checkpoint, prompts), abs=1e-5)
+    assert target == {"share": SHARE, "likelihood": likelihood, "prompts": len(prompts)}
     if strength == STRONGEST:
-        assert target["kept"] < SHARE
+        assert target["likelihood"] < SHARE
         return strength
-    assert target["kept"] >= SHARE
+    assert target["likelihood"] >= SHARE
     below = strength / STEP
     if strength and below > WEAKEST * 1.001:
         correct_adapter(checkpoint, subspace, scratch / f"below-{checkpoint.name}", family(below))
-        assert kept(pair, scratch / f"below-{checkpoint.name}", prompts) < SHARE
+        assert kept(pair, scratch / f"below-{checkpoint.name}", prompts) < SHARE + 1e-6
     correct_adapter(checkpoint, subspace, scratch / f"same-{checkpoint.name}", family(strength))
     assert_same(saved(scratch / f"same-{checkpoint.name}"), saved(checkpoint))
     return strength
@@ -92,7 +95,9 @@ def test_checkpoints_keep_the_target_by_the_smallest_strength_and_training_is_bi
     trainer = train(pair, tmp_path / "b", [callback(pair)])
     losses = [[r["loss"] for r in run.state.log_history if "loss" in r] for run in (without, trainer)]
     assert losses[0] == losses[1]
-    assert "the smallest that keeps 75% of the refusals" in " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "the smallest that keeps 100% of the refusals' likelihood" in " ".join(
+        capsys.readouterr().out.replace("│", "").split()
+    )
     for step in (4, 8):
         folder = tmp_path / f"b/checkpoint-{step}"
         assert_same(raw(folder), saved(tmp_path / f"a/checkpoint-{step}"))
@@ -102,16 +107,19 @@ def test_checkpoints_keep_the_target_by_the_smallest_strength_and_training_is_bi
         assert WEAKEST < strength < STRONGEST
         evaluated = [r for r in trainer.state.log_history if r["step"] == step and "eval_loss" in r]
         assert [r["eval_csulora/strength"] for r in evaluated] == [strength]
-        assert [r["eval_csulora/refusal_kept_corrected"] for r in evaluated] == [kept(pair, folder, HELD_BACK)]
-        assert [r["eval_csulora/refusal_kept"] for r in evaluated] == [kept(pair, folder / "csulora/raw", HELD_BACK)]
+        for key, adapter in (("_corrected", folder), ("", folder / "csulora/raw")):
+            (logged,) = [r[f"eval_csulora/refusal_logprob{key}"] for r in evaluated]
+            assert math.exp(logged) == pytest.approx(kept(pair, adapter, HELD_BACK), abs=1e-5)
         again = correct_adapter(folder, subspace, tmp_path / f"again-{step}", Penalty.data_aware, target=SHARE)
         assert_same(saved(tmp_path / f"again-{step}"), saved(folder))
         written = json.loads((folder / "csulora/correction.json").read_text())
         assert {key: again.record[key] for key in ("penalty", "target")} == {
             key: written[key] for key in ("penalty", "target")
         }
-    told = "the smallest found that keeps 75.0% of the refusals of 12 prompts; it keeps 75.0%"
-    assert f"| its strength | {told} |" in (folder / "README.md").read_text()
+    told = (
+        "| its strength | the smallest found that keeps 99.5% of the likelihood of refusing 12 prompts; it keeps 99.5%"
+    )
+    assert told in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -170,7 +178,7 @@ def test_in_lightning(pair, subspace, tmp_path, average):
         )
         adapter = tmp_path / f"b/step={step}.adapter"
         record = json.loads((adapter / "csulora/correction.json").read_text())
-        assert record["target"]["kept"] == kept(pair, adapter, HELD_BACK) >= SHARE
+        assert record["target"]["likelihood"] == pytest.approx(kept(pair, adapter, HELD_BACK), abs=1e-5)
         texts = torch.load(tmp_path / f"b/step={step}.ckpt", weights_only=True)["csulora"]["texts"]
         assert (texts["probes"], texts["held_back"]) == (PROBES, PLACES)
         given = {"probes": READ, "task": texts["task"]}
@@ -181,7 +189,7 @@ def test_in_lightning(pair, subspace, tmp_path, average):
             place = tmp_path / f"{name}-{step}"
             correct_adapter(tmp_path / f"b/step={step}.ckpt", subspace, place, Penalty.data_aware(strength), **given)
         assert_same(saved(tmp_path / f"same-{step}"), saved(adapter))
-        assert kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE
+        assert kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE + 1e-6 < record["target"]["likelihood"] + 2e-6
 
 
 def test_where_no_strength_keeps_it_the_largest_is_taken_and_a_warning_says_so_once(pair, subspace, tmp_path, caplog):
