@@ -166,7 +166,7 @@ class Correction:
         """The same for a person."""
         if self.target is None:
             return str(self.penalty())
-        return f"{self.preset.value} (the smallest strength that keeps {self.target:.0%} of the refusals' likelihood)"
+        return f"{self.preset.value} (the smallest strength that keeps {100 * self.target:g}% of the refusals' likelihood)"
 
     @property
     def reads_task(self) -> bool:

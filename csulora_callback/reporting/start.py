@@ -43,7 +43,9 @@ def start_table(
         f"{IN_WORDS[corrector.penalty.name]}",
     }
     if target is not None:
-        rows["strength"] = f"the smallest that keeps {target:.0%} of the refusals' likelihood, found at every save"
+        rows["strength"] = (
+            f"the smallest that keeps {100 * target:g}% of the refusals' likelihood, found at every save"
+        )
     if probes is not None:
         divided = target is not None and corrector.penalty.on_probes is not None
         rows["probes"] = f"{_probes(probes)}{'; one half is read, the other measured by' if divided else ''}"

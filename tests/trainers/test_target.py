@@ -1,7 +1,7 @@
 """A target instead of a strength, in real trainers: what is saved keeps it, the strength below does not.
 
-The likelihood of refusals is that of what the aligned model generates greedily, prompt by prompt, under adapters that PEFT
-loads, in float64.
+The likelihood of refusals is that of what the aligned model generates greedily, prompt by prompt, under adapters that
+PEFT loads, in float64.
 """
 
 import json
@@ -95,9 +95,8 @@ def test_checkpoints_keep_the_target_by_the_smallest_strength_and_training_is_bi
     trainer = train(pair, tmp_path / "b", [callback(pair)])
     losses = [[r["loss"] for r in run.state.log_history if "loss" in r] for run in (without, trainer)]
     assert losses[0] == losses[1]
-    assert "the smallest that keeps 100% of the refusals' likelihood" in " ".join(
-        capsys.readouterr().out.replace("│", "").split()
-    )
+    told = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "the smallest that keeps 99.5% of the refusals' likelihood" in told
     for step in (4, 8):
         folder = tmp_path / f"b/checkpoint-{step}"
         assert_same(raw(folder), saved(tmp_path / f"a/checkpoint-{step}"))
@@ -182,14 +181,13 @@ def test_in_lightning(pair, subspace, tmp_path, average):
         texts = torch.load(tmp_path / f"b/step={step}.ckpt", weights_only=True)["csulora"]["texts"]
         assert (texts["probes"], texts["held_back"]) == (PROBES, PLACES)
         given = {"probes": READ, "task": texts["task"]}
-        for name, strength in (
-            ("same", record["penalty"]["strength"]),
-            ("below", record["penalty"]["strength"] / STEP),
-        ):
+        found = record["penalty"]["strength"]
+        for name, strength in (("same", found), ("below", found / STEP)):
             place = tmp_path / f"{name}-{step}"
             correct_adapter(tmp_path / f"b/step={step}.ckpt", subspace, place, Penalty.data_aware(strength), **given)
         assert_same(saved(tmp_path / f"same-{step}"), saved(adapter))
-        assert kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE + 1e-6 < record["target"]["likelihood"] + 2e-6
+        was_tried = found / STEP > 1.001 * WEAKEST
+        assert not was_tried or kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE + 1e-6
 
 
 def test_where_no_strength_keeps_it_the_largest_is_taken_and_a_warning_says_so_once(pair, subspace, tmp_path, caplog):
