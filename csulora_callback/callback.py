@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from csulora_callback.arguments import check, check_source, is_path
+from csulora_callback.arguments import check_flags, check_folders, check_source, check_steps
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.checked_probes import CheckedProbes, check_probes
 from csulora_callback.corrected import CorrectedAdapter
@@ -30,6 +30,7 @@ from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.tracker_images import check_drawing
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.
         probe_every_n_steps: measure that at log records of steps divisible by this too.
+        heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
+            the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -115,6 +118,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         probes: Probes | None = None,
         probe_every_n_steps: int | None = None,
         push_raw: bool = False,
+        heat_maps: bool = False,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -141,19 +145,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
                 f"`strength`: expected None beside `penalty`, which has its own, but got {strength!r} and {penalty}. "
                 "Pass one of them, such as penalty=Penalty.guard(3.0)."
             )
-        numbers = {
-            "every_n_steps": every_n_steps,
-            "log_every_n_steps": log_every_n_steps,
-            "probe_every_n_steps": probe_every_n_steps,
-        }
-        for name, steps in numbers.items():
-            whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-            check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
-        flags = {"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw}
-        for name, flag in flags.items():
-            check(name, isinstance(flag, bool), "True or False", flag)
-        for name, path in (("cache_dir", cache_dir), ("resume_from", resume_from)):
-            check(name, path is None or is_path(path), "the path of a folder or None", path)
+        check_steps(
+            every_n_steps=every_n_steps, log_every_n_steps=log_every_n_steps, probe_every_n_steps=probe_every_n_steps
+        )
+        check_flags(evaluate_corrected=evaluate_corrected, export_adapter=export_adapter)
+        check_flags(push_raw=push_raw, heat_maps=heat_maps)
+        check_folders(cache_dir=cache_dir, resume_from=resume_from)
+        if heat_maps:
+            check_drawing()
         if probes is None and penalty is not None and penalty.on_probes is not None:
             raise ValueError(
                 "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
@@ -180,7 +179,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
-        self.push_raw = push_raw
+        self.push_raw, self.heat_maps = push_raw, heat_maps
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
 

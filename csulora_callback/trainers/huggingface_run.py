@@ -32,6 +32,7 @@ from csulora_callback.trainers.patches import Patches, calling, is_running, surr
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
 from csulora_callback.trainers.save_pretrained import saving_corrected
+from csulora_callback.trainers.tracker_images import of_callbacks, send_heat_maps
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -62,6 +63,7 @@ class HuggingFaceRun:
         self.corrector, self.recorder, self.behaviour = corrector, recorder, behaviour
         self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
         self._is_finished = False
+        self._drawn_at: int | None = None  # the last step of which there are heat maps
 
     @property
     def is_training(self) -> bool:
@@ -86,7 +88,7 @@ class HuggingFaceRun:
             self._surround(self.trainer, "prediction_step", self._corrected)
         if self.recorder is not None:
             self._surround(self.trainer, "training_step", self._looking)
-        if self.behaviour is not None:
+        if self.behaviour is not None or self.callback.heat_maps:
             self._surround(self.trainer, "evaluation_loop", self._evaluation)
         self._surround(self.handler, "on_save", self._corrected)
         self._surround(self.handler, "on_step_end", self._step_end)
@@ -179,6 +181,11 @@ class HuggingFaceRun:
         output = original(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{key}": value for key, value in self.measure().items()})
+        if self.callback.heat_maps and self.is_training and self._drawn_at != self.state.global_step:
+            self._drawn_at = self.state.global_step  # of several data sets each one is an evaluation
+            adapter = self.corrector.compute()  # collective where parameters are sharded
+            if self.state.is_world_process_zero:
+                send_heat_maps(adapter, of_callbacks(self.handler.callbacks), self._drawn_at)
         return output
 
     def _log_behaviour(self) -> None:
