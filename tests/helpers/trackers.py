@@ -79,7 +79,8 @@ def _by_step(images: Iterable[tuple[int, str, bytes | Path]]) -> Images:
     found: Images = {}
     for step, name, image in images:
         assert name not in found.setdefault(step, {}), f"twice at step {step}: {name}"
-        found[step][name] = np.asarray(Image.open(io.BytesIO(image) if isinstance(image, bytes) else image))
+        pixels = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        found[step][name] = np.asarray(pixels.convert("RGB"))
     return dict(sorted(found.items()))
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from csulora_callback import CSULoRACallback
 from csulora_callback.inspection import Inspection
@@ -160,6 +162,43 @@ def test_trackers_have_what_was_evaluated_and_training_is_bit_identical(
     if trainer == "transformers":
         assert set(found.pop(0)) == NAMES  # of no update at all
     assert_shown(found, written, subspace)
+
+
+class Fail(TrainerCallback, Callback):
+    """Ends a run in its first evaluation."""
+
+    def on_evaluate(self, *args, **kwargs):
+        raise ZeroDivisionError
+
+    def on_validation_batch_end(self, *args):
+        raise ZeroDivisionError
+
+
+@pytest.mark.slow
+def test_after_an_exception_evaluations_by_hand_are_none_of_the_run(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", offline(tmp_path)["TENSORBOARD_LOGGING_DIR"])
+    ours = [callback(pair, heat_maps=True), Fail()]
+    trainer = make_trainer(fresh_model(pair), tmp_path / "output", ours, report_to=["tensorboard"], **EVERY_SECOND)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.state.global_step = 3
+    with pytest.raises(ZeroDivisionError):
+        trainer.evaluate()
+    assert list(tensorboard_images(tmp_path)) == [2]
+
+
+@pytest.mark.slow
+def test_in_lightning_after_an_exception_too(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", offline(tmp_path)["TENSORBOARD_LOGGING_DIR"])
+    ours, logger = [callback(pair, heat_maps=True), Fail()], LOGGERS["tensorboard"]()
+    module = in_lightning.Module(pair[1])
+    with pytest.raises(ZeroDivisionError):
+        in_lightning.fit(pair, tmp_path / "output", ours, module, logger=logger)
+    trainer = module.trainer
+    trainer.callbacks.remove(ours[1])
+    trainer.validate(module, DataLoader(Tokens(count=4), batch_size=4), verbose=False)
+    logger.finalize("success")
+    assert not tensorboard_images(tmp_path)
 
 
 def warned(caplog) -> list[str]:

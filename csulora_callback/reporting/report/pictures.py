@@ -42,6 +42,27 @@ _CHARTS = {
         False,
         {"loss": ("training", GREY), "eval_loss": ("held-out", BLUE)},
     ),
+    "refusals": _Chart(
+        "Refusals kept",
+        "Probes that the model still begins to refuse as the aligned model does, as it is trained and as it is saved.",
+        "% of the probes",
+        True,
+        {"csulora/refusal_kept": ("trained", GREY), "csulora/refusal_kept_corrected": ("saved", GREEN)},
+    ),
+    "task": _Chart(
+        "Loss on the task",
+        "On a sample of the training data, as it is trained and as it is saved: what the correction costs there.",
+        "nats per token",
+        False,
+        {"csulora/task_loss": ("trained", GREY), "csulora/task_loss_corrected": ("saved", GREEN)},
+    ),
+    "undone": _Chart(
+        "Alignment undone",
+        "How far the update goes back along what alignment changed; below 0 it goes on in that direction.",
+        "% of the alignment",
+        True,
+        {"csulora/alignment_undone": ("trained", GREY), "csulora/alignment_undone_corrected": ("saved", GREEN)},
+    ),
     "size": _Chart(
         "Size of the update",
         "As it is trained, and what the correction leaves of it.",
@@ -75,14 +96,14 @@ _CHARTS = {
 
 
 def curves(name: str, of: str, history: Sequence[dict]) -> list[Picture]:
-    """Loss and drift over steps, as far as they were logged.
+    """Loss, behaviour and drift over steps, as far as they were logged.
 
     Args:
         name: begins the names of the figures.
         of: the run, in their titles.
         history: its log records.
     """
-    history = [{**log, **_saved_norm(log)} for log in history]
+    history = [{**log, **_saved_norm(log)} for log in map(_under_own_keys, history)]
     drawn = []
     for key, chart in _CHARTS.items():
         lines = [Curve(*style, _points(history, logged)) for logged, style in chart.lines.items()]
@@ -138,8 +159,14 @@ def _saved_norm(log: dict) -> dict:
     return {} if size is None or lost is None else {_SAVED_NORM: size * (1.0 - lost)}
 
 
+def _under_own_keys(log: dict) -> dict:
+    """What is measured in the Trainer's evaluations stands there with the data set's name before it."""
+    return {key[max(key.find("csulora/"), 0) :]: value for key, value in log.items()}
+
+
 def _points(history: Sequence[dict], key: str) -> list[tuple[int, float | None]]:
-    return [(log["step"], log[key]) for log in history if key in log]
+    """One a step: an evaluation and a save of the same step say the same."""
+    return list({log["step"]: log[key] for log in history if key in log}.items())
 
 
 def _ends(curve: Curve, unit: str) -> str:
