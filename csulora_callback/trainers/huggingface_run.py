@@ -181,11 +181,11 @@ class HuggingFaceRun:
         output = original(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{key}": value for key, value in self.measure().items()})
-        if self.callback.heat_maps and self.is_training and self._drawn_at != self.state.global_step:
+        if self.callback.heat_maps and self._drawn_at != self.state.global_step:
             self._drawn_at = self.state.global_step  # of several data sets each one is an evaluation
             adapter = self.corrector.compute()  # collective where parameters are sharded
             if self.state.is_world_process_zero:
-                send_heat_maps(adapter, of_callbacks(self.handler.callbacks), self._drawn_at)
+                send_heat_maps(self.corrector, adapter, of_callbacks(self.handler.callbacks), self._drawn_at)
         return output
 
     def _log_behaviour(self) -> None:

@@ -93,7 +93,7 @@ class LightningRun:
         """Heat maps of what was validated in the validation that ends now."""
         adapter, self._validated = self._validated, None
         if adapter is not None and self.trainer.is_global_zero:
-            send_heat_maps(adapter, of_loggers(self.trainer.loggers), self._logged_step)
+            send_heat_maps(self.corrector, adapter, of_loggers(self.trainer.loggers), self._logged_step)
 
     @property
     def _logged_step(self) -> int:

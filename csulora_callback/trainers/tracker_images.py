@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from csulora_callback.corrected import CorrectedAdapter
-from csulora_callback.inspection import recorded_inspections
+from csulora_callback.corrector import SafetyCorrector
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,14 +34,14 @@ def check_drawing() -> None:
         import csulora_callback.reporting.heat_maps  # noqa: F401
 
 
-def warn_if_unseen(trackers: Iterable[Send], evaluates: bool) -> None:
+def warn_if_unseen(trackers: list[Send], evaluates: bool) -> None:
     """Say before training that heat maps were asked for, and nobody will see any.
 
     Args:
         trackers: of :func:`of_callbacks` or :func:`of_loggers`.
         evaluates: whether the run evaluates.
     """
-    if not list(trackers):
+    if not trackers:
         logger.warning(
             "`heat_maps`: expected a tracker that takes images (TensorBoard, W&B, MLflow, or in transformers.Trainer "
             "trackio), but this run reports to none. No heat map is drawn."
@@ -50,10 +50,20 @@ def warn_if_unseen(trackers: Iterable[Send], evaluates: bool) -> None:
         logger.warning("`heat_maps`: expected a run that evaluates, but this one does not. No heat map is drawn.")
 
 
-def send_heat_maps(adapter: CorrectedAdapter, trackers: Iterable[Send], step: int) -> None:
-    """Draw an adapter before and after its correction; one that could not be corrected has nothing to show."""
-    inspections, trackers = recorded_inspections(adapter.record), list(trackers)
-    if not inspections or not trackers:
+def send_heat_maps(corrector: SafetyCorrector, adapter: CorrectedAdapter, trackers: list[Send], step: int) -> None:
+    """Draw an adapter before and after its correction; one that could not be corrected has nothing to show.
+
+    Args:
+        corrector: which made the correction.
+        adapter: of the moment.
+        trackers: of :func:`of_callbacks` or :func:`of_loggers`.
+        step: as the tracker counts.
+    """
+    if not trackers:
+        return
+    # Not out of the record: it is made once, and what is noted in it until the next save would be left out.
+    inspections = corrector.inspect(adapter)
+    if not inspections:
         return
     from csulora_callback.reporting.heat_maps import draw_pixels, heat_maps  # matplotlib is an extra
 
