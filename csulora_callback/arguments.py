@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
@@ -68,28 +67,28 @@ def check_source(name: str, source: object, kind: type) -> None:
     check(name, fits, f"a path, a Hub id or a {kind.__name__}", source)
 
 
-def check_steps(numbers: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` unless each is a whole number from 1 on, or None."""
-    for name, steps in numbers.items():
-        whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
-        check(name, steps is None or whole, "a number of steps ≥ 1 or None", steps)
+def is_path(value: object) -> bool:
+    """Whether a value names a file, a folder or something on the Hub."""
+    return isinstance(value, str | os.PathLike) and bool(str(value))
 
 
-def check_flags(flags: Mapping[str, object]) -> None:
+def check_steps(**steps: object) -> None:
+    """Raise ``ValueError`` unless each is a number of steps or None."""
+    for name, number in steps.items():
+        whole = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+        check(name, number is None or whole, "a number of steps ≥ 1 or None", number)
+
+
+def check_flags(**flags: object) -> None:
     """Raise ``ValueError`` unless each is True or False."""
     for name, flag in flags.items():
         check(name, isinstance(flag, bool), "True or False", flag)
 
 
-def check_folders(folders: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` unless each is a path, or None."""
-    for name, path in folders.items():
+def check_folders(**paths: object) -> None:
+    """Raise ``ValueError`` unless each is the path of a folder or None."""
+    for name, path in paths.items():
         check(name, path is None or is_path(path), "the path of a folder or None", path)
-
-
-def is_path(value: object) -> bool:
-    """Whether a value names a file, a folder or something on the Hub."""
-    return isinstance(value, str | os.PathLike) and bool(str(value))
 
 
 def check(name: str, fits: bool, expected: str, got: object) -> None:

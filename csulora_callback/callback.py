@@ -34,6 +34,7 @@ from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.mixing import also_lightnings, bare, importable
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.tracker_images import check_drawing
 
 
 class CSULoRACallback(HuggingFaceEvents, LightningEvents):
@@ -96,6 +97,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
         on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
             corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.
+        heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
+            the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -130,6 +133,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         max_drift: Mapping[str, float] | None = None,
         min_refusal: float | None = None,
         on_exceed: Literal["warn", "stop"] = "warn",
+        heat_maps: bool = False,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -150,14 +154,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             check_metadata(subspace.metadata)
         check_rank_rule(rank, energy)
         self.penalty, self.target = choose_penalty(penalty, strength, target, probes is not None)
-        steps = {
-            "every_n_steps": every_n_steps,
-            "log_every_n_steps": log_every_n_steps,
-            "probe_every_n_steps": probe_every_n_steps,
-        }
-        check_steps(steps)
-        check_flags({"evaluate_corrected": evaluate_corrected, "export_adapter": export_adapter, "push_raw": push_raw})
-        check_folders({"cache_dir": cache_dir, "resume_from": resume_from})
+        check_steps(
+            every_n_steps=every_n_steps, log_every_n_steps=log_every_n_steps, probe_every_n_steps=probe_every_n_steps
+        )
+        check_flags(evaluate_corrected=evaluate_corrected, export_adapter=export_adapter)
+        check_flags(push_raw=push_raw, heat_maps=heat_maps)
+        check_folders(cache_dir=cache_dir, resume_from=resume_from)
+        if heat_maps:
+            check_drawing()
         if probes is None and probe_every_n_steps is not None:
             raise ValueError(
                 f"`probe_every_n_steps`: expected None without `probes`, but got {probe_every_n_steps}. Pass "
@@ -176,7 +180,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.resume_from = resume_from
         self.export_adapter = export_adapter
-        self.push_raw = push_raw
+        self.push_raw, self.heat_maps = push_raw, heat_maps
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
         self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from csulora_callback.corrected import CorrectedAdapter, record_of
+from csulora_callback.inspection import Inspection
 from csulora_callback.method.correction import Correction, correct
 from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.gauge import CorrectionOverflowError
-from csulora_callback.method.measure import measure_kept
+from csulora_callback.method.measure import Drift, measure_kept
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain, input_gains
 from csulora_callback.models.activations import Activations, Texts
@@ -104,6 +105,17 @@ class Correcting:
         record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}")
         return CorrectedAdapter(raw, raw, {}, record, texts)
 
+    def inspect(self, states: Mapping[str, Factors]) -> dict[str, Inspection]:
+        """The drift of every module in each of several states of the adapter, as records have it."""
+        return {
+            state: Inspection({n: self._drift(n, factors[n], layer.scaling) for n, layer in self.layers.items()})
+            for state, factors in states.items()
+        }
+
+    def _drift(self, name: str, factors: tuple[Tensor, Tensor], scaling: float) -> Drift:
+        A, B = (factor.cpu() for factor in factors)  # not every device has float64
+        return measure_kept(A, B, *self._bases[name], self.subspace[name], scaling)
+
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor, gains: Mapping[str, InputGain] | None) -> Correction:
         U, V = (side.to(lora_A.device) for side in self._bases[name])
         gain = None
@@ -142,11 +154,6 @@ class Correcting:
 
     def _measured(self, states: Mapping[str, Factors], scalings: Mapping[str, float]) -> dict[str, dict]:
         """Of each module what its subspace is, and where the update lies relative to it before and after."""
-
-        def drift(name: str, factors: Factors) -> dict:
-            A, B = (factor.cpu() for factor in factors[name])  # not every device has float64
-            return asdict(measure_kept(A, B, *self._bases[name], self.subspace[name], scalings[name]))
-
         return {
             name: {
                 "subspace": {
@@ -154,7 +161,7 @@ class Correcting:
                     "displacement": self.subspace[name].displacement,
                     "energy_kept": self.subspace[name].energy,
                 },
-                "drift": {state: drift(name, factors) for state, factors in states.items()},
+                "drift": {s: asdict(self._drift(name, states[s][name], scalings[name])) for s in states},
             }
             for name in self.layers
         }

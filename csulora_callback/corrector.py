@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting
+from csulora_callback.inspection import Inspection
 from csulora_callback.method.gauge import CorrectionOverflowError
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain
@@ -153,6 +154,14 @@ class SafetyCorrector:
     def measure(self) -> dict[str, float]:
         """The metrics of the correction as it would be made now; the model is not touched."""
         return self.compute().metrics
+
+    def inspect(self, adapter: CorrectedAdapter) -> dict[str, Inspection]:
+        """The ``raw`` and the ``corrected`` state of one of its corrections, module by module.
+
+        There are none where nothing could be corrected.
+        """
+        states = {"raw": adapter.raw, "corrected": adapter.corrected} if adapter.metrics else {}
+        return self._correcting.inspect(states)
 
     def apply(self) -> CorrectedAdapter:
         """Correct the live factors in place, for good. Doing so again without training in between changes nothing."""

@@ -166,7 +166,8 @@ class Correction:
         """The same for a person."""
         if self.target is None:
             return str(self.penalty())
-        return f"{self.preset.value} (the smallest strength that keeps {100 * self.target:g}% of the refusals' likelihood)"
+        asked = f"{100 * self.target:g}% of the refusals' likelihood"
+        return f"{self.preset.value} (the smallest strength that keeps {asked})"
 
     @property
     def reads_task(self) -> bool:

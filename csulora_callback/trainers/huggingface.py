@@ -18,6 +18,7 @@ from csulora_callback.trainers.huggingface_run import HuggingFaceRun
 from csulora_callback.trainers.patches import calling, run_of
 from csulora_callback.trainers.publishing import follow_pushes, refuse_pushes
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.tracker_images import of_callbacks, warn_if_unseen
 
 
 class HuggingFaceEvents(TrainerCallback):
@@ -26,6 +27,7 @@ class HuggingFaceEvents(TrainerCallback):
     evaluate_corrected: bool
     resume_from: str | os.PathLike | None
     push_raw: bool
+    heat_maps: bool
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
     _behaviour: Behaviour | None
@@ -78,6 +80,8 @@ class HuggingFaceEvents(TrainerCallback):
         self._run.renew()
         self._run.open(model, self.evaluate_corrected)
         follow_pushes(trainer, self.push_raw)
+        if self.heat_maps and state.is_world_process_zero:
+            warn_if_unseen(of_callbacks(handler.callbacks), args.eval_strategy != "no" or args.eval_on_start)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Refuse to look on: what was not there when training began corrects nothing."""

@@ -35,6 +35,7 @@ from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
 from csulora_callback.trainers.save_pretrained import saving_corrected
 from csulora_callback.trainers.stopping import StoppingTrainer
+from csulora_callback.trainers.tracker_images import of_callbacks, send_heat_maps
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -66,6 +67,7 @@ class HuggingFaceRun:
         self.stopping = StoppingTrainer(callback.budget, trainer)
         self._patches, self._optimizer, self._thread = Patches(self), Patches(self), threading.get_ident()
         self._is_finished = False
+        self._drawn_at: int | None = None  # the last step of which there are heat maps
 
     @property
     def is_training(self) -> bool:
@@ -91,7 +93,7 @@ class HuggingFaceRun:
             self._surround(self.trainer, "prediction_step", self._corrected)
         if self.recorder is not None:
             self._surround(self.trainer, "training_step", self._looking)
-        if self.behaviour is not None:
+        if self.behaviour is not None or self.callback.heat_maps:
             self._surround(self.trainer, "evaluation_loop", self._evaluation)
         self._surround(self.handler, "on_save", self._corrected)
         self._surround(self.handler, "on_step_end", self._step_end)
@@ -187,7 +189,16 @@ class HuggingFaceRun:
         output.metrics.update({f"{prefix}_{key}": value for key, value in behaviour.items()})
         if self.is_training:  # and was not ended by an exception
             self.stopping.check(behaviour)
+            self._draw()
         return output
+
+    def _draw(self) -> None:
+        """Heat maps of what was evaluated; of several data sets each one is an evaluation, and one is enough."""
+        if self.callback.heat_maps and self._drawn_at != self.state.global_step:
+            self._drawn_at = self.state.global_step
+            adapter = self.corrector.compute()  # collective where parameters are sharded
+            if self.state.is_world_process_zero:
+                send_heat_maps(self.corrector, adapter, of_callbacks(self.handler.callbacks), self._drawn_at)
 
     def _log_behaviour(self) -> dict[str, float]:
         """A record of its own for a checkpoint, for history and trackers alike.

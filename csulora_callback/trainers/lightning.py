@@ -14,6 +14,7 @@ from csulora_callback.trainers.engines import refuse_strategy
 from csulora_callback.trainers.lightning_checkpoint import CHECKPOINT_KEY
 from csulora_callback.trainers.lightning_run import LightningRun
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.tracker_images import of_loggers, warn_if_unseen
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,6 +36,7 @@ class LightningEvents:
     probe_every_n_steps: int | None
     export_adapter: bool
     budget: Budget
+    heat_maps: bool
     _corrector: SafetyCorrector | None
     _recorder: ActivationRecorder | None
     _behaviour: Behaviour | None
@@ -83,6 +85,8 @@ class LightningEvents:
         self._begin(trainer, pl_module)
         self._fit.follow_optimizers()
         self._renew()
+        if self.heat_maps and trainer.is_global_zero:
+            warn_if_unseen(of_loggers(trainer.loggers), trainer.enable_validation)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A data-aware penalty looks at the batches; a step counts where the batch that ends it does."""
@@ -118,15 +122,16 @@ class LightningEvents:
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was measured in the validation stands beside its loss, for monitors too, which read it after this."""
-        if self._fit is not None:
+        if self._fit is not None and trainer.state.fn == "fit":  # one by hand may follow a fit that was ended midway
             behaviour = self._fit.measured_in_validation()
             _log(pl_module, behaviour, sync_dist=True)
             if behaviour:
                 self._fit.stopping.check(behaviour)
+            self._fit.draw_validated()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What was exceeded in the validation is saved where ``ModelCheckpoint`` saves, and averages are out again."""
-        if self._fit is not None:
+        if self._fit is not None and trainer.state.fn == "fit":
             self._fit.stopping.save()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

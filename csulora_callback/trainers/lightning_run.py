@@ -30,6 +30,7 @@ from csulora_callback.trainers.patches import Patches, is_running, surrounded
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.save_pretrained import saving_corrected
 from csulora_callback.trainers.stopping import StoppingFit
+from csulora_callback.trainers.tracker_images import of_loggers, send_heat_maps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,6 +50,7 @@ class LightningRun:
         self.stopping = StoppingFit(callback.budget, trainer)
         self._measured: dict[str, float] = {}  # in the validation that goes on
         self._logged: tuple[int, dict[str, float]] | None = None
+        self._validated: CorrectedAdapter | None = None  # in the validation that goes on, to be drawn
         self._fit, self._saves, self._optimizers = Patches(self), Patches(self), Patches(self)
         self._thread, self._writer = threading.get_ident(), None
         self._is_finished = False
@@ -60,7 +62,7 @@ class LightningRun:
         """Replace what has to be replaced, now that there is something to correct."""
         self.corrector, self.recorder, self.behaviour = corrector, recorder, behaviour
         forget(corrector.adapter.config)
-        if self.callback.evaluate_corrected or behaviour is not None:
+        if self.callback.evaluate_corrected or behaviour is not None or self.callback.heat_maps:
             self._fit.replace(self.trainer.strategy, "validation_step", self._surrounded(self._validate))
         if self.callback.export_adapter:
             self._fit.replace(self.trainer.strategy, "remove_checkpoint", self._surrounded(self._remove))
@@ -89,6 +91,17 @@ class LightningRun:
         if measured:
             self._logged = self.trainer.global_step, measured
         return measured
+
+    def draw_validated(self) -> None:
+        """Heat maps of what was validated in the validation that ends now."""
+        adapter, self._validated = self._validated, None
+        if adapter is not None and self.trainer.is_global_zero:
+            send_heat_maps(self.corrector, adapter, of_loggers(self.trainer.loggers), self._logged_step)
+
+    @property
+    def _logged_step(self) -> int:
+        """As Lightning counts in its records: from zero. What comes before the first step is of it too."""
+        return max(self.trainer.global_step - 1, 0)
 
     @property
     def is_training(self) -> bool:
@@ -150,6 +163,8 @@ class LightningRun:
             # Here, as averages that came in for the validation may be out again when it ends. Later batches cost
             # nothing.
             self._measured = self.measure()
+            if self.callback.heat_maps and self._validated is None:
+                self._validated = self.corrector.compute()
         with self.corrector.corrected() if self.callback.evaluate_corrected else nullcontext():
             return original(*args, **kwargs)
 
@@ -220,8 +235,7 @@ class LightningRun:
         if self._logged != (self.trainer.global_step, measured):
             self._logged = self.trainer.global_step, measured
             for logger in self.trainer.loggers:
-                # Lightning counts from zero. A save before the first step is of the first step too.
-                logger.log_metrics(measured, step=max(self.trainer.global_step - 1, 0))
+                logger.log_metrics(measured, step=self._logged_step)
 
     def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:
         """Goes from the weights that are trained to others and back, relative to what they are."""

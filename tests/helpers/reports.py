@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from csulora_callback import Penalty, SafetySubspace, correct_adapter
+from tests.helpers.behaviour import PROBES
 from tests.helpers.huggingface import callback, train
 from tests.helpers.lab import align, tiny_llama, with_lora
 
@@ -20,8 +21,8 @@ KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def recipe_output(folder: Path, pair: tuple[Path, Path], subspace: SafetySubspace) -> Path:
-    """What a recipe leaves: one training with its callback, and another correction made from its checkpoints."""
-    trainer = train(pair, folder / "csulora", [callback(pair)], eval_strategy="steps", eval_steps=4)
+    """What a recipe leaves: one training with its callback and probes, and a correction made from its checkpoints."""
+    trainer = train(pair, folder / "csulora", [callback(pair, probes=PROBES)], eval_strategy="steps", eval_steps=4)
     logs = [{"run": "csulora", **log} for log in trainer.state.log_history if "step" in log]
     for step in (4, 8):
         place = folder / "guard" / f"checkpoint-{step}"

@@ -14,6 +14,7 @@ import torch
 
 from csulora_callback import Penalty, SafetyCorrector, correct_adapter, write_report
 from csulora_callback.models.factors import from_peft_state_dict
+from csulora_callback.reporting.report import figures
 from tests.helpers.command_line import run_process
 from tests.helpers.huggingface import fresh_model
 from tests.helpers.lab import SCALING, raw, saved
@@ -78,7 +79,8 @@ def test_what_was_logged_and_judged_is_there(output, page):
         )
         for figure in page.figures()
     )
-    assert not any(figure.startswith("Loss over optimizer steps, guard") for figure in page.figures())
+    for heading in ("Loss", "Refusals kept", "Loss on the task"):  # nothing of it was measured there
+        assert not any(figure.startswith(f"{heading} over optimizer steps, guard") for figure in page.figures())
     assert "Made from the checkpoints of the same training as csulora" in page.text
     assert any(figure.startswith("What the correction does over optimizer steps, guard") for figure in page.figures())
     for interval in ("1.7 to 13.7 %", "94.0 to 100.0 %", "62.8 to 84.2 %", "4.7 to 20.1 %"):  # Wilson's, of 60
@@ -89,6 +91,27 @@ def test_what_was_logged_and_judged_is_there(output, page):
     )
     assert "100 % → 10.0 %" in page.text
     assert "<b>as it ran</b>" in page.text
+
+
+def test_what_was_measured_of_behaviour_is_there_once_a_step(output, tmp_path, monkeypatch):
+    """Evaluations say it under a prefix, also of several data sets; saves say it without."""
+    drawn, draw = {}, figures.draw_curves
+    monkeypatch.setattr(figures, "draw_curves", lambda *args: (drawn.update({args[0]: args[2]}), draw(*args))[1])
+    shutil.copytree(output / "csulora", tmp_path / "run")
+    for path in (tmp_path / "run").glob("checkpoint-*/trainer_state.json"):
+        path.write_text(path.read_text().replace('"eval_csulora', '"eval_other_csulora'))
+    write_report(tmp_path / "run", tmp_path / "report.html")
+    logs = json.loads((tmp_path / "run/checkpoint-8/trainer_state.json").read_text())["log_history"]
+    for chart, key in (("refusals", "refusal_kept"), ("task", "task_loss")):
+        (curves,) = (curves for name, curves in drawn.items() if name.endswith(f"-{chart}"))
+        assert [curve.label for curve in curves] == ["trained", "saved"]
+        for curve, which in zip(curves, ("", "_corrected"), strict=True):
+            said = {log["step"]: log[f"eval_other_csulora/{key}{which}"] for log in logs if "eval_loss" in log}
+            assert list(curve.points) == list(said.items())
+            assert list(said) == [4, 8]
+    (curves,) = (curves for name, curves in drawn.items() if name.endswith("-undone"))
+    logged = [(log["step"], log["csulora/alignment_undone"]) for log in logs if "csulora/alignment_undone" in log]
+    assert list(curves[0].points) == logged
 
 
 @pytest.mark.parametrize("run", ["csulora", "guard"])
@@ -122,7 +145,7 @@ def test_it_stands_alone(page):
 
 def test_every_figure_says_what_it_shows_and_names_are_unique(page):
     figures = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(figures) == 2 + 2 * 6 + 4 + 3
+    assert len(figures) == 2 + 2 * 6 + 7 + 4
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
     identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(set(identities)) == len(identities)

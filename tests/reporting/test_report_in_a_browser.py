@@ -49,7 +49,7 @@ def page(request, pair, subspace, tmp_path_factory):
     if request.param == "32 layers of 7 kinds":
         run, figures = deep_adapter(folder), 6
     else:
-        run, figures = recipe_output(folder / "output", pair, subspace), 2 + 2 * 6 + 4 + 3
+        run, figures = recipe_output(folder / "output", pair, subspace), 2 + 2 * 6 + 7 + 4
     write_report(run, folder / "report.html")
     assert (folder / "report.html").stat().st_size < 250_000
     return folder / "report.html", figures

@@ -65,7 +65,7 @@ def test_every_evaluation_and_save_says_it_and_training_is_bit_identical(pair, t
     without = train(pair, tmp_path / "a", [])
     best = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{KEPT}", "greater_is_better": True}
     budget = {"max_drift": {"csulora/update_norm": 1e3}, "min_refusal": 0.01, "on_exceed": "stop"}  # not exceeded
-    ours = [callback(pair, **budget), EarlyStoppingCallback(early_stopping_patience=100)]
+    ours = [callback(pair, heat_maps=True, **budget), EarlyStoppingCallback(early_stopping_patience=100)]
     trainer = train(pair, tmp_path / "b", ours, report_to=["tensorboard"], **best)
     assert losses(trainer) == losses(without)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from csulora_callback import CSULoRACallback, Penalty
 from csulora_callback.reporting.penalties import IN_WORDS
 from tests.helpers.lab import make_trainer, with_lora
+from tests.helpers.trackers import wandb_history
 
 STRENGTH = 5.0
 RANK = 3
@@ -105,26 +106,6 @@ def test_wandb(pair, tmp_path, monkeypatch):
     }
     assert written == curve(history)
     assert len(rows) == len(written) == 4
-
-
-def wandb_history(file: Path) -> list[dict]:
-    """Rows of the history in an offline run's file: LevelDB's log format, around records of wandb's own protobuf."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    header, block = 7, 32768
-    data, position, whole, rows = file.read_bytes(), header, b"", []
-    while position + header <= len(data):
-        if block - position % block < header:  # what no header fits into is padding
-            position += block - position % block
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        whole += data[position + header : position + header + length]
-        position += header + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record, whole = Record.FromString(whole), b""
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

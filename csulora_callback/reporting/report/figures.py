@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from csulora_callback.method.penalty import BLOCKS
 from csulora_callback.reporting.inspection import BLOCK_NAMES
-from csulora_callback.reporting.report.svg import GROUND, INK, add_axes, drawing, new_axes, to_svg, width_of
+from csulora_callback.reporting.report.svg import add_axes, drawing, new_axes, to_svg, width_of
 
 # Of middle brightness, so that they show on white as on black.
 RED, AMBER, SAND, BLUE, GREEN, GREY = "#d1495b", "#cf8a2e", "#b59a63", "#3f84c6", "#3d9a6b", "#85898f"
@@ -39,6 +41,31 @@ class Interval:
 
 
 Cells = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares by layer and kind of module, before the correction and after it.
+
+    Attributes:
+        heading: what it shows.
+        caption: how to read it.
+        color: of shares above 0.
+        rows: names of the layers.
+        columns: names of the kinds.
+        before: shares by row and column; there need not be one of every cell.
+        after: the same.
+    """
+
+    heading: str
+    caption: str
+    color: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    before: Cells
+    after: Cells
+
+
 _LONGEST = 24  # letters of a name beside an axis
 
 
@@ -90,32 +117,38 @@ def draw_blocks(name: str, title: str, bars: Mapping[str, Mapping[str, float]]) 
         return to_svg(axes.figure, title)
 
 
-def draw_heat_maps(
-    name: str, title: str, before: Cells, after: Cells, rows: Sequence[str], columns: Sequence[str], color: str
-) -> str:
-    """Two maps of layers × kinds of module in one scale: the stronger the color, the larger the share.
+def draw_heat_map(name: str, title: str, shown: HeatMap) -> str:
+    """Two maps in one scale: the stronger the color, the larger the share. Where some are below 0 those are blue."""
+    with drawing(name):
+        return to_svg(heat_map_figure(shown), title)
 
-    Where some shares are below 0 those are blue.
+
+def heat_map_figure(shown: HeatMap, above: float = 0.0) -> Figure:
+    """The figure of :func:`draw_heat_map`; drawn inside of :func:`~csulora_callback.reporting.report.svg.drawing`.
+
+    Args:
+        shown: what it shows.
+        above: pixels to be left empty at the top.
     """
+    rows, columns = shown.rows, shown.columns
     gap = np.full((len(rows), 1), math.nan)
-    values = np.hstack([_table(before, rows, columns), gap, _table(after, rows, columns)])
+    values = np.hstack([_table(shown.before, rows, columns), gap, _table(shown.after, rows, columns)])
     largest = np.nanmax(np.abs(values)) or 1.0
     least = -largest if (values < 0).any() else 0.0
-    shades = _ramp(color, signed=least < 0)
+    shades = _ramp(shown.color, signed=least < 0)
     # Without interpolation: the page holds one pixel a cell, however large it is shown.
     as_cells = {"aspect": "auto", "interpolation": "none", "vmin": least, "vmax": largest, "cmap": shades}
-    with drawing(name):
-        left, height = 26 + width_of(rows), min(26.0, max(9.0, 200.0 / len(rows))) * len(rows)
-        axes = new_axes(left, bottom=46 + width_of(columns), height=height, top=20)
-        axes.imshow(values, **as_cells)
-        _label_cells(axes, rows, columns)
-        key = add_axes(axes.figure, left, bottom=32, height=7)
-        key.imshow(np.linspace(least, largest, 128)[None], extent=(least, largest, 0, 1), **as_cells)
-        key.set_yticks([])
-        key.xaxis.set_major_locator(MaxNLocator(5))
-        key.spines[:].set_visible(False)
-        key.set_xlabel("%", labelpad=0)
-        return to_svg(axes.figure, title)
+    left, height = 26 + width_of(rows), min(26.0, max(9.0, 200.0 / len(rows))) * len(rows)
+    axes = new_axes(left, bottom=46 + width_of(columns), height=height, top=20 + above)
+    axes.imshow(values, **as_cells)
+    _label_cells(axes, rows, columns)
+    key = add_axes(axes.figure, left, bottom=32, height=7)
+    key.imshow(np.linspace(least, largest, 128)[None], extent=(least, largest, 0, 1), **as_cells)
+    key.set_yticks([])
+    key.xaxis.set_major_locator(MaxNLocator(5))
+    key.spines[:].set_visible(False)
+    key.set_xlabel("%", labelpad=0)
+    return axes.figure
 
 
 def draw_intervals(name: str, title: str, intervals: Sequence[Interval], unit: str, color: str) -> str:
@@ -165,8 +198,9 @@ def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> Non
         axes.annotate(name, (middle, -0.5), xytext=(0, 5), textcoords="offset points", ha="center")
         across = [[(begin - 0.5, y - 0.5), (begin + count - 0.5, y - 0.5)] for y in range(len(rows) + 1)]
         down = [[(begin + x - 0.5, -0.5), (begin + x - 0.5, len(rows) - 0.5)] for x in range(count + 1)]
-        _draw_lines(axes, [*across[1:-1], *down[1:-1]], color=GROUND, linewidth=1.0)
-        _draw_lines(axes, [across[0], across[-1], down[0], down[-1]], color=INK, alpha=0.25, linewidth=0.6)
+        ground, ink = rcParams["figure.facecolor"], rcParams["text.color"]
+        _draw_lines(axes, [*across[1:-1], *down[1:-1]], color=ground, linewidth=1.0)
+        _draw_lines(axes, [across[0], across[-1], down[0], down[-1]], color=ink, alpha=0.25, linewidth=0.6)
 
 
 def _draw_lines(axes: Axes, lines: Sequence[Sequence[tuple[float, float]]], **style: object) -> None:
@@ -176,6 +210,10 @@ def _draw_lines(axes: Axes, lines: Sequence[Sequence[tuple[float, float]]], **st
 
 
 def _ramp(color: str, signed: bool) -> Colormap:
-    """From nothing, which is the page's ground in either scheme, to the color; below 0 from blue to nothing."""
-    shades = [f"{color}08", f"{color}ff"]
-    return LinearSegmentedColormap.from_list("ramp", [f"{BLUE}ff", f"{BLUE}08", *shades] if signed else shades)
+    """From nearly nothing, on the ground of either scheme, to the color; below 0 from blue to nearly nothing."""
+    faint, full = f"{color}14", f"{color}ff"
+    if not signed:
+        return LinearSegmentedColormap.from_list("ramp", [faint, full])
+    # Both sides meet at 0: what is small has a color, too.
+    shades = [(0.0, f"{BLUE}ff"), (0.5, f"{BLUE}14"), (0.5, faint), (1.0, full)]
+    return LinearSegmentedColormap.from_list("ramp", shades)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from csulora_callback.method.measure import Drift
-from csulora_callback.reporting.inspection import short_kinds, short_layers
+from csulora_callback.reporting.heat_maps import heat_maps
 from csulora_callback.reporting.report import figures
 from csulora_callback.reporting.report.evaluation import Judged
-from csulora_callback.reporting.report.figures import AMBER, BLUE, GREEN, GREY, RED, Curve, Interval
+from csulora_callback.reporting.report.figures import AMBER, BLUE, GREEN, GREY, RED, Curve, HeatMap, Interval
 from csulora_callback.reporting.report.part import Part
 from csulora_callback.reporting.report.words import percents, ratio
 
@@ -42,6 +41,27 @@ _CHARTS = {
         "nats per token",
         False,
         {"loss": ("training", GREY), "eval_loss": ("held-out", BLUE)},
+    ),
+    "refusals": _Chart(
+        "Refusals kept",
+        "Probes that the model still begins to refuse as the aligned model does, as it is trained and as it is saved.",
+        "% of the probes",
+        True,
+        {"csulora/refusal_kept": ("trained", GREY), "csulora/refusal_kept_corrected": ("saved", GREEN)},
+    ),
+    "task": _Chart(
+        "Loss on the task",
+        "On a sample of the training data, as it is trained and as it is saved: what the correction costs there.",
+        "nats per token",
+        False,
+        {"csulora/task_loss": ("trained", GREY), "csulora/task_loss_corrected": ("saved", GREEN)},
+    ),
+    "undone": _Chart(
+        "Alignment undone",
+        "How far the update goes back along what alignment changed; below 0 it goes on in that direction.",
+        "% of the alignment",
+        True,
+        {"csulora/alignment_undone": ("trained", GREY), "csulora/alignment_undone_corrected": ("saved", GREEN)},
     ),
     "size": _Chart(
         "Size of the update",
@@ -76,14 +96,14 @@ _CHARTS = {
 
 
 def curves(name: str, of: str, history: Sequence[dict]) -> list[Picture]:
-    """Loss and drift over steps, as far as they were logged.
+    """Loss, behaviour and drift over steps, as far as they were logged.
 
     Args:
         name: begins the names of the figures.
         of: the run, in their titles.
         history: its log records.
     """
-    history = [{**log, **_saved_norm(log)} for log in history]
+    history = [{**log, **_saved_norm(log)} for log in map(_under_own_keys, history)]
     drawn = []
     for key, chart in _CHARTS.items():
         lines = [Curve(*style, _points(history, logged)) for logged, style in chart.lines.items()]
@@ -109,20 +129,10 @@ def blocks(name: str, part: Part) -> Picture:
 
 def maps(name: str, part: Part) -> list[Picture]:
     """Layers × kinds of module: the blocks, the alignment undone and the size, before and after."""
-    inspection = part.inspections["raw"]
-    raw, corrected = (part.inspections[state].by_layer_and_kind() for state in ("raw", "corrected"))
-    layers, kinds = short_layers(inspection.by_layer()), short_kinds(inspection.by_kind())
-    whole = inspection.together.total_energy
     drawn = []
-    for key, (heading, caption, color, value) in _MAPS.items():
-        panels = {
-            state: {(layers[at[0]], kinds[at[1]]): value(drift, raw[at], whole) for at, drift in drifts.items()}
-            for state, drifts in (("before", raw), ("after", corrected))
-        }
-        title = f"{heading}, by layer and kind of module, {part.name}: {_spans(panels)}."
-        axes = (list(layers.values()), list(kinds.values()))
-        svg = figures.draw_heat_maps(f"{name}-{key}", title, *panels.values(), *axes, color)
-        drawn.append(Picture(svg, heading, caption))
+    for key, shown in heat_maps(**part.inspections).items():
+        title = f"{shown.heading}, by layer and kind of module, {part.name}: {_spans(shown)}."
+        drawn.append(Picture(figures.draw_heat_map(f"{name}-{key}", title, shown), shown.heading, shown.caption))
     return drawn
 
 
@@ -149,8 +159,14 @@ def _saved_norm(log: dict) -> dict:
     return {} if size is None or lost is None else {_SAVED_NORM: size * (1.0 - lost)}
 
 
+def _under_own_keys(log: dict) -> dict:
+    """What is measured in the Trainer's evaluations stands there with the data set's name before it."""
+    return {key[max(key.find("csulora/"), 0) :]: value for key, value in log.items()}
+
+
 def _points(history: Sequence[dict], key: str) -> list[tuple[int, float | None]]:
-    return [(log["step"], log[key]) for log in history if key in log]
+    """One a step: an evaluation and a save of the same step say the same."""
+    return list({log["step"]: log[key] for log in history if key in log}.items())
 
 
 def _ends(curve: Curve, unit: str) -> str:
@@ -159,45 +175,6 @@ def _ends(curve: Curve, unit: str) -> str:
     return f"{curve.label} from {first} to {last}"
 
 
-def _spans(panels: dict[str, dict]) -> str:
-    return ", ".join(f"{p} {percents(min(c.values()))} to {percents(max(c.values()))}" for p, c in panels.items())
-
-
-def _energy(*blocks: str) -> Callable[[Drift, Drift, float], float]:
-    """Energy of some blocks, as a share of what was trained in the same place."""
-    return lambda drift, trained, whole: ratio(sum(drift.energy[block] for block in blocks), trained.total_energy)
-
-
-_IN_PLACE = "in % of the trained update's energy in each place."
-_MAPS = {
-    "aligned": (
-        "Aligned",
-        f"Energy inside the safety subspace on both sides, {_IN_PLACE}",
-        RED,
-        _energy("aligned"),
-    ),
-    "partial": (
-        "Partially aligned",
-        f"Energy inside it on one side, {_IN_PLACE}",
-        AMBER,
-        _energy("output", "input"),
-    ),
-    "off": (
-        "Off the subspace",
-        f"Energy outside it on both sides, {_IN_PLACE}",
-        BLUE,
-        _energy("off"),
-    ),
-    "undone": (
-        "Alignment undone",
-        "How far the update goes back along what alignment changed there; blue where it goes on in its direction.",
-        RED,
-        lambda drift, trained, whole: drift.undone,
-    ),
-    "large": (
-        "Where the update is large",
-        "Energy in each place, in % of the whole trained update's.",
-        GREEN,
-        lambda drift, trained, whole: ratio(drift.total_energy, whole),
-    ),
-}
+def _spans(shown: HeatMap) -> str:
+    panels = {"before": shown.before.values(), "after": shown.after.values()}
+    return ", ".join(f"{p} {percents(min(shares))} to {percents(max(shares))}" for p, shares in panels.items())

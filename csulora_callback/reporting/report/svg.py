@@ -1,4 +1,4 @@
-"""Figures as SVG that stands inside a page: in its font and colors, light or dark, with a title to be read out."""
+"""The look of all figures, and figures as SVG inside a page: in its colors, light or dark, with a title to hear."""
 
 from __future__ import annotations
 
@@ -24,18 +24,12 @@ _STYLE = {
     "svg.fonttype": "none",  # letters stay letters: they can be read out, searched and copied
     "text.parse_math": False,  # names may hold dollars
     "font.size": 9.5,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
     "axes.linewidth": 0.6,
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid.axis": "y",
-    "grid.color": INK,
     "grid.alpha": 0.12,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "xtick.major.size": 2.5,
@@ -44,19 +38,23 @@ _STYLE = {
     "legend.fontsize": 9.5,
     "lines.linewidth": 1.6,
 }
+_IN_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
 _NAMESPACE = re.compile(r"\{.*\}")
 _FONT = re.compile(r"font-family:[^;]*;?\s*")
 _REFERENCE = re.compile(r"#([\w.-]+)")
 
 
 @contextmanager
-def drawing(name: str) -> Iterator[None]:
-    """Figures are drawn in here, whatever the user's own style is; of the same data they are the same text.
+def drawing(name: str, ink: str = INK, ground: str = GROUND) -> Iterator[None]:
+    """Figures are drawn in here, whatever the user's own style is; of the same data they are the same.
 
     Args:
         name: the figure's, unlike any other's on the page: ids in it follow from it.
+        ink: of letters and axes, by default the page's.
+        ground: what they stand on.
     """
-    with style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
+    colors = {**dict.fromkeys(_IN_INK, ink), "figure.facecolor": ground}
+    with style.context(["default", {**_STYLE, **colors, "svg.hashsalt": name}]):
         yield
 
 

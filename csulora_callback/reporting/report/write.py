@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from csulora_callback.models.whole_files import write_whole
+from csulora_callback.reporting.extra import report_extra
 from csulora_callback.reporting.report.runs import find_material
 
 
@@ -47,15 +48,8 @@ def write_report(run: str | os.PathLike, output: str | os.PathLike) -> list[str]
     if not isinstance(output, str | os.PathLike) or not str(output) or os.path.isdir(output):
         raise ValueError(f"`output`: expected the name of a file, but got {str(output)!r}. Name one in that folder.")
     material = find_material(run)
-    try:
+    with report_extra("a report"):
         from csulora_callback.reporting.report.page import render
-    except ModuleNotFoundError as error:
-        package = error.name.partition(".")[0]
-        if package not in ("jinja2", "matplotlib"):
-            raise
-        raise ImportError(
-            f"a report needs {package}, which is not installed: pip install 'csulora-callback[report]'"
-        ) from error
     page = render(material, str(run))
     write_whole(Path(output), lambda path: path.write_text(page, encoding="utf-8"))
     return [found.name for found in material.runs]
