@@ -124,9 +124,7 @@ def correct_again(
         if not correction.reads_task:
             texts.pop("task", None)
         with _about(name):
-            made = correct_adapter(
-                checkpoint, subspace, place, correction.penalty(), **texts, target=correction.target
-            )
+            made = correct_adapter(checkpoint, subspace, place, correction.penalty(), **texts)
         records.append({**made.metrics, "step": step})
     return Corrected(records, place, run.held_out)
 

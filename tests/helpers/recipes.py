@@ -38,7 +38,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chat_pair(folder: Path) -> list[str]:
-    """Tiny models and chat data in a folder; the overrides that name them."""
+    """Tiny models, which refuse nothing, and chat data in a folder; the overrides that name them."""
     base = tiny_llama(max_position_embeddings=64)
     base.save_pretrained(folder / "base")
     align(base).save_pretrained(folder / "aligned")
@@ -52,4 +52,6 @@ def chat_pair(folder: Path) -> list[str]:
         f"data.source={folder / 'chat.jsonl'}",
         "data.max_length=32",
         "data.eval_share=0.2",
+        "data.probes=null",
+        "corrections.kept=null",
     ]

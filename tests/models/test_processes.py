@@ -118,7 +118,7 @@ def test_a_launched_lightning_recipe_is_one_run(lab, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("what the correction did") == 1
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [row["method"] for row in results] == ["aligned", "raw", "csulora", "guard", "data_aware"]
+    assert [row["method"] for row in results] == ["aligned", "raw", "csulora", "guard", "data_aware", "kept"]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {record["step"] for record in records if "loss" in record} == {2, 4}
 

@@ -157,7 +157,7 @@ def test_two_processes_go_on_to_the_bit(trainer, lab, tmp_path):
             done = torchrun(*command)
             assert done.returncode == 0, done.stderr[-3000:]
             assert f"{TRAINED}, from step 4 " in done.stdout
-    assert len(adapters(tmp_path / "whole")) == 18  # three steps, three corrections, raw and corrected
+    assert len(adapters(tmp_path / "whole")) == 24  # three steps, four corrections, raw and corrected
     assert_as(tmp_path / "cut", tmp_path / "whole")
 
 

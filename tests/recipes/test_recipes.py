@@ -10,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from csulora_callback.sidecar import read_record
 from recipes.files.recipe import load_recipe
 from recipes.labs.toy import IDS, Language, Samples
 from recipes.run import main
@@ -90,9 +91,11 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     printed = capsys.readouterr().out
     assert "saved, guard" in printed
     assert "attack success" in printed
-    rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware"])
-    assert [row["strength"] for row in rows] == [None, None, 10.0, 10.0, 10.0]
-    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard", "data_aware"]
+    rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware", "kept"])
+    assert [row["strength"] for row in rows[:-1]] == [None, None, 10.0, 10.0, 10.0]
+    kept = read_record(next((tmp_path / "first/kept").glob("*4*/")))["penalty"]
+    assert rows[-1]["strength"] == kept["strength"]
+    assert [row["method"] for row in rows] == ["aligned", "raw", "csulora", "guard", "data_aware", "kept"]
 
     # The resolved recipe beside the results runs again, from the cached lab, to the same numbers.
     built = sorted((tmp_path / "cache").rglob("*.safetensors"))
@@ -151,7 +154,7 @@ def test_only_what_reads_probes_keeps_them(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "saved, data_aware" in printed
     assert "64 prompts to be refused" in printed
-    check_output(tmp_path / "out", ["csulora", "guard", "data_aware"])
+    check_output(tmp_path / "out", ["csulora", "guard", "data_aware", "kept"])
     texts = json.loads((tmp_path / "out/data_aware/checkpoint-4/csulora/texts.json").read_text())
     assert len(texts["probes"]) == 64
     assert not (tmp_path / "out/guard/checkpoint-4/csulora/texts.json").exists()
@@ -195,7 +198,7 @@ def test_quickstart_at_full_size_gives_a_lab_that_shows_the_problem(tmp_path):
     """The lab does what its words say; what the corrections do to it is reported, not asserted."""
     overrides = [f"output={tmp_path / 'out'}", f"toy.cache_dir={tmp_path / 'cache'}"]
     assert main(["recipes/quickstart.yaml", *overrides]) == 0
-    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard", "data_aware"])
+    aligned, raw, *_ = check_output(tmp_path / "out", ["csulora", "guard", "data_aware", "kept"])
     assert aligned["attack_success_rate"] < 0.1
     assert raw["attack_success_rate"] > 0.5
     assert raw["task_accuracy"] > aligned["task_accuracy"] + 0.3
