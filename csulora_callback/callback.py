@@ -251,7 +251,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             return None
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
         reads = self.penalty.on_probes is not None
-        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads)
+        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, probes.tokenizer)
         self._behaviour = Behaviour(Refusals(adapter, probes.prompts, probes.beginnings, processes))
         return probes
 

@@ -79,7 +79,7 @@ class Correcting:
         Args:
             raw: finite factors of these layers.
             gains: of :meth:`gains`; where a data-aware penalty has none of a module, nothing of it is attenuated.
-            texts: what the activations are of, to be kept with the result.
+            texts: what the activations are of, to be kept with the result; the record names their refused rows.
 
         Raises:
             CorrectionOverflowError: if the corrected factors would overflow their dtype; the module is named.
@@ -90,12 +90,12 @@ class Correcting:
             drift.update(corrections[name], self.subspace[name])
         metrics = drift.compute()
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
-        record = self._recorder(raw, corrected, corrections, metrics, "corrected")
+        record = self._recorder(raw, corrected, corrections, metrics, "corrected", texts)
         return CorrectedAdapter(raw, corrected, metrics, record, texts)
 
     def left_raw(self, raw: Factors, reason: str, texts: Texts | None = None) -> CorrectedAdapter:
         """What stands for a correction that could not be made: the raw factors, and a record that says so."""
-        record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}")
+        record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}", texts)
         return CorrectedAdapter(raw, raw, {}, record, texts)
 
     def _correct(self, name: str, lora_A: Tensor, lora_B: Tensor, gains: Mapping[str, InputGain] | None) -> Correction:
@@ -116,6 +116,7 @@ class Correcting:
         corrections: dict[str, Correction],
         metrics: dict[str, float],
         status: str,
+        texts: Texts | None,
     ) -> Callable[[], dict]:
         scalings = {name: layer.scaling for name, layer in self.layers.items()}
         measured = partial(self._measured, {"raw": raw, "corrected": corrected}, scalings)
@@ -129,6 +130,7 @@ class Correcting:
                 "energy_kept": self.subspace.energy_kept,
                 **self.subspace.metadata,
             },
+            **_refused_rows(texts),
         }
         return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about, self._notes)
 
@@ -150,3 +152,10 @@ class Correcting:
             }
             for name in self.layers
         }
+
+
+def _refused_rows(texts: Texts | None) -> dict[str, dict]:
+    """A section of the record: which of the sampled rows do not count as the task, by their places in texts.json."""
+    if texts is None or not texts.screened:
+        return {}
+    return {"refused_rows": {"screened": len(texts.screened), "places": list(texts.refused)}}

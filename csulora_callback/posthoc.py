@@ -79,7 +79,9 @@ def correct_adapter(
         probes: prompts that are to be refused, as for the callback; only for a data-aware penalty. By default those
             that the checkpoint holds.
         task: what the adapter was trained on, likewise: rows of token ids, or a source with a column ``text``,
-            ``messages`` or ``input_ids``. By default what the checkpoint holds.
+            ``messages`` or ``input_ids``. By default what the checkpoint holds. Rows of ``messages`` whose prompt, all
+            that stands before the last answer, the aligned model refuses are left out, and so are those that the
+            checkpoint has marked; in other columns nothing tells a prompt from its answer.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
             given or loaded, the subspace has to be one of it.
 
@@ -119,17 +121,19 @@ def correct_adapter(
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
     subspace = _opened(subspace)
+    texts = None if source.sidecar is None else source.sidecar.texts
     if penalty.on_probes is None:
         if aligned_model is not None:
             check_origin(subspace, aligned_model, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
-        kept = None if source.sidecar is None else source.sidecar.texts
-        texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
-        layers, activations = _read(saved, subspace, texts, aligned_model)
+        checkpoint = aligned_model or saved.config.base_model_name_or_path
+        texts = choose_texts(saved, texts, probes, task, checkpoint)
+        layers, activations = _read(saved, subspace, texts, aligned_model, None if task is None else checkpoint)
+        texts = activations.texts
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank)
-    done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
+    done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"), texts)
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 
@@ -219,13 +223,17 @@ def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLay
 
 
 def _read(
-    saved: SavedAdapter, subspace: SafetySubspace, texts: Texts, aligned_model: str | os.PathLike | None
+    saved: SavedAdapter,
+    subspace: SafetySubspace,
+    texts: Texts,
+    aligned_model: str | os.PathLike | None,
+    screened_by: str | os.PathLike | None,
 ) -> tuple[dict[str, AdaptedLayer], Activations]:
     """The live layers, and what enters them while the model reads; a subspace of another model is refused first."""
     adapter = load_with_adapter(saved, aligned_model)
     if next(iter(adapter.layers.values())).module.get_base_layer().weight.is_floating_point():
         check_origin(subspace, adapter.model, Processes())  # of a quantized model nothing can be said
-    return adapter.layers, read_again(adapter, texts)
+    return adapter.layers, read_again(adapter, texts, screened_by)
 
 
 def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:

@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback import Penalty, SafetyCorrector, SafetySubspace
+from csulora_callback.aligned_answers import ANSWER
 from csulora_callback.behaviour import BEGINNING, Behaviour, Refusals
-from csulora_callback.checked_probes import ANSWER
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.teacher_forcing import greedy_answers
@@ -124,7 +124,7 @@ def watched_behaviour(adapter: Adapter, probes: list[list[int]]) -> tuple[float,
     """How long the answers take that nothing is cached of, and what measures by them."""
     found = []
     with adapter.off():
-        answered = seconds(lambda: found.extend(greedy_answers(adapter, probes, ANSWER)))
+        answered = seconds(lambda: found.extend(greedy_answers(adapter.model, probes, ANSWER)))
     return answered, Behaviour(Refusals(adapter, probes, [answer[:BEGINNING] for answer in found]))
 
 

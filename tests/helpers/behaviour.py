@@ -24,7 +24,7 @@ def by_hand(aligned: Path, raw: dict, corrected: dict, texts: Texts) -> dict[str
     model = with_lora(AutoModelForCausalLM.from_pretrained(aligned)).to(DEVICE).eval()
     adapter = find_adapter(model)
     with adapter.off():
-        refusals = Refusals(adapter, texts.probes, greedy_answers(adapter, texts.probes, BEGINNING))
+        refusals = Refusals(adapter, texts.probes, greedy_answers(model, texts.probes, BEGINNING))
     values, said = {}, {}
     for which, factors in (("", raw), ("_corrected", corrected)):
         adapter.write(from_peft_state_dict(factors, list(adapter.layers), which))

@@ -56,7 +56,7 @@ def generated(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[in
 def test_answers_are_those_that_generating_greedily_gives(name):
     model = lora(name)
     model.generation_config.repetition_penalty = 3.0  # of a checkpoint's config, which greedy says nothing of
-    answers = greedy_answers(find_adapter(model), PROMPTS, 5)
+    answers = greedy_answers(model, PROMPTS, 5)
     assert model.training
     model.generation_config.repetition_penalty = None
     assert answers == [generated(model, prompt, 5) for prompt in PROMPTS]
@@ -68,7 +68,7 @@ def test_an_answer_ends_with_its_first_end():
     whole = [generated(model, prompt, 6) for prompt in PROMPTS]
     ends = [whole[0][2], whole[3][0]]
     model.generation_config.eos_token_id = ends
-    answers = greedy_answers(find_adapter(model), PROMPTS, 6)
+    answers = greedy_answers(model, PROMPTS, 6)
     assert answers == [generated(model, prompt, 6) for prompt in PROMPTS]
     assert len(answers[0]) <= 3
     assert len(answers[3]) == 1
@@ -110,7 +110,7 @@ def test_reading_changes_nothing_of_the_model():
     model.get_base_model().lm_head.eval()  # not all modules are in one mode
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    greedy_answers(find_adapter(model), PROMPTS, 3)
+    greedy_answers(model, PROMPTS, 3)
     for batch in batches_of(PROMPTS, [1] * len(PROMPTS)):
         batch.read(find_adapter(model))
     assert [module.training for module in model.modules()] == modes

@@ -7,8 +7,9 @@ import os
 import pytest
 import torch
 
+from csulora_callback.aligned_answers import ANSWER
 from csulora_callback.behaviour import BEGINNING
-from csulora_callback.checked_probes import ANSWER, check_probes
+from csulora_callback.checked_probes import check_probes
 from csulora_callback.models import teacher_forcing
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
@@ -68,7 +69,7 @@ def test_token_ids_are_taken_at_their_word(adapter, aligned):
 def asked(monkeypatch) -> list:
     """Every time that the model is asked."""
     times, answer = [], teacher_forcing.greedy_answers
-    monkeypatch.setattr("csulora_callback.checked_probes.greedy_answers", lambda *a: times.append(1) or answer(*a))
+    monkeypatch.setattr("csulora_callback.aligned_answers.greedy_answers", lambda *a: times.append(1) or answer(*a))
     return times
 
 
