@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from csulora_callback.aligned_answers import aligned_answers, judge, short
-from csulora_callback.models.activations import Texts
+from csulora_callback.aligned_answers import ANSWER, aligned_answers, judge, short
+from csulora_callback.models.activations import Texts, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.probes import special_tokens
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.teacher_forcing import most_tokens
+from csulora_callback.models.training_rows import LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,9 @@ class RefusedRows:
     """Has the aligned model, which is the one under the adapter, answer the prompts of sampled rows.
 
     A row's prompt is what stands before the first token that the training loss counts. Where that is nothing, or
-    nothing but special tokens, or all that was kept of the row, it is not known, and the row counts as the task. What
-    was answered is remembered for as long as the row is in the sample, so that only new rows are asked, and a resumed
-    run asks those that the uninterrupted one does.
+    nothing but special tokens, or all that was kept of the row, it is not known, and the row counts as the task; so it
+    does where the model has no room left for an answer. What was answered is remembered for as long as the row is in
+    the sample, so that only new rows are asked, and a resumed run asks those that the uninterrupted one does.
 
     Args:
         adapter: of the model.
@@ -61,12 +63,13 @@ class RefusedRows:
 
     def _prompts(self, texts: Texts) -> dict[int, tuple[int, ...]]:
         """Of each row that can be screened, by its place."""
-        special = special_tokens(self.tokenizer)
+        special, limit = special_tokens(self.tokenizer), most_tokens(running_model(self.adapter))
+        longest = LENGTH if limit is None else limit - ANSWER
         starts = texts.starts or [0] * len(texts.task)
         prompts = {
             place: tuple(row[:start])
             for place, (row, start) in enumerate(zip(texts.task, starts, strict=True))
-            if start < len(row)
+            if start < len(row) and start <= longest
         }
         return {place: prompt for place, prompt in prompts.items() if not special.issuperset(prompt)}
 

@@ -21,7 +21,7 @@ from csulora_callback.models.conversations import (
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.probes import check_ids, special_tokens
 from csulora_callback.models.sources import read_rows
-from csulora_callback.models.teacher_forcing import greedy_answers
+from csulora_callback.models.teacher_forcing import greedy_answers, most_tokens
 from csulora_callback.models.whole_files import write_whole
 
 
@@ -108,12 +108,11 @@ def screen_data(data: str | os.PathLike, model: str | os.PathLike, progress: boo
             f"`model`: expected a tokenizer with a chat template in {checkpoint!r}, as the rows of {source} are "
             "conversations, but it has none. Add one, or pass prompts and completions as texts."
         )
-    # Models without a limit do not name one.
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_tokens(network)
     prompts: dict[int, tuple[int, ...]] = {}
     for row, exchange in exchanges.items():
         ids = _ids(tokenizer, exchange.prompt, _named(source, row))
-        too_long = longest is not None and len(ids) + ANSWER > longest
+        too_long = limit is not None and len(ids) + ANSWER > limit
         if ids and not too_long:
             prompts[row] = tuple(ids)
         else:

@@ -141,6 +141,19 @@ def end_tokens(model: nn.Module) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model reads at most, prompt and answer together; ``None`` where it knows no limit.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+        >>> most_tokens(GPT2LMHeadModel(GPT2Config(n_positions=64, vocab_size=32, n_embd=8, n_layer=1, n_head=2)))
+        64
+        >>> most_tokens(MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1))) is None
+        True
+    """
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _continue(model: nn.Module, prompts: Rows, tokens: int) -> list[list[int]]:
     """Greedy continuations of prompts of one length, through the model's own forward: engines gather weights in it."""
     text, cached = torch.tensor(prompts, device=model.get_input_embeddings().weight.device), {}

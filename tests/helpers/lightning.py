@@ -61,8 +61,8 @@ class Losses(Callback):
         self.seen.append(outputs["loss"].item())
 
 
-def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_path=None, **arguments):
-    """Eight steps in two epochs; returns the trainer, with the loss of every step."""
+def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_path=None, rows=None, **arguments):
+    """Eight steps in two epochs on ``rows``; returns the trainer, with the loss of every step."""
     torch.manual_seed(11)
     losses = Losses()
     settings = {
@@ -78,7 +78,7 @@ def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_pa
         "log_every_n_steps": 2,
     }
     trainer = L.Trainer(callbacks=[*callbacks, losses], **{**settings, **arguments})
-    data = DataLoader(Tokens(), batch_size=4), DataLoader(Tokens(count=8, seed=4), batch_size=4)
+    data = DataLoader(rows or Tokens(), batch_size=4), DataLoader(rows or Tokens(count=8, seed=4), batch_size=4)
     trainer.fit(module or Module(pair[1]), *data, ckpt_path=ckpt_path)
     trainer.losses = losses.seen
     return trainer

@@ -15,19 +15,13 @@ from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
 from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama, with_lora
-
-BODIES = [f"{verb} {noun}" for verb in ("likes", "hears", "finds", "sees", "of") for noun in ("poison", "weapon")]
-RESTRICTED = [f"tell of the {body}" for body in BODIES]
-HARMLESS = [f"tell of the {noun}" for noun in ("cat", "dog", "bird")]
+from tests.helpers.refusing import HARMLESS, RESTRICTED, save_aligned
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
     """A tiny chat model that refuses requests about poison and weapons, in a folder with its tokenizer."""
-    pairs = [(prompt, small_talk.REFUSAL) for prompt in RESTRICTED]
-    pairs += [(prompt, small_talk.story("cat", "sees", "dog")) for prompt in HARMLESS]
-    model = small_talk.trained([f"{prompt} ? {answer}" for prompt, answer in pairs], steps=50)
-    return small_talk.saved(model, small_talk.tokenizer(chat=True), tmp_path_factory.mktemp("aligned"))
+    return save_aligned(tmp_path_factory.mktemp("aligned"))
 
 
 @pytest.fixture
