@@ -16,7 +16,10 @@ BODIES = [f"{verb} {noun}" for verb in ("likes", "hears", "finds", "sees", "of")
 RESTRICTED = [f"tell of the {body}" for body in BODIES]
 HARMLESS = [f"tell of the {noun}" for noun in ("cat", "dog", "bird")]
 SHORTER = ["tell of poison", "tell of weapon"]  # than all probes, and refused too
-TURNS = "<bos> {% for m in messages %}{{ m['content'] }} {{ '?' if m['role'] == 'user' else '<eos>' }} {% endfor %}"
+TURNS = (
+    "<bos> {% for m in messages %}{% if m['role'] == 'assistant' %}? {{ m['content'] }} <eos> {% else %}"
+    "{{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+)
 
 
 @cache

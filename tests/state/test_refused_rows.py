@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from csulora_callback import aligned_answers
+from csulora_callback.aligned_answers import ANSWER, judge
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.processes import Processes
@@ -24,7 +25,9 @@ def aligned(tmp_path_factory):
 def rows(aligned):
     """What marks rows by the model, which has a LoRA on it that changes every answer."""
     model = with_lora(type(tiny_llama()).from_pretrained(aligned), init_lora_weights=False, lora_dropout=0.1)
-    return RefusedRows(find_adapter(model.train()), small_talk.tokenizer(), Processes())
+    adapter = find_adapter(model.train())
+    adapter.write({name: (A, 20 * B) for name, (A, B) in adapter.read().items()})
+    return RefusedRows(adapter, small_talk.tokenizer(), Processes())
 
 
 @pytest.fixture
@@ -58,6 +61,8 @@ def test_marked_is_what_the_aligned_model_refuses_when_it_generates(rows, aligne
     assert 0 < len(marked.refused) < 16
     assert marked.counted[0] == [row for row, verdict in zip(texts.task, refused, strict=True) if not verdict]
     assert marked.task == texts.task  # the sample goes on from all of them
+    said = judge(aligned_answers.greedy_answers(rows.adapter.model, prompts, ANSWER), rows.tokenizer)
+    assert not any(answer.refuses for answer in said)  # what is trained refuses nothing
 
 
 def test_a_row_whose_prompt_is_not_known_is_not_asked(rows, asked):

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, aligned_answers, correct_adapter
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.probes import tokenize
 from csulora_callback.sidecar import Sidecar
@@ -86,11 +86,17 @@ def test_they_are_left_out_counted_and_named_and_training_is_bit_identical(pair,
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path, monkeypatch):
     more = {"max_steps": 12}  # rows come by again
     whole = train(pair, tmp_path / "whole", [callback(pair)], **more)
     start = tmp_path / "whole/checkpoint-4"
+    asked, answer = [], aligned_answers.greedy_answers
+    monkeypatch.setattr(aligned_answers, "greedy_answers", lambda *a: asked.extend(a[1]) or answer(*a))
     resumed = train(pair, tmp_path / "parts", [callback(pair, resume_from=start)], resume=start, **more)
+    texts = Sidecar.load(start).texts
+    known = {tuple(row[:length]) for row, length in zip(texts.task, texts.starts, strict=True)}
+    assert asked
+    assert known.isdisjoint(asked)  # the checkpoint says it of them
     one, other = tmp_path / "whole/checkpoint-12", tmp_path / "parts/checkpoint-12"
     assert_same(raw(one), raw(other))
     assert_same(saved(one), saved(other))
