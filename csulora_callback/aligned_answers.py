@@ -29,11 +29,16 @@ class Judged:
     refuses: bool
 
 
-def aligned_answers(adapter: Adapter, prompts: Rows, processes: Processes, progress: bool = False) -> list[list[int]]:
-    """The first tokens of what the model under an adapter answers greedily; the first process's. Collective."""
+def aligned_answers(
+    adapter: Adapter, prompts: Rows, processes: Processes, progress: bool = False, padding: bool = False
+) -> list[list[int]]:
+    """The first tokens of what the model under an adapter answers greedily; the first process's. Collective.
+
+    See :func:`~csulora_callback.models.teacher_forcing.greedy_answers`.
+    """
     with adapter.off():
         return processes.from_first(
-            processes.together(lambda: greedy_answers(running_model(adapter), prompts, ANSWER, progress))
+            processes.together(lambda: greedy_answers(running_model(adapter), prompts, ANSWER, progress, padding))
         )
 
 

@@ -42,8 +42,8 @@ class RefusedRows:
 
     def resume(self, texts: Texts) -> None:
         """Remember what was said of the rows that a checkpoint holds."""
-        prompts = self._prompts(texts)
-        self._refused = {prompts[place]: place in texts.refused for place in texts.screened}
+        screened, prompts = set(texts.screened), self._prompts(texts)
+        self._refused = {prompt: place in texts.refused for place, prompt in prompts.items() if place in screened}
 
     def mark(self, texts: Texts) -> Texts:
         """The texts with those rows marked that were asked, and that are refused. Collective."""
@@ -52,7 +52,7 @@ class RefusedRows:
             [prompt for prompt in dict.fromkeys(prompts.values()) if prompt not in self._refused]
         )
         if new:
-            judged = judge(aligned_answers(self.adapter, new, processes), self.tokenizer)
+            judged = judge(aligned_answers(self.adapter, new, processes, padding=True), self.tokenizer)
             self._refused |= {prompt: said.refuses for prompt, said in zip(new, judged, strict=True)}
         # Other processes than the first may have resumed from less.
         known = processes.from_first({prompt: self._refused.get(prompt) for prompt in prompts.values()})

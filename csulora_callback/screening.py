@@ -122,7 +122,9 @@ def screen_data(data: str | os.PathLike, model: str | os.PathLike, progress: boo
         raise ValueError(f"`data`: {source}: expected rows with a prompt and an answer, but got none: {reasons}.")
     check_ids(list(prompts.values()), network.get_input_embeddings().weight.shape[0], "model")
     alike = list(dict.fromkeys(prompts.values()))  # the same prompt is asked once
-    answers = dict(zip(alike, judge(greedy_answers(network, alike, ANSWER, progress), tokenizer), strict=True))
+    answers = dict(
+        zip(alike, judge(greedy_answers(network, alike, ANSWER, progress, padding=True), tokenizer), strict=True)
+    )
     refused = [
         RefusedRow(row, exchanges[row].prompt_in_words(), answers[ids].text, exchanges[row].answer)
         for row, ids in prompts.items()

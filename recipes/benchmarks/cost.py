@@ -93,7 +93,7 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
     prompts = [
         ids[0].tolist()[: 1 + place % (size.length - 1)] for place in range(ROWS)
     ]  # of many lengths, as rows are
-    screened = seconds(lambda: greedy_answers(model, prompts, ANSWER))
+    screened = seconds(lambda: greedy_answers(model, prompts, ANSWER, padding=True))
     measured = []
     for _ in range(3):
         step()  # of other weights nothing is known yet
