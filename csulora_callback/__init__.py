@@ -14,6 +14,7 @@ from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.posthoc import CorrectedFolder, correct_adapter, restore_adapter
 from csulora_callback.reporting.report.write import write_report
+from csulora_callback.screening import ScreenedRows, screen_data
 from csulora_callback.subspace import SafetySubspace
 
 __version__ = version("csulora-callback")
@@ -32,9 +33,11 @@ __all__ = [
     "SafetyCorrector",
     "SafetyDrift",
     "SafetySubspace",
+    "ScreenedRows",
     "correct",
     "correct_adapter",
     "restore_adapter",
+    "screen_data",
     "wilson_interval",
     "write_report",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from csulora_callback.correcting import STRENGTH
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.models.activations import Activations
+from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
 from csulora_callback.models.processes import Processes
@@ -79,7 +79,7 @@ class Refusals:
         >>> lora = LoraConfig(r=2, target_modules=["q_proj"])  # fresh: it changes nothing yet
         >>> adapter, prompts = find_adapter(get_peft_model(LlamaForCausalLM(config), lora)), [[5, 6, 7], [8, 9]]
         >>> with adapter.off():
-        ...     beginnings = greedy_answers(adapter, prompts, BEGINNING)
+        ...     beginnings = greedy_answers(adapter.model, prompts, BEGINNING)
         >>> refusals = Refusals(adapter, prompts, beginnings)
         >>> refusals.read()
         Refusing(kept=1.0, logprob=0.0)
@@ -136,10 +136,13 @@ class Behaviour:
                                          data, from the first token on that the training loss counts; with
                                          ``_corrected``, of what would be saved
     ``csulora/task_kl``                  mean divergence ``KL(raw ‖ corrected)`` per token there
+    ``csulora/refused_rows``             share of those rows, of which the prompt is known, that the aligned model
+                                         refuses: they are in none of the task's numbers
     ``csulora/strength``                 of the penalty, where it was looked for
     ===================================  =======================================================================
 
-    Those of the task are left out where no row of training data has been seen.
+    Those of the task are left out where no row of training data has been seen, and the last one where no prompt of
+    one could be asked.
 
     Args:
         refusals: of the model that is trained.
@@ -178,14 +181,14 @@ class Behaviour:
             "csulora/refusal_logprob_corrected": corrected.logprob,
             **processes.from_first(processes.together(lambda: _task(corrector))),
             **{key: value for key, value in adapter.metrics.items() if key == STRENGTH},
+            **_refused(corrector.activations.texts),
         }
 
 
 def _task(corrector: SafetyCorrector) -> dict[str, float]:
     """Batch by batch, as the divergence takes both models' logits: those of all rows would fill the memory."""
-    texts = corrector.activations.texts
     loss, corrected_loss, divergence, tokens = 0.0, 0.0, 0.0, 0
-    for batch in batches_of(texts.task, texts.starts or [0] * len(texts.task)):
+    for batch in batches_of(*corrector.activations.texts.counted):
         with corrector.lifted():
             raw = batch.read(corrector.adapter)
         with corrector.corrected():
@@ -202,6 +205,10 @@ def _task(corrector: SafetyCorrector) -> dict[str, float]:
         "csulora/task_loss_corrected": corrected_loss / tokens,
         "csulora/task_kl": divergence / tokens,
     }
+
+
+def _refused(texts: Texts) -> dict[str, float]:
+    return {"csulora/refused_rows": len(texts.refused) / len(texts.screened)} if texts.screened else {}
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:

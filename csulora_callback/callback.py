@@ -246,7 +246,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         back = [] if self.target is None else held_back(len(refusals), reads)
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
-        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, back, target)
+        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, back, target, probes.tokenizer)
         self._behaviour = Behaviour(measured)
         return probes
 

@@ -7,29 +7,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import Repr
 
+from transformers import PreTrainedTokenizerBase
+
+from csulora_callback.aligned_answers import ANSWER, aligned_answers, judge, short
 from csulora_callback.answers_cache import CachedAnswers
 from csulora_callback.behaviour import BEGINNING
-from csulora_callback.judging.refusal import RefusalPhrases
 from csulora_callback.models.activations import running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.probes import ask, check_ids, load_tokenizer
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
-from csulora_callback.models.teacher_forcing import end_tokens, greedy_answers
+from csulora_callback.models.teacher_forcing import end_tokens
 
 logger = logging.getLogger(__name__)
 
 FEWEST = 8
 """How many probes have to be refused: of fewer, one alone would move the share by more than an eighth."""
-
-ANSWER = 16
-"""How many tokens of an answer are judged: enough for "Unfortunately, I'm not able to"."""
-
-_SHORT = Repr()
-_SHORT.maxstring = 60
 
 
 @dataclass(frozen=True)
@@ -40,15 +35,20 @@ class CheckedProbes:
         prompts: as token ids.
         beginnings: of each, the first tokens of the aligned model's greedy answer.
         left_out: prompts that it does not refuse, and its answers.
-        is_checked: whether its answers were judged: those to texts are, those to token ids are not.
+        tokenizer: that of the checkpoint under the adapter; ``None`` where the prompts were given as token ids.
         from_cache: whether the answers were found in the cache.
     """
 
     prompts: Rows
     beginnings: Rows
     left_out: Sequence[tuple[str, str]]
-    is_checked: bool
+    tokenizer: PreTrainedTokenizerBase | None
     from_cache: bool
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the answers were judged: those to texts are, those to token ids are not."""
+        return self.tokenizer is not None
 
 
 def check_probes(
@@ -79,22 +79,18 @@ def check_probes(
             "an encoder. Leave them out, and use a penalty that is not data-aware."
         )
     answers, from_cache = _answers(adapter, prompts, cache_dir, processes, progress)
-    is_checked = isinstance(probes[0], str)
-    left_out = {}
-    if is_checked:
-        decoded = processes.together(
-            lambda: load_tokenizer(checkpoint, "probes").batch_decode(answers, skip_special_tokens=True)
-        )
-        texts = [text for text, _ in pairs]
-        verdicts = RefusalPhrases()(texts, decoded)
-        left_out = {i: (texts[i], decoded[i]) for i, refuses in enumerate(verdicts) if not refuses}
+    tokenizer, left_out = None, {}
+    if isinstance(probes[0], str):
+        tokenizer = processes.together(lambda: load_tokenizer(checkpoint, "probes"))
+        judged = enumerate(judge(answers, tokenizer))
+        left_out = {place: (pairs[place][0], said.text) for place, said in judged if not said.refuses}
         _say(list(left_out.values()), len(pairs), processes.rank == 0)
     kept = [place for place in range(len(pairs)) if place not in left_out]
     return CheckedProbes(
         [prompts[place] for place in kept],
         [answers[place][:BEGINNING] for place in kept],
         list(left_out.values()),
-        is_checked,
+        tokenizer,
         from_cache,
     )
 
@@ -106,13 +102,12 @@ def _answers(
     if cache_dir is not None:
         factors = (factor for layer in adapter.layers.values() for factor in (layer.lora_A, layer.lora_B))
         weights = checksum(weights_besides(running_model(adapter), factors))
-        cache = CachedAnswers(cache_dir, f"{weights} {end_tokens(adapter)}", prompts, ANSWER)
+        cache = CachedAnswers(cache_dir, f"{weights} {end_tokens(running_model(adapter))}", prompts, ANSWER)
     is_first = processes.rank == 0
     found = processes.from_first(processes.together(lambda: cache.read() if cache and is_first else None))
     if found is not None:
         return found, True
-    with adapter.off():
-        answers = processes.from_first(processes.together(lambda: greedy_answers(adapter, prompts, ANSWER, progress)))
+    answers = aligned_answers(adapter, prompts, processes, progress)
     if cache and is_first:
         cache.write(answers)
     return answers, False
@@ -120,7 +115,7 @@ def _answers(
 
 def _say(left_out: Sequence[tuple[str, str]], total: int, is_first: bool) -> None:
     """One line about those that are left out, or an error where too few are left."""
-    shown = "; ".join(f"{_SHORT.repr(prompt)} is answered by {_SHORT.repr(text)}" for prompt, text in left_out[:3])
+    shown = "; ".join(f"{short(prompt)} is answered by {short(text)}" for prompt, text in left_out[:3])
     refused = total - len(left_out)
     if refused < FEWEST:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The command ``csulora``: subspaces estimated and shown, adapters inspected, corrected, restored and reported on.
+"""The command ``csulora``: subspaces estimated and shown, adapters inspected, corrected, restored, reported on.
 
 Data goes to the standard output, all else to the standard error: progress, warnings, and one line for what went wrong.
 The exit status is 0, 1 where something failed or a file is not what it should be, and 2 for wrong arguments.
@@ -26,6 +26,8 @@ from csulora_callback.cli_options import (
     choose_preset,
     examples,
 )
+from csulora_callback.cli_screen import EXAMPLES as SCREEN_EXAMPLES
+from csulora_callback.cli_screen import screen
 from csulora_callback.inspection import inspect_adapter
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
@@ -54,6 +56,7 @@ app = typer.Typer(
         "csulora correct out/checkpoint-100 -o safe/ --subspace llama.safetensors --penalty guard",
         "csulora restore safe/ -o raw/",
         "csulora report out/ -o report.html",
+        "csulora screen train.jsonl --model meta-llama/Llama-3.2-1B-Instruct",
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -256,6 +259,9 @@ def report(
     data = {"output": str(output), "corrections": names}
     said = f"A report of {', '.join(names)} was written to {output}."
     show(as_json, lambda: data, lambda console: console.print(said, soft_wrap=True))
+
+
+app.command(epilog=SCREEN_EXAMPLES)(screen)
 
 
 def main() -> None:

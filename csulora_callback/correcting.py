@@ -84,7 +84,7 @@ class Correcting:
         Args:
             raw: finite factors of these layers.
             gains: of :meth:`gains`; where a data-aware penalty has none of a module, nothing of it is attenuated.
-            texts: what the activations are of, to be kept with the result.
+            texts: what the activations are of, to be kept with the result; the record names their refused rows.
 
         Raises:
             CorrectionOverflowError: if the corrected factors would overflow their dtype; the module is named.
@@ -97,12 +97,12 @@ class Correcting:
         if self.chosen is not None:
             metrics[STRENGTH] = self.penalty.parameters["strength"]
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
-        record = self._recorder(raw, corrected, corrections, metrics, "corrected")
+        record = self._recorder(raw, corrected, corrections, metrics, "corrected", texts)
         return CorrectedAdapter(raw, corrected, metrics, record, texts)
 
     def left_raw(self, raw: Factors, reason: str, texts: Texts | None = None) -> CorrectedAdapter:
         """What stands for a correction that could not be made: the raw factors, and a record that says so."""
-        record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}")
+        record = self._recorder(raw, raw, {}, {}, f"not corrected: {reason}", texts)
         return CorrectedAdapter(raw, raw, {}, record, texts)
 
     def inspect(self, states: Mapping[str, Factors]) -> dict[str, Inspection]:
@@ -134,6 +134,7 @@ class Correcting:
         corrections: dict[str, Correction],
         metrics: dict[str, float],
         status: str,
+        texts: Texts | None,
     ) -> Callable[[], dict]:
         scalings = {name: layer.scaling for name, layer in self.layers.items()}
         measured = partial(self._measured, {"raw": raw, "corrected": corrected}, scalings)
@@ -147,6 +148,7 @@ class Correcting:
                 "energy_kept": self.subspace.energy_kept,
                 **self.subspace.metadata,
             },
+            **_refused_rows(texts),
         }
         if self.chosen is not None:
             about["target"] = self.chosen
@@ -165,3 +167,10 @@ class Correcting:
             }
             for name in self.layers
         }
+
+
+def _refused_rows(texts: Texts | None) -> dict[str, dict]:
+    """A section of the record: which of the sampled rows do not count as the task, by their places in texts.json."""
+    if texts is None or not texts.screened:
+        return {}
+    return {"refused_rows": {"screened": len(texts.screened), "places": list(texts.refused)}}

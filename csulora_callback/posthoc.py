@@ -81,7 +81,9 @@ def correct_adapter(
         probes: prompts that are to be refused, as for the callback; only for a data-aware penalty, or a ``target``.
             By default those that the checkpoint holds.
         task: what the adapter was trained on, likewise: rows of token ids, or a source with a column ``text``,
-            ``messages`` or ``input_ids``. By default what the checkpoint holds.
+            ``messages`` or ``input_ids``. By default what the checkpoint holds. Rows of ``messages`` whose prompt, all
+            that stands before the last answer, the aligned model refuses are left out, and so are those that the
+            checkpoint has marked; in other columns nothing tells a prompt from its answer.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says. Where it is
             given or loaded, the subspace has to be one of it.
         target: the share of the likelihood of refusing ``probes`` that is to be kept, 0.9 by default for a preset
@@ -124,23 +126,26 @@ def correct_adapter(
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
     subspace = _opened(subspace)
-    kept, chosen = None if source.sidecar is None else source.sidecar.texts, None
+    texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        corrector = find_strength(saved, subspace, penalty, share, kept, probes, task, aligned_model)
+        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model)
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
+        texts = texts if penalty.on_probes is None else activations.texts
     elif penalty.on_probes is None:
         if aligned_model is not None:
             check_origin(subspace, aligned_model, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
-        texts = choose_texts(saved, kept, probes, task, aligned_model or saved.config.base_model_name_or_path)
+        checkpoint = aligned_model or saved.config.base_model_name_or_path
+        texts = choose_texts(saved, texts, probes, task, checkpoint)
         live = load_of_subspace(saved, subspace, aligned_model)
-        layers, activations = live.layers, read_again(live, texts)
+        layers, activations = live.layers, read_again(live, texts, None if task is None else checkpoint)
+        texts = activations.texts
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank, chosen)
-    done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"))
+    done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"), texts)
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 

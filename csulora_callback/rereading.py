@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from csulora_callback.models.activations import Activations, Texts, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
-from csulora_callback.models.probes import Probes, check_ids, read_prompts, tokenize
+from csulora_callback.models.probes import Probes, check_ids, load_tokenizer, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows, read_task
+from csulora_callback.refused_rows import RefusedRows
 from csulora_callback.subspace import SafetySubspace, check_origin
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def choose_texts(
 
     Example:
         >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
-        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[], held_back=[])
+        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[], held_back=[], screened=[], refused=[])
     """
     if probes is None and kept is None:
         raise no_probes(saved, "the penalty is data-aware")
@@ -66,11 +67,11 @@ def with_task(
 
     Example:
         >>> with_task(None, [[5]], [[6, 7]], None)
-        Texts(task=[[6, 7]], probes=[[5]], seen=1, starts=[], held_back=[])
+        Texts(task=[[6, 7]], probes=[[5]], seen=1, starts=[0], held_back=[], screened=[], refused=[])
     """
     if task is not None:
         sample = read_task(task, checkpoint)
-        return Texts(sample.rows, probes, sample.seen, held_back=list(held_back))
+        return Texts(sample.rows, probes, sample.seen, sample.starts, list(held_back))
     if kept is None or not kept.task:
         logger.warning(
             "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
@@ -138,8 +139,14 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
     return adapter
 
 
-def read_again(adapter: Adapter, texts: Texts) -> Activations:
+def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) -> Activations:
     """Have the model read them, with the raw adapter in it.
+
+    Args:
+        adapter: in its model.
+        texts: whose ``refused`` rows are passed over.
+        checkpoint: where a tokenizer is loaded from, to find out first which rows these are; by default those that the
+            checkpoint of a run has marked.
 
     Raises:
         ValueError: if it cannot, or what it makes of them is not finite.
@@ -147,6 +154,8 @@ def read_again(adapter: Adapter, texts: Texts) -> Activations:
     vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
     check_ids(texts.task, vocabulary, "task")
+    if checkpoint is not None and any(texts.starts):
+        texts = RefusedRows(adapter, load_tokenizer(checkpoint, "task"), Processes()).mark(texts)
     activations = Activations.read(adapter, texts)
     if not activations.finite:
         raise ValueError(

@@ -54,7 +54,7 @@ def find_strength(
     back = held_back(len(refusals), reads)
     if reads:
         texts = with_task(kept, checked.prompts, task, checkpoint, back)
-        activations = read_again(adapter, texts)
+        activations = read_again(adapter, texts, None if task is None else checkpoint)
     else:
         activations = Activations({}, {}, Texts([], checked.prompts, 0))
     corrector = SafetyCorrector(adapter.model, subspace, family(STRONGEST), activations)

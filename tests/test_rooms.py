@@ -19,11 +19,14 @@ RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibrat
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
-    **dict.fromkeys(("answers_cache", "behaviour", "budget", "checked_probes"), STATE),
+    **dict.fromkeys(("aligned_answers", "answers_cache", "behaviour", "budget", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
-    **dict.fromkeys(("presets", "rereading", "searching", "sidecar", "swap", "target"), STATE),
+    **dict.fromkeys(("presets", "refused_rows", "rereading", "screening", "searching"), STATE),
+    **dict.fromkeys(("sidecar", "swap", "target"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
-    **dict.fromkeys(("__init__", "__main__", "arguments", "callback", "cli", "cli_options"), FRONT_DOORS),
+    **dict.fromkeys(
+        ("__init__", "__main__", "arguments", "callback", "cli", "cli_options", "cli_screen"), FRONT_DOORS
+    ),
 }
 PUBLIC = {
     "AttackSuccessRate",
@@ -40,9 +43,11 @@ PUBLIC = {
     "SafetyCorrector",
     "SafetyDrift",
     "SafetySubspace",
+    "ScreenedRows",
     "correct",
     "correct_adapter",
     "restore_adapter",
+    "screen_data",
     "wilson_interval",
     "write_report",
 }
@@ -168,6 +173,9 @@ def test_only_the_command_line_needs_typer():
     importing = [
         path for path in Path("csulora_callback").rglob("*.py") if "typer" in imported(ast.parse(path.read_text()))
     ]
-    assert sorted(importing) == [Path("csulora_callback/cli.py"), Path("csulora_callback/cli_options.py")]
+    assert sorted(importing) == [
+        Path("csulora_callback/cli.py"),
+        *(Path(f"csulora_callback/cli_{part}.py") for part in ("options", "screen")),
+    ]
     program = "import sys, csulora_callback; sys.exit('typer' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)

@@ -37,18 +37,34 @@ class Texts:
         starts: of each row of ``task``, how many tokens stand before the first that the loss counts; none where
             nothing is known of that, and all of them count.
         held_back: places in ``probes`` of those that are measured by and not read.
+        screened: places in ``task`` of rows whose prompt the aligned model was asked.
+        refused: those of them that it refuses: such rows are not what the task is measured by.
+
+    Example:
+        >>> texts = Texts([[5, 6], [7, 8], [9]], [], 3, starts=[1, 1, 0], screened=[0, 1], refused=[1])
+        >>> texts.counted
+        ([[5, 6], [9]], [1, 0])
     """
 
     task: Rows
     probes: Rows
     seen: int
-    starts: Sequence[int] = field(default_factory=list)  # as JSON reads it
+    starts: Sequence[int] = field(default_factory=list)  # lists, as JSON reads them
     held_back: Sequence[int] = field(default_factory=list)
+    screened: Sequence[int] = field(default_factory=list)
+    refused: Sequence[int] = field(default_factory=list)
 
     @property
     def read(self) -> Rows:
         """The probes that are not held back."""
         return [prompt for place, prompt in enumerate(self.probes) if place not in self.held_back]
+
+    @property
+    def counted(self) -> tuple[Rows, Sequence[int]]:
+        """The rows that the task is measured by, and their ``starts``."""
+        starts, left_out = self.starts or [0] * len(self.task), set(self.refused)
+        kept = [place for place in range(len(self.task)) if place not in left_out]
+        return [self.task[place] for place in kept], [starts[place] for place in kept]
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,8 @@ class Activations:
     @classmethod
     def read(cls, adapter: Adapter, texts: Texts) -> Activations:
         """Have the model read them, as :func:`vectors_of` does."""
-        return cls(vectors_of(adapter, texts.task), vectors_of(adapter, texts.read), texts)
+        rows, _ = texts.counted
+        return cls(vectors_of(adapter, rows), vectors_of(adapter, texts.read), texts)
 
     @cached_property
     def finite(self) -> bool:

@@ -215,6 +215,21 @@ def load_tokenizer(checkpoint: str | None, argument: str) -> PreTrainedTokenizer
         ) from error
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of tokens that are no text, such as those between turns; what stands for unknown text is not one.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "cat": 2}, unk_token="<unk>"))
+        >>> special_tokens(PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>"))
+        {0}
+    """
+    return {place for place, token in tokenizer.added_tokens_decoder.items() if token.special} - {
+        tokenizer.unk_token_id
+    }
+
+
 def _asked(prompts: list[str], checkpoint: str | None) -> list[tuple[str, list[int]]]:
     tokenizer = load_tokenizer(checkpoint, "probes")
     # Beside them a prompt that differs from the first, so that one alone can be seen to make no difference.

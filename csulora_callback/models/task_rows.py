@@ -25,7 +25,8 @@ def read_task(task: TaskRows, checkpoint: str | None) -> TrainingRows:
 
     Args:
         task: rows of token ids, or a source with one of the columns ``input_ids``, ``messages``, which go through the
-            chat template, or ``text``.
+            chat template, or ``text``. Of ``messages`` what stands before the last answer is the prompt, whose length
+            is in ``starts``; of the others nothing is known of a prompt.
         checkpoint: where the tokenizer is loaded from, if it takes one.
 
     Raises:
@@ -39,16 +40,16 @@ def read_task(task: TaskRows, checkpoint: str | None) -> TrainingRows:
     column, given = _column(os.fspath(task)) if isinstance(task, str | os.PathLike) else ("input_ids", task)
     if not isinstance(given, Sequence) or not len(given):
         raise ValueError(f"`task`: expected a source of rows, or rows of token ids, but got {short(given)}.")
-    rows = [given[place] for place in fixed_sample(len(given), ROWS)]
+    rows, starts = [given[place] for place in fixed_sample(len(given), ROWS)], []
     if column != "input_ids":
-        rows = _ids(load_tokenizer(checkpoint, "task"), column, rows)
+        rows, starts = _ids(load_tokenizer(checkpoint, "task"), column, rows)
     for row in rows:
         if not isinstance(row, Sequence) or not all(isinstance(token, Integral) and token >= 0 for token in row):
             raise ValueError(
                 f"`task`: expected rows of token ids, which are whole numbers ≥ 0, but got {short(row)}. Pass lists "
                 "without padding, [[5, 6], [7, 8, 9]], or the name of a file."
             )
-    return TrainingRows([[int(token) for token in row[:LENGTH]] for row in rows], len(given))
+    return TrainingRows([[int(token) for token in row[:LENGTH]] for row in rows], len(given), starts)
 
 
 def _column(source: str) -> tuple[str, list]:
@@ -62,13 +63,34 @@ def _column(source: str) -> tuple[str, list]:
     return column, rows[column][:]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, column: str, rows: list) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, column: str, rows: list) -> tuple[list[list[int]], list[int]]:
+    """Token ids of rows, and how many of each are its prompt."""
     try:
         if column == "messages":
-            return tokenizer.apply_chat_template(rows, return_dict=True)["input_ids"]
-        return tokenizer(rows).input_ids
+            ids = tokenizer.apply_chat_template(rows, return_dict=True)["input_ids"]
+            return ids, [_prompt_length(tokenizer, *row) for row in zip(rows, ids, strict=True)]
+        return tokenizer(rows).input_ids, []
     except Exception as error:  # a template is a program of somebody else's
         raise ValueError(
             f"`task`: expected a column {column!r} that the tokenizer takes, but it fails on it "
             f"({first_line(error)}). Pass rows of token ids instead."
         ) from error
+
+
+def _prompt_length(tokenizer: PreTrainedTokenizerBase, turns: list[dict], ids: list[int]) -> int:
+    before = max((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if not before:
+        return 0
+    asked = tokenizer.apply_chat_template(turns[:before], add_generation_prompt=True, return_dict=True)["input_ids"]
+    return common_length(ids, asked)
+
+
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens they share at the start: a template may render a prompt otherwise where an answer follows.
+
+    Example:
+        >>> common_length([5, 6, 7], [5, 6, 8, 9])
+        2
+    """
+    differ = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differ, min(len(one), len(other)))

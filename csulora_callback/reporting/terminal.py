@@ -34,6 +34,14 @@ def make_table(console: Console, columns: Sequence[str]) -> Table:
     return table
 
 
+def text_table(console: Console, columns: Sequence[str]) -> Table:
+    """A table whose first column is numbers and all others are texts."""
+    table = Table(box=_box(console), pad_edge=False, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place else "right", no_wrap=not place, overflow="fold")
+    return table
+
+
 def facts(console: Console, rows: Mapping[str, str]) -> Table:
     """A table of names and what is to be said of each."""
     table = Table(box=_box(console), show_header=False, pad_edge=False)

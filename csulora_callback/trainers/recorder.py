@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Activations, Texts, TokenVectors, running_model
@@ -17,6 +18,7 @@ from csulora_callback.models.factors import equal_each
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import TrainingRows
+from csulora_callback.refused_rows import RefusedRows
 from csulora_callback.target import Target
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class ActivationRecorder:
         processes: those of the run, which all have to do the same.
         reads: whether the penalty is data-aware, so that the model has to read them.
         target: looks for the penalty's strength whenever the corrector got something new to measure by.
+        tokenizer: of the checkpoint under the adapter, to tell rows whose prompt the aligned model refuses; without it
+            all rows count.
     """
 
     def __init__(
@@ -44,9 +48,11 @@ class ActivationRecorder:
         reads: bool = True,
         held_back: Sequence[int] = (),
         target: Target | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
         self.held_back, self.target = list(held_back), target
+        self._refused = None if tokenizer is None else RefusedRows(adapter, tokenizer, processes)
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
         self._read_with: list[Tensor] | None = None  # the factors that the model read with
@@ -88,6 +94,8 @@ class ActivationRecorder:
         texts = self.processes.from_first(
             Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts), self.held_back)
         )
+        if self._refused is not None:
+            texts = self._refused.mark(texts)
         if not self.reads:
             return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))
@@ -120,6 +128,8 @@ class ActivationRecorder:
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""
         self._sample, self._read_with = TrainingRows(list(texts.task), texts.seen, list(texts.starts)), None
+        if self._refused is not None:
+            self._refused.resume(texts)
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading

@@ -22,12 +22,12 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback import Penalty, SafetyCorrector, SafetySubspace
+from csulora_callback.aligned_answers import ANSWER
 from csulora_callback.behaviour import BEGINNING, Behaviour, Refusals
-from csulora_callback.checked_probes import ANSWER
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.teacher_forcing import greedy_answers
-from csulora_callback.models.training_rows import fixed_sample
+from csulora_callback.models.training_rows import ROWS, fixed_sample
 from csulora_callback.trainers.recorder import ActivationRecorder
 
 
@@ -90,6 +90,10 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
             plain.append(pair[0])
             watched.append(pair[1])
     answered, behaviour = watched_behaviour(recorder.adapter, probes)
+    prompts = [
+        ids[0].tolist()[: 1 + place % (size.length - 1)] for place in range(ROWS)
+    ]  # of many lengths, as rows are
+    screened = seconds(lambda: greedy_answers(model, prompts, ANSWER, padding=True))
     measured = []
     for _ in range(3):
         step()  # of other weights nothing is known yet
@@ -106,6 +110,7 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
     ratios = {
         "a step that the callback looks at": median(watched) / one,
         "the aligned model's answers to the probes, once": answered / one,
+        f"its answers to the prompts of {ROWS} sampled rows, once": screened / one,
         "behaviour, at an evaluation or save": median(measured[1:]) / one,  # at first the aligned model is read too
         "reading task and probes, before a save": median(read) / one,
         "the correction after that": median(first) / one,
@@ -135,7 +140,7 @@ def watched_behaviour(adapter: Adapter, probes: list[list[int]]) -> tuple[float,
     """How long the answers take that nothing is cached of, and what measures by them."""
     found = []
     with adapter.off():
-        answered = seconds(lambda: found.extend(greedy_answers(adapter, probes, ANSWER)))
+        answered = seconds(lambda: found.extend(greedy_answers(adapter.model, probes, ANSWER)))
     return answered, Behaviour(Refusals(adapter, probes, [answer[:BEGINNING] for answer in found]))
 
 

@@ -17,7 +17,9 @@ from csulora_callback import SafetyCorrector, SafetySubspace, correct_adapter
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
+from csulora_callback.models.processes import Processes
 from csulora_callback.models.whole_files import put_folder
+from csulora_callback.refused_rows import RefusedRows
 from csulora_callback.sidecar import Sidecar
 from csulora_callback.subspace_cache import default_cache_dir
 from recipes.calibration import report
@@ -89,7 +91,7 @@ class Trials:
         penalty, subspace = candidate.penalty(), self._subspaces[candidate.rank]
         texts = {}
         if penalty.on_probes is not None:
-            rows, probes = self._texts.task, self._texts.probes
+            (rows, _), probes = self._texts.counted, self._texts.probes
             texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned}
             _write_rows(folder / report.TASK, "input_ids", rows)
             _write_rows(folder / report.PROBES, "prompt", probes)
@@ -110,8 +112,11 @@ class Trials:
 
     @cached_property
     def _texts(self) -> Texts:
-        rows = training_rows(self.task, self.recipe)
-        return Texts(rows, tokenize(self.task.probes, self.task.aligned), seen=len(rows))
+        sample, probes = training_rows(self.task, self.recipe), tokenize(self.task.probes, self.task.aligned)
+        texts = Texts(sample.rows, probes, sample.seen, sample.starts)
+        if self.task.tokenizer is None:
+            return texts
+        return RefusedRows(self.adapter, self.task.tokenizer, Processes()).mark(texts)
 
     @cached_property
     def _activations(self) -> Activations:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from datasets import Dataset, Features, List, Value
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from csulora_callback.models.conversations import FORMATS, TEXTS, Format, convert, recognize, why_left_out
 from csulora_callback.models.foreign import first_line
-from recipes.files.conversations import FORMATS, TEXTS, Format, convert, recognize, why_left_out
+from csulora_callback.models.task_rows import common_length
 from recipes.files.sources import read
 from recipes.schema import Data, RecipeError
 from recipes.training.pretrained import load_pretrained
@@ -49,7 +50,7 @@ class UserRows:
         return replace(self, rows=self.rows.select(range(min(most, len(self.rows)))))
 
     def convert(self, row: dict) -> dict:
-        """See :func:`recipes.files.conversations.convert`.
+        """See :func:`csulora_callback.models.conversations.convert`.
 
         Raises:
             RecipeError: naming the source and the row.
@@ -161,25 +162,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, said: dict, most: int) -> tuple[
         if len(ids) <= most:
             return ids, 0, 0
         before = next(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
-        return ids, 0, _common(ids, _render(tokenizer, turns[:before], add_generation_prompt=True) if before else [])
+        return (
+            ids,
+            0,
+            common_length(ids, _render(tokenizer, turns[:before], add_generation_prompt=True) if before else []),
+        )
     prompt, completion = said["prompt"], said["completion"]
     if isinstance(prompt, str):
         end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
         ids, asked = tokenizer(prompt + completion + end).input_ids, tokenizer(prompt).input_ids
     else:
         ids, asked = _render(tokenizer, prompt + completion), _render(tokenizer, prompt, add_generation_prompt=True)
-    start = _common(ids, asked)
+    start = common_length(ids, asked)
     return ids, start, start
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **settings: bool) -> list[int]:
     return tokenizer.apply_chat_template(turns, return_dict=True, **settings)["input_ids"]
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens they share at the start: a template may render a prompt otherwise where an answer follows."""
-    differ = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-    return next(differ, min(len(one), len(other)))
 
 
 def _reasons(left_out: dict[str, list[int]]) -> list[str]:

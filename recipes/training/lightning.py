@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import get_linear_schedule_with_warmup
 
 from csulora_callback import CSULoRACallback
+from csulora_callback.models.activations import Texts
 from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers.lightning_checkpoint import CHECKPOINT_KEY
 from recipes.schema import Recipe, Training
@@ -79,10 +80,14 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def texts_in(checkpoint: Path) -> dict[str, list]:
-    """The texts that a data-aware correction read: in the ``.ckpt``, not in the adapter that is shipped."""
+    """The texts that a data-aware correction read: in the ``.ckpt``, not in the adapter that is shipped.
+
+    Without the rows that the aligned model refuses.
+    """
     saved = torch.load(checkpoint.with_suffix(".ckpt"), map_location="cpu", mmap=True, weights_only=True)
-    texts = saved[CHECKPOINT_KEY]["texts"]
-    return {"probes": texts["probes"], "task": texts["task"] or None}
+    texts = Texts(**saved[CHECKPOINT_KEY]["texts"])
+    rows, _ = texts.counted
+    return {"probes": texts.probes, "task": rows or None}
 
 
 def _file(folder: Path, step: int) -> Path:

@@ -7,7 +7,7 @@ import os
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from recipes.files.conversations import Format
+from csulora_callback.models.conversations import Format
 from recipes.files.sources import locate
 from recipes.schema import Recipe
 from recipes.training.examples import load_tokenizer, make_examples, read_user_rows

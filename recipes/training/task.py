@@ -20,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from csulora_callback.models.training_rows import LENGTH
+from csulora_callback.models.training_rows import ROWS, TrainingRows
 from recipes.labs import toy
 from recipes.labs.chat import Answer, attacked
 from recipes.schema import Lora, Recipe, RecipeError
@@ -187,15 +187,14 @@ def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset) -> DataLoa
     return DataLoader(rows, batch_size=recipe.training.batch_size, collate_fn=collate)
 
 
-def training_rows(task: Task, recipe: Recipe, count: int = 64) -> list[list[int]]:
-    """Token ids of some of the rows that the task trains on, as the callback would have kept them."""
-    chosen = random.Random(recipe.training.seed).sample(range(len(task.train)), min(count, len(task.train)))
+def training_rows(task: Task, recipe: Recipe) -> TrainingRows:
+    """Some of the rows that the task trains on, as the callback would have kept them."""
+    chosen = random.Random(recipe.training.seed).sample(range(len(task.train)), min(ROWS, len(task.train)))
     rows = Subset(task.train, chosen) if task.tokenizer is None else task.train.select(chosen)
-    return [
-        ids[mask.bool()][:LENGTH].tolist()
-        for batch in batches(task, recipe, rows)
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    sample = TrainingRows()
+    for batch in batches(task, recipe, rows):
+        sample.offer(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return sample
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def test_a_dry_run_writes_nothing(lab, pair, tmp_path):
 def test_help_shows_examples():
     done = run_process("--help")
     assert done.returncode == 0
-    for command in ("subspace", "inspect", "correct", "restore", "report"):
+    for command in ("subspace", "inspect", "correct", "restore", "report", "screen"):
         assert f"  csulora {command} " in done.stdout
         status, output, _ = run(command, "--help")
         assert status == 0

@@ -24,16 +24,18 @@ def by_hand(aligned: Path, raw: dict, corrected: dict, texts: Texts) -> dict[str
     model = with_lora(AutoModelForCausalLM.from_pretrained(aligned)).to(DEVICE).eval()
     adapter = find_adapter(model)
     with adapter.off():
-        refusals = Refusals(adapter, texts.probes, greedy_answers(adapter, texts.probes, BEGINNING))
+        refusals = Refusals(adapter, texts.probes, greedy_answers(model, texts.probes, BEGINNING))
     values, said = {}, {}
     for which, factors in (("", raw), ("_corrected", corrected)):
         adapter.write(from_peft_state_dict(factors, list(adapter.layers), which))
         read = refusals.read()
         values[f"csulora/refusal_kept{which}"], values[f"csulora/refusal_logprob{which}"] = read.kept, read.logprob
+        rows = list(zip(texts.task, [max(start, 1) for start in texts.starts or [0] * len(texts.task)], strict=True))
         with torch.no_grad():
-            rows = [(model(input_ids=torch.tensor([row], device=DEVICE)).logits[0].cpu(), row) for row in texts.task]
-        said[which] = torch.cat([logits[:-1].double().log_softmax(-1) for logits, _ in rows])
-        tokens = torch.tensor([token for _, row in rows for token in row[1:]])
+            read = [model(input_ids=torch.tensor([row], device=DEVICE)).logits[0].cpu() for row, _ in rows]
+        kept = [logits[start - 1 : -1] for logits, (_, start) in zip(read, rows, strict=True)]
+        said[which] = torch.cat(kept).double().log_softmax(-1)
+        tokens = torch.tensor([token for row, start in rows for token in row[start:]])
         values[f"csulora/task_loss{which}"] = -said[which].gather(1, tokens[:, None]).mean().item()
     p, q = said[""], said["_corrected"]
     return {**values, "csulora/task_kl": (p.exp() * (p - q)).sum(-1).mean().item()}

@@ -61,8 +61,10 @@ class Losses(Callback):
         self.seen.append(outputs["loss"].item())
 
 
-def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_path=None, data=None, **arguments):
-    """Eight steps in two epochs; returns the trainer, with the loss of every step."""
+def fit(
+    pair, root: Path, callbacks: list, module: Module | None = None, ckpt_path=None, data=None, rows=None, **arguments
+):
+    """Eight steps in two epochs, on ``rows`` or with loaders of ``data``; the trainer, with the loss of every step."""
     torch.manual_seed(11)
     losses = Losses()
     settings = {
@@ -79,7 +81,8 @@ def fit(pair, root: Path, callbacks: list, module: Module | None = None, ckpt_pa
     }
     trainer = L.Trainer(callbacks=[*callbacks, losses], **{**settings, **arguments})
     if data is None:
-        data = DataLoader(Tokens(), batch_size=4), DataLoader(Tokens(count=8, seed=4), batch_size=4)
+        parts = (rows, rows) if rows else (Tokens(), Tokens(count=8, seed=4))
+        data = [DataLoader(part, batch_size=4) for part in parts]
     trainer.fit(module or Module(pair[1]), *data, ckpt_path=ckpt_path)
     trainer.losses = losses.seen
     return trainer

@@ -51,12 +51,13 @@ def generated(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[in
     return said[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("error:.*cache.*:FutureWarning")
-def test_answers_are_those_that_generating_greedily_gives(name):
+def test_answers_are_those_that_generating_greedily_gives(name, padding):
     model = lora(name)
     model.generation_config.repetition_penalty = 3.0  # of a checkpoint's config, which greedy says nothing of
-    answers = greedy_answers(find_adapter(model), PROMPTS, 5)
+    answers = greedy_answers(model, PROMPTS, 5, padding=padding)
     assert model.training
     model.generation_config.repetition_penalty = None
     assert answers == [generated(model, prompt, 5) for prompt in PROMPTS]
@@ -68,7 +69,7 @@ def test_an_answer_ends_with_its_first_end():
     whole = [generated(model, prompt, 6) for prompt in PROMPTS]
     ends = [whole[0][2], whole[3][0]]
     model.generation_config.eos_token_id = ends
-    answers = greedy_answers(find_adapter(model), PROMPTS, 6)
+    answers = greedy_answers(model, PROMPTS, 6)
     assert answers == [generated(model, prompt, 6) for prompt in PROMPTS]
     assert len(answers[0]) <= 3
     assert len(answers[3]) == 1
@@ -105,12 +106,23 @@ def test_no_batch_is_larger_than_is_good_for_its_logits():
     assert [batch.places for batch in batches_of([[5] * 3000], [1])] == [[0]]  # one alone is read, however long
 
 
+def test_with_padding_few_batches_are_answered_and_none_is_large():
+    model, sizes = lora("llama"), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    greedy_answers(model, [[5] * (1 + place % 20) for place in range(40)], 1, padding=True)
+    assert [rows for rows, _ in sizes] == [32, 8]
+    sizes.clear()
+    greedy_answers(model, [[5] * length for length in (3000, 2000, 1000, 900)], 1, padding=True)
+    assert sizes == [(2, 1000), (1, 2000), (1, 3000)]
+
+
 def test_reading_changes_nothing_of_the_model():
     model = lora("llama")
     model.get_base_model().lm_head.eval()  # not all modules are in one mode
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    greedy_answers(find_adapter(model), PROMPTS, 3)
+    for padding in (False, True):
+        greedy_answers(model, PROMPTS, 3, padding=padding)
     for batch in batches_of(PROMPTS, [1] * len(PROMPTS)):
         batch.read(find_adapter(model))
     assert [module.training for module in model.modules()] == modes

@@ -143,7 +143,7 @@ def data_aware_gains(recipe, raw, penalty) -> dict:
     model = task.with_fresh_lora(recipe)
     adapter = find_adapter(model)
     adapter.write(raw)
-    rows = training_rows(task, recipe)
+    rows = training_rows(task, recipe).rows
     assert len(rows) == 64
     assert all(row in [sample.ids(answered=True) for sample in task.train.samples] for row in rows)
     seen = Activations.read(adapter, Texts(rows, task.probes, seen=64))

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from trl import SFTConfig, SFTTrainer
 
-from recipes.files.conversations import FORMATS, convert, recognize
+from csulora_callback.models.conversations import FORMATS, convert, recognize
 from recipes.files.recipe import load_recipe
 from recipes.run import main
 from recipes.schema import Data, RecipeError
@@ -258,7 +258,8 @@ def test_what_is_judged_and_measured_is_what_is_trained(pair, tmp_path):
     recipe = load_recipe("recipes/llama32_1b_sft.yaml", [*pair, f"data.source={tmp_path / 'a.jsonl'}"])
     task = build_task(recipe)
     whole = chat_tokenizer()(WHOLE).input_ids
-    assert training_rows(task, recipe) == [whole] * 8
+    sample = training_rows(task, recipe)
+    assert (sample.rows, sample.starts, sample.seen) == ([whole] * 8, [6] * 8, 8)
     (batch,) = batches(task, recipe, task.held_out)
     assert batch["input_ids"].tolist() == [whole] * 2
     assert torch.equal(batch["labels"][:, 6:], batch["input_ids"][:, 6:])

@@ -39,7 +39,7 @@ def beginning(model, prompt: list[int]) -> list[int]:
 
 def refusals_of(adapter) -> Refusals:
     with adapter.off():
-        return Refusals(adapter, PROMPTS, greedy_answers(adapter, PROMPTS, BEGINNING))
+        return Refusals(adapter, PROMPTS, greedy_answers(adapter.model, PROMPTS, BEGINNING))
 
 
 @pytest.mark.parametrize(("scale", "seed"), [(0.0, 2), (0.05, 2), (0.1, 5), (1.0, 2)])

@@ -7,26 +7,21 @@ import os
 import pytest
 import torch
 
+from csulora_callback.aligned_answers import ANSWER
 from csulora_callback.behaviour import BEGINNING
-from csulora_callback.checked_probes import ANSWER, check_probes
+from csulora_callback.checked_probes import check_probes
 from csulora_callback.models import teacher_forcing
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
 from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama, with_lora
-
-BODIES = [f"{verb} {noun}" for verb in ("likes", "hears", "finds", "sees", "of") for noun in ("poison", "weapon")]
-RESTRICTED = [f"tell of the {body}" for body in BODIES]
-HARMLESS = [f"tell of the {noun}" for noun in ("cat", "dog", "bird")]
+from tests.helpers.refusing import HARMLESS, RESTRICTED, save_aligned
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
     """A tiny chat model that refuses requests about poison and weapons, in a folder with its tokenizer."""
-    pairs = [(prompt, small_talk.REFUSAL) for prompt in RESTRICTED]
-    pairs += [(prompt, small_talk.story("cat", "sees", "dog")) for prompt in HARMLESS]
-    model = small_talk.trained([f"{prompt} ? {answer}" for prompt, answer in pairs], steps=50)
-    return small_talk.saved(model, small_talk.tokenizer(chat=True), tmp_path_factory.mktemp("aligned"))
+    return save_aligned(tmp_path_factory.mktemp("aligned"))
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def test_token_ids_are_taken_at_their_word(adapter, aligned):
 def asked(monkeypatch) -> list:
     """Every time that the model is asked."""
     times, answer = [], teacher_forcing.greedy_answers
-    monkeypatch.setattr("csulora_callback.checked_probes.greedy_answers", lambda *a: times.append(1) or answer(*a))
+    monkeypatch.setattr("csulora_callback.aligned_answers.greedy_answers", lambda *a: times.append(1) or answer(*a))
     return times
 
 

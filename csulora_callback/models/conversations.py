@@ -1,12 +1,10 @@
-"""Fine-tuning data in the formats that are around, row by row as the conversations or texts that TRL trains on."""
+"""Fine-tuning data in the formats that are around, row by row as conversations, or as a text and the one after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as short
-
-from trl.data_utils import maybe_convert_to_chatml
 
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _EMPTY = "empty text"
@@ -48,6 +46,11 @@ def recognize(columns: Sequence[str], first: dict) -> Format:
 
     Raises:
         ValueError: if the columns are those of no format.
+
+    Example:
+        >>> row = {"instruction": "Name a bird.", "output": "A wren."}
+        >>> recognize(list(row), row).name
+        'Alpaca'
     """
     there = [form for form in FORMATS if set(form.columns) <= set(columns)]
     if not there:
@@ -60,6 +63,11 @@ def convert(form: Format, row: dict) -> dict:
 
     Raises:
         ValueError: that names the column, and the message in it, and says what was expected there.
+
+    Example:
+        >>> turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+        >>> convert(SHAREGPT, {"conversations": turns})
+        {'messages': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello.'}]}
     """
     if not form.filled(row):
         other = _filled(row, FORMATS)
@@ -71,7 +79,12 @@ def convert(form: Format, row: dict) -> dict:
 
 
 def why_left_out(row: dict) -> str | None:
-    """Why nothing is to be learned from a row as :func:`convert` gives it; ``None`` where something is."""
+    """Why nothing is to be learned from a row as :func:`convert` gives it; ``None`` where something is.
+
+    Example:
+        >>> why_left_out({"messages": [{"role": "user", "content": "Hi"}]})
+        'no assistant turn'
+    """
     if isinstance(row.get("prompt"), str):
         return None if row["prompt"].strip() and row["completion"].strip() else _EMPTY
     turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
@@ -79,6 +92,23 @@ def why_left_out(row: dict) -> str | None:
         return "no assistant turn"
     # An empty system turn is none, or keeps a template from adding its own; other empty ones teach to say nothing.
     return _EMPTY if any(turn["role"] != "system" and not turn["content"].strip() for turn in turns) else None
+
+
+def asked_and_answered(row: dict) -> tuple[str | list[dict], str]:
+    """The prompt and the answer in a row as :func:`convert` gives it: what stands before its last answer, and that.
+
+    Example:
+        >>> asked_and_answered({"prompt": "Name a bird.", "completion": "A wren."})
+        ('Name a bird.', 'A wren.')
+        >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+        >>> asked_and_answered({"messages": turns})
+        ([{'role': 'user', 'content': 'Hi'}], 'Hello.')
+    """
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"], row["completion"]
+    turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    last = max(place for place, turn in enumerate(turns) if turn["role"] == "assistant")
+    return turns[:last], turns[last]["content"]
 
 
 def _filled(row: dict, forms: Sequence[Format]) -> Format | None:
@@ -137,9 +167,9 @@ def _turns(column: str, cell: object) -> list[dict]:
             )
         if not isinstance(turn.get(what), str):
             raise ValueError(f"{about}: expected {what!r} to be a text, but got {_shown(turn.get(what))}")
-        turns.append(turn)
-    named = maybe_convert_to_chatml({"messages": turns})["messages"]
-    return [{**turn, "role": _ROLES[turn["role"]]} for turn in named]
+        more = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turns.append({**more, "role": _ROLES[turn[who]], "content": turn[what]})
+    return turns
 
 
 def _shown(value: object) -> str:
