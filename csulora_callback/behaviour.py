@@ -34,6 +34,7 @@ BEHAVIOUR_KEYS = (
     "csulora/task_loss",
     "csulora/task_loss_corrected",
     "csulora/task_kl",
+    "csulora/refused_rows",
 )
 """What :class:`Behaviour` measures, by name."""
 

@@ -88,7 +88,8 @@ def measured(penalty: Penalty, scale: float = 0.3):
     model, adapter = lora(scale)
     base = tiny_llama(initializer_range=0.5)
     subspace = SafetySubspace.estimate(base, align(base), TARGETS, rank=3, progress=False)
-    corrector = SafetyCorrector(model, subspace, penalty, Activations({}, {}, Texts(ROWS, PROMPTS, 4, STARTS)))
+    texts = Texts(ROWS, PROMPTS, 4, STARTS, screened=[0])
+    corrector = SafetyCorrector(model, subspace, penalty, Activations({}, {}, texts))
     return model, corrector, Behaviour(refusals_of(adapter))
 
 
