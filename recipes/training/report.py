@@ -72,7 +72,7 @@ def print_table(rows: list[Row], title: str, judged_by: str = "") -> None:
         score = row.score
         table.add_row(
             {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, f"saved, {row.method}"),
-            "" if row.strength is None else f"{row.strength:g}",
+            "" if row.strength is None else f"{row.strength:.4g}",
             _attack_success(score),
             f"{score.task_loss:.3f}",
             f"{score.task_accuracy:.1%}",
