@@ -192,6 +192,23 @@ class Effects:
 
 
 @dataclass
+class Target:
+    """The strength that keeps a share of the aligned model's refusals, beside fixed ones.
+
+    On the adapters of ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets, and
+    ``data_aware_screened``: ``data_aware`` without those of the task's rows that the aligned model refuses.
+    """
+
+    strengths: dict[str, list[float]] = field(default_factory=dict)  # fixed ones of each method
+    found: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # probes, and the methods whose strength is found by them
+    share: float = 0.9  # of the refusals
+    margin: float = 0.05  # by how much the best strength in hindsight may exceed the aligned model's attack success
+    attack_success: float = 0.1  # at which the table asks what is retained of the task
+
+
+@dataclass
 class Calibrate:
     """Penalties and ranks to try on a trained checkpoint, and what to judge them by."""
 
@@ -205,7 +222,7 @@ class Calibrate:
 
 @dataclass
 class Recipe:
-    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, or ``calibrate``.
+    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, a ``target``, or ``calibrate``.
 
     With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
     """
@@ -224,4 +241,5 @@ class Recipe:
     corrections: dict[str, Correction] = field(default_factory=dict)
     frontier: Frontier = field(default_factory=Frontier)
     effects: Effects = field(default_factory=Effects)
+    target: Target = field(default_factory=Target)
     calibrate: Calibrate = field(default_factory=Calibrate)
