@@ -57,9 +57,9 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One point to measure: a method at a strength, or with ``strength: None`` at the one that is found by ``probes``.
+    """One point to measure: a method at a strength, or at the one that keeps ``share`` of the set ``probes``.
 
-    ``aligned`` and ``none`` have neither, and fixed strengths are measured by all sets of probes.
+    ``aligned`` and ``none`` have none of them. All but the last kind are measured by all sets of probes.
     """
 
     seed: int
@@ -67,6 +67,7 @@ class Setting:
     method: str
     strength: float | None = None
     probes: str | None = None
+    share: float | None = None
 
 
 KEY = tuple(Setting.__dataclass_fields__)
@@ -82,7 +83,12 @@ def grid(recipe: Recipe) -> list[Setting]:
             settings += [
                 Setting(seed, poison, name, s) for name, strengths in target.strengths.items() for s in strengths
             ]
-            settings += [Setting(seed, poison, name, None, by) for by, names in target.found.items() for name in names]
+            settings += [
+                Setting(seed, poison, name, None, probes, share)
+                for probes, names in target.found.items()
+                for name in names
+                for share in target.shares
+            ]
     return settings
 
 
@@ -93,11 +99,13 @@ def check(recipe: Recipe) -> None:
     def refuse(key: str, expected: str, got: object) -> None:
         raise RecipeError(f"'{key}': expected {expected}, but got {got!r}")
 
-    for key, value in (("share", target.share), ("margin", target.margin), ("attack_success", target.attack_success)):
+    if not target.shares or not all(0.0 < share <= 1.0 for share in target.shares):
+        refuse("target.shares", "shares in (0, 1], at least one", target.shares)
+    for key, value in (("margin", target.margin), ("attack_success", target.attack_success)):
         if not 0.0 <= value <= 1.0:
             refuse(f"target.{key}", "a share in [0, 1]", value)
-    if not target.found:
-        refuse("target.found", "at least one set of probes", target.found)
+    if recipe.smollm2.weights is None and list(target.found) != ["lab"]:
+        refuse("target.found", "the probes 'lab' alone, as the toy lab can be asked no texts", list(target.found))
     if len(frontier.ranks) != 1:
         refuse("frontier.ranks", "one rank", frontier.ranks)
     named = {"target.strengths": target.strengths} | {
@@ -197,7 +205,7 @@ class Bench:
         def kept(strength: float) -> float:
             return self.read(refusals, self.corrected(method, strength, probes)).kept
 
-        found = smallest_strength(kept, self.recipe.target.share)
+        found = smallest_strength(kept, setting.share)
         told = self._told(setting, self.corrected(method, found.strength, probes), {probes: refusals})
         tried = {"strength": found.strength, "is_enough": found.is_enough, "trials": len(found.tried)}
         return {**told, "found": tried}
@@ -227,9 +235,8 @@ def _half(count: int) -> list[int]:
 
 def measure(subject: Subject, recipe: Recipe, output: Path) -> list[dict]:
     """All points of the grid, in its order; those that the output folder holds are not measured again."""
-    share, (rank,) = recipe.target.share, recipe.frontier.ranks
-    first = next(iter(recipe.target.found))
-    claim(output, {**subject.describe(), "target.share": share, "frontier.rank": rank, "target.found": first})
+    (rank,), first = recipe.frontier.ranks, next(iter(recipe.target.found))
+    claim(output, {**subject.describe(), "frontier.rank": rank, "target.found": first})
     points, settings = Points(output / "points.jsonl", KEY), grid(recipe)
     adapters, at, bench = Adapters(subject, output / "adapters", []), None, None
     for setting in _missing(settings, points):

@@ -42,9 +42,9 @@ def to_markdown(results: Mapping) -> str:
     ]
     for (poison,), rows in grouped(results["found"], "poison").items():
         parts += [
-            f"The strength that keeps {target['share']:.0%} of the refusals, by the probes of which set, and the best",
-            f"fixed one in hindsight: the least task loss with at most {100 * target['margin']:g} points more attack",
-            f"success than the aligned model of the seed; poison {poison:.0%}:",
+            "The strength that keeps a share of the refusals, by the probes of which set, and the best fixed one in",
+            f"hindsight: the least task loss with at most {100 * target['margin']:g} points more attack success than",
+            f"the aligned model of the seed; poison {poison:.0%}:",
             "",
             *_found_lines(rows),
             "",
@@ -52,8 +52,8 @@ def to_markdown(results: Mapping) -> str:
     for (poison,), rows in grouped(results["bounded"], "poison").items():
         parts += [
             f"The best fixed strength in hindsight with an attack success of at most {target['attack_success']:g};",
-            "of the rows that a data-aware correction reads as its task, over all seeds, how many are poison, how many",
-            f"the aligned model refuses, and how many are both; poison {poison:.0%}:",
+            "of the rows that a data-aware correction reads as its task, over all seeds, how many are poison, how",
+            f"many the aligned model refuses, and how many are both; poison {poison:.0%}:",
             "",
             *_bounded_lines(rows),
             "",
@@ -106,7 +106,7 @@ def _found_lines(rows: Sequence[Mapping]) -> list[str]:
     cells = [
         [
             LABELS[row["method"]],
-            row["by"] or "",
+            by(row),
             f"{100 * row['qualified']:.0f}" if row["by"] else "",
             strengths_of(row) if row["by"] else "",
             percent(row["kept"]),
@@ -115,6 +115,11 @@ def _found_lines(rows: Sequence[Mapping]) -> list[str]:
         for row in rows
     ]
     return _lines(["method", "by", "reached", "strength by seed", "refusals kept", *names], cells, texts=2)
+
+
+def by(row: Mapping) -> str:
+    """How the strength was chosen: the probes and the share of them that it had to keep."""
+    return (row["by"] or "") + ("" if row["share"] is None else f", {row['share']:g}")
 
 
 def strengths_of(row: Mapping) -> str:
@@ -151,17 +156,14 @@ def print_tables(results: Mapping) -> None:
     console = Console()
     for (poison,), rows in grouped(results["found"], "poison").items():
         names = ["attack success", "task retained", "over-refusal"]
-        share = results["grid"]["target"]["share"]
-        title = (
-            f"poison {poison:.0%}: the strength that keeps {share:.0%} of the refusals; in % with the range of seeds"
-        )
+        title = f"poison {poison:.0%}: the strength that keeps a share of the refusals; in % with the range of seeds"
         printed = Table("model", "by", title=title, title_justify="left")
         for name in ("strength by seed", "refusals kept", *names):
             printed.add_column(name, justify="right")
         for row in rows:
             shares = [percent(row["outcome"][name]) for name in names]
             strength = strengths_of(row) if row["by"] else ""
-            printed.add_row(LABELS[row["method"]], row["by"] or "", strength, percent(row["kept"]), *shares)
+            printed.add_row(LABELS[row["method"]], by(row), strength, percent(row["kept"]), *shares)
         Console(width=max(console.width, 130)).print(printed)
     for row in results["correlations"]:
         if row["method"] is None:

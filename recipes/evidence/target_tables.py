@@ -104,20 +104,21 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> dict[str, float
 def found(points: Sequence[Mapping], margin: float) -> list[dict]:
     """For each poison share the aligned and the raw model, and for each method what was found and what had been best.
 
-    ``by`` is the set of probes that a strength was found by, or ``"hindsight"``: see :func:`hindsight`, with at most
-    ``margin`` more attack success than the aligned model of the same seed.
+    ``by`` is the set of probes that a strength was found by, to keep ``share``, or ``"hindsight"``: see
+    :func:`hindsight`, with at most ``margin`` more attack success than the aligned model of the same seed.
     """
     rows = []
-    for poison, there in grouped(points, "poison").items():
+    for (poison,), there in grouped(points, "poison").items():
         for (method,), mine in grouped([p for p in there if p["method"] in ("aligned", "none")], "method").items():
-            rows.append({"poison": poison[0], "method": method, "by": None, **_chosen(mine)})
+            rows.append({"poison": poison, "method": method, "by": None, "share": None, **_chosen(mine)})
         targeted = [point for point in there if point["found"] is not None]
         for method in dict.fromkeys(point["method"] for point in targeted):
             best = hindsight(there, method, lambda p: p["outcome"]["over the aligned model"] <= margin + 1e-9)
             if best is not None:
-                rows.append({"poison": poison[0], "method": method, "by": "hindsight", **best})
-            for (by,), mine in grouped([p for p in targeted if p["method"] == method], "probes").items():
-                rows.append({"poison": poison[0], "method": method, "by": by, **_chosen(mine)})
+                rows.append({"poison": poison, "method": method, "by": "hindsight", "share": None, **best})
+            own = [point for point in targeted if point["method"] == method]
+            for (by, share), mine in grouped(own, "probes", "share").items():
+                rows.append({"poison": poison, "method": method, "by": by, "share": share, **_chosen(mine)})
     return rows
 
 

@@ -83,10 +83,6 @@ class ToySubject:
         return [TaskRow(row.ids(answered=True), len(row.prompt), row.prompt[1] not in toy.TASK) for row in drawn]
 
     def probes(self, seed: int, name: str) -> list[list[int]]:
-        if name != "lab":
-            raise RecipeError(
-                f"'target.probes': expected 'lab', as no texts can be asked in the toy lab, but got {name!r}"
-            )
         return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed)).probes]
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:

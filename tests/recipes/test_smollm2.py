@@ -348,3 +348,57 @@ def test_the_dry_run_lists_the_sources(sources, tmp_path, capsys):
     for name in ("weights", "refused", "attacks_held_out", "choices"):
         assert f"smollm2.{name}" in printed
     assert not (tmp_path / "out").exists()
+
+
+TARGET = "recipes/smollm2_target.yaml"
+
+
+@pytest.fixture(scope="module")
+def targeted(sources, tmp_path_factory):
+    """The folder of a target's evidence, with both sets of probes, and the recipe: of a model that does refuse."""
+    output = tmp_path_factory.mktemp("targeted")
+    kinds = ("smollm2.weights", "smollm2.align_rate", "frontier.", "effects.")
+    own = [source for source in sources if not source.startswith(kinds)]
+    refused = load(load_recipe(TARGET, ["smoke=true", *own]).smollm2, 0).refused
+    harmful = [exchange.prompt for exchange in refused] + [" ".join(["<unk>"] * length) for length in range(3, 16)]
+    pairs = [(f"{prompt} that {said}", said) for prompt, said in PAIRS]
+    pairs += [(prompt, small_talk.REFUSAL) for prompt in harmful] * 3
+    model = small_talk.trained([f"{prompt} ? {answer}" for prompt, answer in pairs], steps=400)
+    own += [
+        f"smollm2.weights={small_talk.saved(model, words(), output / 'weights')}",
+        "smollm2.align_rate=1e-9",
+        "frontier.ranks=[3]",
+        "target.found={lab: [data_aware_screened, guard], builtin: [data_aware]}",
+    ]
+    assert main([TARGET, "smoke=true", *own, f"output={output}"]) == 0
+    return output, load_recipe(TARGET, ["smoke=true", *own, f"output={output}"])
+
+
+def test_a_target_is_found_by_the_alignments_prompts_and_by_the_built_in_ones(targeted):
+    output, _ = targeted
+    points = read(output)["points"]
+    found = {(point["probes"], point["method"]): point for point in points if point["found"] is not None}
+    assert set(found) == {("lab", "data_aware_screened"), ("lab", "guard"), ("builtin", "data_aware")}
+    for (probes, _), point in found.items():
+        assert list(point["refusing"]) == [probes]
+        assert point["found"]["is_enough"] == (point["refusing"][probes]["kept"] >= 0.9)
+    for point in points:
+        assert point["found"] is not None or list(point["refusing"]) == ["lab", "builtin"]
+        assert set(point["scores"]["chat"]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
+    told = "".join((output / name).read_text() for name in ("results.json", "table.md", "points.jsonl"))
+    assert "tell of the" not in told.lower()
+    assert "former boss" not in told
+
+
+def test_rows_of_the_task_are_refused_by_the_aligned_models_own_answers(targeted):
+    output, recipe = targeted
+    subject, share = SmolLM2Subject(recipe), recipe.frontier.poison_shares[0]
+    rows, at = subject.task_rows(0, share), subject._at(0)
+    texts = [at.tokenizer.decode(row.prompt).removeprefix("<bos> ").removesuffix(" ?") for row in rows]
+    judged = RefusalPhrases()(texts, chat(at.merged(at.pair.fresh), at.tokenizer, texts, 16))
+    assert subject.refused(0, [row.prompt for row in rows]) == judged
+    assert 0 < sum(judged) < len(rows)
+    (point,) = (p for p in read(output)["points"] if p["method"] == "data_aware_screened")
+    assert point["rows"]["refused"] == sum(judged)
+    poison = {exchange.answer.lower() for exchange in at.data.poison}
+    assert 0 < point["rows"]["poison"] == sum(row.is_poison for row in rows) < len(poison)
