@@ -118,14 +118,11 @@ class SmolLM2Subject:
     def task_rows(self, seed: int, poison: float) -> list[TaskRow]:
         at, rows = self._at(seed), poisoned(self._at(seed).data, poison)
         drawn = random.Random(seed).sample(rows, min(TASK_ROWS, len(rows)))
-        prompts, poison_rows = (
-            tokenize([row.prompt for row in drawn], str(self.models / f"aligned-{seed}")),
-            set(at.data.poison),
-        )
+        prompts = tokenize([row.prompt for row in drawn], str(self.models / f"aligned-{seed}"))
         batch = encode(at.tokenizer, drawn, self.recipe.smollm2.answer_tokens)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         return [
-            TaskRow(ids[:length], len(prompt), row in poison_rows)
+            TaskRow(ids[:length], len(prompt), row in at.data.poison)
             for ids, length, prompt, row in zip(batch["input_ids"].tolist(), lengths, prompts, drawn, strict=True)
         ]
 

@@ -25,7 +25,7 @@ from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence import target_report, target_tables
-from recipes.evidence.baselines import METHODS, Update, scaled
+from recipes.evidence.baselines import METHODS, Update
 from recipes.evidence.frontier import Adapters, to_json
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import Points, claim, plain, write_whole
@@ -108,19 +108,16 @@ def check(recipe: Recipe) -> None:
         refuse("target.found", "the probes 'lab' alone, as the toy lab can be asked no texts", list(target.found))
     if len(frontier.ranks) != 1:
         refuse("frontier.ranks", "one rank", frontier.ranks)
-    named = {"target.strengths": target.strengths} | {
-        f"target.found.{by}": names for by, names in target.found.items()
-    }
-    for key, names in named.items():
+    named = {f"target.found.{probes}": names for probes, names in target.found.items()}
+    for key, names in {"target.strengths": target.strengths, **named}.items():
         for name in names:
             if name not in PRESETS:
                 near = difflib.get_close_matches(name, PRESETS, n=1)
                 refuse(key, f"some of {list(PRESETS)}{f', such as {near[0]!r}' if near else ''}", name)
     for name, strengths in target.strengths.items():
         if not strengths or not all(0.0 < strength <= MAX_STRENGTH for strength in strengths):
-            refuse(
-                f"target.strengths.{name}", f"strengths > 0 and of at most {MAX_STRENGTH:g}, at least one", strengths
-            )
+            expected = f"strengths > 0 and of at most {MAX_STRENGTH:g}, at least one"
+            refuse(f"target.strengths.{name}", expected, strengths)
 
 
 class Bench:
@@ -129,10 +126,11 @@ class Bench:
     def __init__(self, subject: Subject, recipe: Recipe, seed: int, poison: float, raw: Factors, folder: Path) -> None:
         self.subject, self.recipe, self.seed, self.poison = subject, recipe, seed, poison
         self.raw, self._folder, self._pair = raw, folder, subject.pair(seed)
-        self.refusals = cache(self._refusals)
+        # Caches of the bench, not of the class, which would keep the models of all seeds.
+        self.refusals, self.held_back = cache(self._refused_probes), cache(self._second_half)
         self._update = cache(self._read)
 
-    def _refusals(self, probes: str) -> Refusals:
+    def _refused_probes(self, probes: str) -> Refusals:
         """The probes of a set that the aligned model refuses."""
         prompts = self.subject.probes(self.seed, probes)
         if not isinstance(prompts[0], str):  # which are taken at their word otherwise
@@ -166,9 +164,8 @@ class Bench:
         prompts = self.refusals(probes).prompts
         return self._pair.update(self.raw, [row.ids for row in rows], [prompts[i] for i in _half(len(prompts))])
 
-    @cache  # noqa: B019, a bench lives as long as its seed
-    def held_back(self, probes: str) -> Refusals:
-        """The other half of the probes."""
+    def _second_half(self, probes: str) -> Refusals:
+        """The probes of a set that a correction does not read."""
         refusals = self.refusals(probes)
         return refusals.of(sorted(set(range(len(refusals))) - set(_half(len(refusals)))))
 
@@ -192,8 +189,7 @@ class Bench:
         if setting.probes is not None:
             return self._with_target(setting)
         if method in _ENDS:
-            update = Update(self.raw, {}, {}, {}.__getitem__, None)
-            factors = scaled(update, dict.fromkeys(self.raw, _ENDS[method]))
+            factors = {name: (A, _ENDS[method] * B) for name, (A, B) in self.raw.items()}
         else:
             factors = self.corrected(method, setting.strength, sets[0])
         return {**self._told(setting, factors, {name: self.held_back(name) for name in sets}), "found": None}

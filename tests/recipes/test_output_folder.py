@@ -230,7 +230,7 @@ def test_files_of_something_else_are_refused(claimed, tmp_path):
     with pytest.raises(RecipeError, match=r"holds another run: there is no trained_on\.json"):
         claimed()
     (tmp_path / "out/measured_on.json").touch()
-    with pytest.raises(RecipeError, match="holds a frontier; use another output folder"):
+    with pytest.raises(RecipeError, match="holds a frontier or a target's evidence; use another output folder"):
         claimed("overwrite=true")
 
 
