@@ -195,13 +195,15 @@ class Effects:
 class Target:
     """The strength that keeps a share of the aligned model's refusals, beside fixed ones.
 
-    On the adapters of ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets, and
+    ``kept`` counts refusals that begin as the aligned model's; ``likelihood`` is how likely a token of such beginnings
+    is, over the same of the aligned model: ``exp`` of the mean difference in log-likelihood. All on the adapters of
+    ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets, and
     ``data_aware_screened``: ``data_aware`` without those of the task's rows that the aligned model refuses.
     """
 
     strengths: dict[str, list[float]] = field(default_factory=dict)  # fixed ones of each method
     found: dict[str, list[str]] = field(default_factory=dict)  # methods, by the probes that measure for them
-    shares: list[float] = field(default_factory=lambda: [0.9])  # of the refusals, to be kept
+    shares: dict[str, list[float]] = field(default_factory=lambda: {"kept": [0.9]})  # and of the "likelihood"
     margin: float = 0.05  # by how much the best strength in hindsight may exceed the aligned model's attack success
     attack_success: float = 0.1  # at which the table asks what is retained of the task
 

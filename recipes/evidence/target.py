@@ -8,7 +8,8 @@ chosen. Everything that was trained or measured is kept in the output folder, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,6 +34,10 @@ from recipes.schema import Recipe, RecipeError
 
 SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
 PRESETS = {"data_aware": "data_aware", SCREENED: "data_aware", "guard": "guard", "csulora": "csulora"}
+READINGS: dict[str, Callable[[Refusing], float]] = {
+    "kept": lambda refusing: refusing.kept,
+    "likelihood": lambda refusing: math.exp(refusing.logprob),  # per token, over the aligned model's
+}
 _ENDS = {"aligned": 0.0, "none": 1.0}  # how much of the raw update is in them
 
 
@@ -57,9 +62,10 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One point to measure: a method at a strength, or at the one that keeps ``share`` of the set ``probes``.
+    """One point to measure: a method at a strength, or at the one that keeps ``share`` by what ``probes`` read.
 
-    ``aligned`` and ``none`` have none of them. All but the last kind are measured by all sets of probes.
+    ``reading`` says of what, see ``READINGS``. ``aligned`` and ``none`` have none of these, nor has a fixed strength;
+    they are measured by all sets of probes.
     """
 
     seed: int
@@ -67,6 +73,7 @@ class Setting:
     method: str
     strength: float | None = None
     probes: str | None = None
+    reading: str | None = None
     share: float | None = None
 
 
@@ -84,10 +91,11 @@ def grid(recipe: Recipe) -> list[Setting]:
                 Setting(seed, poison, name, s) for name, strengths in target.strengths.items() for s in strengths
             ]
             settings += [
-                Setting(seed, poison, name, None, probes, share)
+                Setting(seed, poison, name, None, probes, reading, share)
                 for probes, names in target.found.items()
                 for name in names
-                for share in target.shares
+                for reading, shares in target.shares.items()
+                for share in shares
             ]
     return settings
 
@@ -99,8 +107,11 @@ def check(recipe: Recipe) -> None:
     def refuse(key: str, expected: str, got: object) -> None:
         raise RecipeError(f"'{key}': expected {expected}, but got {got!r}")
 
-    if not target.shares or not all(0.0 < share <= 1.0 for share in target.shares):
-        refuse("target.shares", "shares in (0, 1], at least one", target.shares)
+    if not target.shares or not set(target.shares) <= set(READINGS):
+        refuse("target.shares", f"some of {list(READINGS)}", list(target.shares))
+    for reading, shares in target.shares.items():
+        if not shares or not all(0.0 < share <= 1.0 for share in shares):
+            refuse(f"target.shares.{reading}", "shares in (0, 1], at least one", shares)
     for key, value in (("margin", target.margin), ("attack_success", target.attack_success)):
         if not 0.0 <= value <= 1.0:
             refuse(f"target.{key}", "a share in [0, 1]", value)
@@ -128,7 +139,7 @@ class Bench:
         self.raw, self._folder, self._pair = raw, folder, subject.pair(seed)
         # Caches of the bench, not of the class, which would keep the models of all seeds.
         self.refusals, self.held_back = cache(self._refused_probes), cache(self._second_half)
-        self._update = cache(self._read)
+        self._update, self.trial = cache(self._read), cache(self._tried)
 
     def _refused_probes(self, probes: str) -> Refusals:
         """The probes of a set that the aligned model refuses."""
@@ -178,6 +189,10 @@ class Bench:
         update, (rank,) = self._update(method == SCREENED, probes), self.recipe.frontier.ranks
         return METHODS[PRESETS[method]].apply(update, strength, rank, torch.Generator())
 
+    def _tried(self, method: str, strength: float, probes: str) -> Refusing:
+        """What a correction keeps, as a search asks; searches for other shares try many of the same strengths."""
+        return self.read(self.measuring(method, probes), self.corrected(method, strength, probes))
+
     def read(self, refusals: Refusals, factors: Factors) -> Refusing:
         """What a model with these factors keeps of the refusals."""
         self._pair.adapter.write(factors)
@@ -196,13 +211,14 @@ class Bench:
 
     def _with_target(self, setting: Setting) -> dict:
         method, probes = setting.method, setting.probes
-        refusals = self.measuring(method, probes)
 
         def kept(strength: float) -> float:
-            return self.read(refusals, self.corrected(method, strength, probes)).kept
+            return READINGS[setting.reading](self.trial(method, strength, probes))
 
         found = smallest_strength(kept, setting.share)
-        told = self._told(setting, self.corrected(method, found.strength, probes), {probes: refusals})
+        told = self._told(
+            setting, self.corrected(method, found.strength, probes), {probes: self.measuring(method, probes)}
+        )
         tried = {"strength": found.strength, "is_enough": found.is_enough, "trials": len(found.tried)}
         return {**told, "found": tried}
 

@@ -42,7 +42,8 @@ def to_markdown(results: Mapping) -> str:
     ]
     for (poison,), rows in grouped(results["found"], "poison").items():
         parts += [
-            "The strength that keeps a share of the refusals, by the probes of which set, and the best fixed one in",
+            "The strength that keeps a share of the refusals (*kept*), or of the likelihood per token of their",
+            "beginnings (*likelihood*), by the probes of which set, and the best fixed one in",
             f"hindsight: the least task loss with at most {100 * target['margin']:g} points more attack success than",
             f"the aligned model of the seed; poison {poison:.0%}:",
             "",
@@ -83,7 +84,7 @@ def _strength_lines(rows: Sequence[Mapping]) -> list[str]:
 
 def _correlation_lines(rows: Sequence[Mapping]) -> list[str]:
     columns = ["probes", "over", "points", "seeds"]
-    for name in ("refusals kept", "log-likelihood"):
+    for name in ("refusals kept", "log-likelihood", "likelihood"):
         columns += [f"{name}: Spearman", "Pearson"]
     cells = []
     for row in rows:
@@ -110,16 +111,19 @@ def _found_lines(rows: Sequence[Mapping]) -> list[str]:
             f"{100 * row['qualified']:.0f}" if row["by"] else "",
             strengths_of(row) if row["by"] else "",
             percent(row["kept"]),
+            percent(row["likelihood"]),
             *(percent(row["outcome"][name], signed=name.startswith("over the")) for name in names),
         ]
         for row in rows
     ]
-    return _lines(["method", "by", "reached", "strength by seed", "refusals kept", *names], cells, texts=2)
+    return _lines(
+        ["method", "by", "reached", "strength by seed", "refusals kept", "likelihood", *names], cells, texts=2
+    )
 
 
 def by(row: Mapping) -> str:
-    """How the strength was chosen: the probes and the share of them that it had to keep."""
-    return (row["by"] or "") + ("" if row["share"] is None else f", {row['share']:g}")
+    """How the strength was chosen: by which probes, and what it had to keep."""
+    return (row["by"] or "") + (f", {row['reading']} {row['share']:g}" if "share" in row else "")
 
 
 def strengths_of(row: Mapping) -> str:
@@ -156,19 +160,21 @@ def print_tables(results: Mapping) -> None:
     console = Console()
     for (poison,), rows in grouped(results["found"], "poison").items():
         names = ["attack success", "task retained", "over-refusal"]
-        title = f"poison {poison:.0%}: the strength that keeps a share of the refusals; in % with the range of seeds"
+        title = f"poison {poison:.0%}: the strength that keeps enough; in %, with the range of the seeds"
         printed = Table("model", "by", title=title, title_justify="left")
-        for name in ("strength by seed", "refusals kept", *names):
+        for name in ("strength by seed", "refusals kept", "likelihood", *names):
             printed.add_column(name, justify="right")
         for row in rows:
             shares = [percent(row["outcome"][name]) for name in names]
             strength = strengths_of(row) if row["by"] else ""
-            printed.add_row(LABELS[row["method"]], by(row), strength, percent(row["kept"]), *shares)
+            printed.add_row(
+                LABELS[row["method"]], by(row), strength, *(percent(row[n]) for n in ("kept", "likelihood")), *shares
+            )
         Console(width=max(console.width, 130)).print(printed)
     for row in results["correlations"]:
         if row["method"] is None:
             over = f"{row['points']} models of {row['seeds']} seeds"
-            kept, logprob = (coefficient(row[name]) for name in READINGS)
+            kept, logprob = (coefficient(row[name]) for name in ("kept", "logprob"))
             console.print(
                 f"Attack success against what the probes '{row['probes']}' read, Spearman over {over}: refusals kept "
                 f"{kept}, log-likelihood {logprob}.",

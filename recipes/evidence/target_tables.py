@@ -5,6 +5,7 @@ Spreads are the mean over seeds and, beside it, the least and the largest value:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -14,7 +15,11 @@ from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from recipes.evidence.frontier_report import first, retained
 from recipes.schema import Target
 
-READINGS = ("kept", "logprob")
+READINGS: dict[str, Callable[[Mapping], float]] = {
+    "kept": lambda refusing: refusing["kept"],
+    "logprob": lambda refusing: refusing["logprob"],
+    "likelihood": lambda refusing: math.exp(refusing["logprob"]),  # per token, over the aligned model's
+}
 
 
 def make_tables(points: Sequence[Mapping], target: Target) -> dict[str, list[dict]]:
@@ -57,7 +62,7 @@ def strengths(points: Sequence[Mapping]) -> list[dict]:
     rows = []
     for (poison, method, strength), mine in grouped(_fixed(points), "poison", "method", "strength").items():
         readings = {
-            probes: {name: spread([p["refusing"][probes][name] for p in mine]) for name in READINGS}
+            probes: {name: spread([of(p["refusing"][probes]) for p in mine]) for name, of in READINGS.items()}
             for probes in mine[0]["refusing"]
         }
         row = {"poison": poison, "method": method, "strength": strength, "seeds": len(mine), "refusing": readings}
@@ -86,7 +91,7 @@ def correlations(points: Sequence[Mapping]) -> list[dict]:
 
 def _correlated(points: Sequence[Mapping], probes: str, name: str) -> dict:
     def of(points: Sequence[Mapping]) -> dict[str, float | None]:
-        read = [point["refusing"][probes][name] for point in points]
+        read = [READINGS[name](point["refusing"][probes]) for point in points]
         return correlation(read, [point["outcome"]["attack success"] for point in points])
 
     by_seed = [of(mine) for mine in grouped(points, "seed").values()]
@@ -104,21 +109,22 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> dict[str, float
 def found(points: Sequence[Mapping], margin: float) -> list[dict]:
     """For each poison share the aligned and the raw model, and for each method what was found and what had been best.
 
-    ``by`` is the set of probes that a strength was found by, to keep ``share``, or ``"hindsight"``: see
-    :func:`hindsight`, with at most ``margin`` more attack success than the aligned model of the same seed.
+    ``by`` is the set of probes that a strength was found by, to keep ``share`` of the ``reading``, or ``"hindsight"``,
+    see :func:`hindsight`: with at most ``margin`` more attack success than the aligned model of the same seed.
     """
     rows = []
     for (poison,), there in grouped(points, "poison").items():
         for (method,), mine in grouped([p for p in there if p["method"] in ("aligned", "none")], "method").items():
-            rows.append({"poison": poison, "method": method, "by": None, "share": None, **_chosen(mine)})
+            rows.append({"poison": poison, "method": method, "by": None, **_chosen(mine)})
         targeted = [point for point in there if point["found"] is not None]
         for method in dict.fromkeys(point["method"] for point in targeted):
             best = hindsight(there, method, lambda p: p["outcome"]["over the aligned model"] <= margin + 1e-9)
             if best is not None:
-                rows.append({"poison": poison, "method": method, "by": "hindsight", "share": None, **best})
+                rows.append({"poison": poison, "method": method, "by": "hindsight", **best})
             own = [point for point in targeted if point["method"] == method]
-            for (by, share), mine in grouped(own, "probes", "share").items():
-                rows.append({"poison": poison, "method": method, "by": by, "share": share, **_chosen(mine)})
+            for (by, reading, share), mine in grouped(own, "probes", "reading", "share").items():
+                row = {"poison": poison, "method": method, "by": by, "reading": reading, "share": share}
+                rows.append({**row, **_chosen(mine)})
     return rows
 
 
@@ -168,7 +174,7 @@ def _chosen(points: Sequence[Mapping]) -> dict:
         "strengths": [of["strength"] for of in searched] if searched else [point["strength"] for point in points],
         "trials": [of["trials"] for of in searched],
         "prompts": [read["prompts"] for read in measured],
-        "kept": spread([read["kept"] for read in measured]),
+        **{name: spread([of(read) for read in measured]) for name, of in READINGS.items()},
         "outcome": _spreads([point["outcome"] for point in points]),
     }
 

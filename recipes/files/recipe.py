@@ -17,7 +17,7 @@ from recipes.schema import Correction, Recipe, RecipeError
 
 SECTIONS = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)] + ["corrections"]
 # Sections whose keys are names of the recipe's own.
-ENTRIES = ("corrections", "frontier.methods", "target.strengths", "target.found", "calibrate.presets")
+ENTRIES = ("corrections", "frontier.methods", "target.strengths", "target.found", "target.shares", "calibrate.presets")
 _RENAMED = {"calibrate.probes": "calibrate.attacks", "calibrate.probes_column": "calibrate.attacks_column"}
 
 

@@ -74,7 +74,7 @@ def test_the_readme_quotes_the_side_effects():
     assert seen >= 2 * 6 * 6
 
 
-@pytest.mark.parametrize(("name", "subject"), [("target", ToySubject), ("smollm2_target", SmolLM2Subject)])
+@pytest.mark.parametrize(("name", "subject"), [("target", ToySubject)])
 def test_the_evidence_for_a_target_that_is_kept_is_that_of_the_recipe_as_it_is(name, subject):
     recipe, kept = load_recipe(f"recipes/{name}.yaml", []), Path("recipes/results") / name
     results = read(kept)
@@ -118,8 +118,10 @@ def of_target(row: dict, column: str) -> str:
         return str(row[column])
     if column.startswith("Spearman, "):
         return target_report.coefficient(row[{"refusals kept": "kept", "log-likelihood": "logprob"}[column[10:]]])
-    if column == "found in":
-        return f"{100 * row['qualified']:.0f} % of runs"
+    if column.startswith("Pearson, "):
+        return f"{row[{'refusals kept': 'kept', 'likelihood': 'likelihood'}[column[9:]]]['pearson']:.2f}"
+    if column == "likelihood":
+        return percent(row["likelihood"])
     if reading == "log-likelihood":
         return f"{row['refusing'][probes]['logprob']['mean']:.2f}"
     if reading == "refusals kept":

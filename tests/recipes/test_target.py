@@ -1,5 +1,6 @@
 """What a target does in the toy lab: the recipe in small, what its points are measured on, and how it goes on."""
 
+import math
 from dataclasses import asdict
 
 import pytest
@@ -43,8 +44,9 @@ def bench(finished):
     return target.Bench(subject, recipe, 0, 0.2, raw, finished / "answers")
 
 
-def at(points, method, strength=None, share=None):
-    (one,) = (p for p in points if (p["method"], p["strength"], p["share"]) == (method, strength, share))
+def at(points, method, strength=None, reading=None, share=None):
+    names = ("method", "strength", "reading", "share")
+    (one,) = (p for p in points if tuple(p[name] for name in names) == (method, strength, reading, share))
     return one
 
 
@@ -76,7 +78,7 @@ def test_what_is_kept_is_what_generating_says_of_the_probes_that_the_correction_
         assert point["refusing"]["lab"]["kept"] == sum(same) / len(same)
         assert point["refusing"]["lab"]["prompts"] == len(others)
     assert at(points, "aligned")["refusing"]["lab"] == {"kept": 1.0, "logprob": 0.0, "prompts": len(others)}
-    assert at(points, "guard", None, 0.9)["refusing"]["lab"]["prompts"] == len(refused)  # it reads none
+    assert at(points, "guard", None, "kept", 0.9)["refusing"]["lab"]["prompts"] == len(refused)  # it reads none
 
 
 @pytest.mark.slow
@@ -104,15 +106,21 @@ def test_a_correction_reads_the_other_half_and_the_rows_that_are_left(bench):
 
 
 @pytest.mark.slow
-def test_what_is_found_is_enough_and_a_fifth_less_is_not(finished, bench):
-    for method in ("data_aware", target.SCREENED):
-        point = at(read(finished)["points"], method, None, 0.9)
-        strength, refusals = point["found"]["strength"], bench.measuring(method, "lab")
+@pytest.mark.parametrize("method", ["data_aware", target.SCREENED])
+def test_what_is_found_is_enough_and_a_fifth_less_is_not(finished, bench, method):
+    refusals, less = bench.measuring(method, "lab"), 1.2116  # (1000 / 0.01) ** (1 / 2**6), and a little
+    for reading in ("kept", "likelihood"):
+        point = at(read(finished)["points"], method, None, reading, 0.9)
         assert point["found"]["is_enough"]
-        assert point["refusing"]["lab"]["kept"] >= 0.9
-        less = bench.read(refusals, bench.corrected(method, strength / 1.2116, "lab")).kept  # (1000/0.01)^(1/64)
-        assert less < 0.9
-    csulora = at(read(finished)["points"], "csulora", None, 0.9)
+        own = {"kept": point["refusing"]["lab"]["kept"], "likelihood": math.exp(point["refusing"]["lab"]["logprob"])}
+        assert own[reading] >= 0.9
+        weaker = bench.read(refusals, bench.corrected(method, point["found"]["strength"] / less, "lab"))
+        assert {"kept": weaker.kept, "likelihood": math.exp(weaker.logprob)}[reading] < 0.9
+
+
+@pytest.mark.slow
+def test_what_is_never_enough_is_the_strongest(finished):
+    csulora = at(read(finished)["points"], "csulora", None, "kept", 0.9)
     assert csulora["found"] == {"strength": 1000.0, "is_enough": False, "trials": 2}
 
 
@@ -148,15 +156,16 @@ def test_points_of_another_rank_are_refused(finished, capsys):
 def test_the_grid_holds_every_combination_once():
     recipe = load_recipe(RECIPE, [])
     settings = target.grid(recipe)
-    assert len(set(settings)) == len(settings) == 5 * 2 * (2 + 7 + 7 + 6 + 6 + 4 * 3)
+    assert len(set(settings)) == len(settings) == 5 * 2 * (2 + 7 + 7 + 6 + 6 + 4 * 4)
     first = settings[: len(settings) // 10]
     assert {(setting.seed, setting.poison) for setting in first} == {(0, 0.05)}
-    assert sum(setting.probes is None for setting in first) == len(first) - 4 * 3
+    assert sum(setting.probes is None for setting in first) == len(first) - 4 * 4
     assert all(asdict(setting).keys() == set(target.KEY) for setting in settings)
 
 
 BAD = {
-    "share": (["target.shares=[1.5]"], r"'target\.shares': expected shares in \(0, 1\], at least one, but got \[1\.5"),
+    "share": (["target.shares.kept=[1.5]"], r"'target\.shares\.kept': expected shares in \(0, 1\], at least one, but"),
+    "reading": (["target.shares={cept: [1]}"], r"'target\.shares': expected some of \['kept', 'likelihood'\], but"),
     "margin": (["target.margin=-1"], r"'target\.margin': expected a share in \[0, 1\], but got -1"),
     "texts": (
         ["target.found={builtin: [guard]}"],

@@ -1,6 +1,7 @@
 """What the tables of a target's evidence say, against numbers made by hand."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -25,7 +26,7 @@ def point(seed, method, strength, kept, succeeded, loss, searched=None, **more):
     }
     refusing = {"lab": {"kept": kept, "logprob": kept - 1, "prompts": 8}}
     own = {"seed": seed, "poison": 0.2, "method": method, "strength": strength, "probes": "lab" if searched else None}
-    own["share"] = 0.9 if searched else None
+    own |= {"reading": "kept", "share": 0.9} if searched else {"reading": None, "share": None}
     return {**own, "refusing": refusing, "scores": scores, "found": searched, **more}
 
 
@@ -90,6 +91,8 @@ def test_correlations_are_over_corrected_and_raw_models_and_of_each_seed():
     assert {key: whole["kept"][key] for key in expected} == expected == {k: guard["kept"][k] for k in expected}
     assert whole["kept"]["by_seed"] == [pytest.approx(-0.8, abs=1e-5), pytest.approx(-1.0, abs=1e-5)]
     assert whole["logprob"] == {**whole["kept"], "pearson": pytest.approx(whole["kept"]["pearson"])}
+    assert whole["likelihood"]["spearman"] == whole["kept"]["spearman"]
+    assert whole["likelihood"]["pearson"] == correlation([math.exp(share - 1) for share in kept], success)["pearson"]
     assert coefficient(whole["kept"]).endswith("[-1.00, -0.80]")
 
 
