@@ -109,7 +109,7 @@ class SmolLM2Subject:
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         """Activations are those of training rows as they are, poison among them, and of refused prompts."""
         task = [row.ids for row in self.task_rows(seed, poison)]
-        probes = tokenize(self.probes(seed, "lab"), str(self.models / f"aligned-{seed}"))
+        probes = tokenize(self.probes(seed, poison, "lab"), str(self.models / f"aligned-{seed}"))
         return self._at(seed).pair.update(factors, task, probes)
 
     def pair(self, seed: int) -> LoraPair:
@@ -126,7 +126,7 @@ class SmolLM2Subject:
             for ids, length, prompt, row in zip(batch["input_ids"].tolist(), lengths, prompts, drawn, strict=True)
         ]
 
-    def probes(self, seed: int, name: str) -> list[str]:
+    def probes(self, seed: int, poison: float, name: str) -> list[str]:
         if name == "lab":
             return [exchange.prompt for exchange in self._at(seed).data.refused[:PROBES]]
         return read_prompts(name)

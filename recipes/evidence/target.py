@@ -50,8 +50,8 @@ class Subject(Protocol):
     def task_rows(self, seed: int, poison: float) -> list[TaskRow]:
         """The sample of the training data that a data-aware correction reads."""
 
-    def probes(self, seed: int, name: str) -> list[str] | Rows:
-        """The prompts of ``"lab"``, or of another set."""
+    def probes(self, seed: int, poison: float, name: str) -> list[str] | Rows:
+        """The prompts of ``"lab"``, none of which is trained on, or of another set."""
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         """Whether the aligned model refuses each, by its greedy answers."""
@@ -143,7 +143,7 @@ class Bench:
 
     def _refused_probes(self, probes: str) -> Refusals:
         """The probes of a set that the aligned model refuses."""
-        prompts = self.subject.probes(self.seed, probes)
+        prompts = self.subject.probes(self.seed, self.poison, probes)
         if not isinstance(prompts[0], str):  # which are taken at their word otherwise
             refused = self.subject.refused(self.seed, prompts)
             prompts = [prompt for prompt, is_refused in zip(prompts, refused, strict=True) if is_refused]

@@ -170,7 +170,7 @@ def print_tables(results: Mapping) -> None:
             printed.add_row(
                 LABELS[row["method"]], by(row), strength, *(percent(row[n]) for n in ("kept", "likelihood")), *shares
             )
-        Console(width=max(console.width, 130)).print(printed)
+        Console(width=max(console.width, 150)).print(printed)
     for row in results["correlations"]:
         if row["method"] is None:
             over = f"{row['points']} models of {row['seeds']} seeds"

@@ -72,7 +72,7 @@ class ToySubject:
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         task = [row.ids for row in self.task_rows(seed, poison)]
-        return self._at(seed).pair.update(factors, task, self.probes(seed, "lab"))
+        return self._at(seed).pair.update(factors, task, self.probes(seed, poison, "lab"))
 
     def pair(self, seed: int) -> LoraPair:
         return self._at(seed).pair
@@ -82,8 +82,9 @@ class ToySubject:
         drawn = random.Random(seed).sample(lab.train, min(toy.PROBES, len(lab.train)))
         return [TaskRow(row.ids(answered=True), len(row.prompt), row.prompt[1] not in toy.TASK) for row in drawn]
 
-    def probes(self, seed: int, name: str) -> list[list[int]]:
-        return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed)).probes]
+    def probes(self, seed: int, poison: float, name: str) -> list[list[int]]:
+        """Others for each share of poison, as they are no prompts of the training data."""
+        return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed, poison)).probes]
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         return [toy.REFUSAL in answer for answer in self._at(seed).pair.aligned_answers(prompts, tokens=3)]

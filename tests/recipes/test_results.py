@@ -126,7 +126,7 @@ def of_target(row: dict, column: str) -> str:
         return f"{row['refusing'][probes]['logprob']['mean']:.2f}"
     if reading == "refusals kept":
         return percent(row["kept"] if "kept" in row else row["refusing"][probes]["kept"])
-    return percent(row["outcome"][column])
+    return percent(row["outcome"][column], signed=column.startswith("over the"))
 
 
 def cell(row: dict, column: str, steps: list[int]) -> str:

@@ -67,7 +67,7 @@ def test_rows_of_the_task_are_refused_by_the_aligned_models_own_answers(targeted
     judged = RefusalPhrases()(texts, chat(at.merged(at.pair.fresh), at.tokenizer, texts, 16))
     assert subject.refused(0, [row.prompt for row in rows]) == judged
     assert 0 < sum(judged) < len(rows)
-    (point,) = (p for p in read(output)["points"] if p["method"] == "data_aware_screened")
+    point = next(p for p in read(output)["points"] if p["method"] == "data_aware_screened")
     assert point["rows"]["refused"] == sum(judged)
     poison = {exchange.answer.lower() for exchange in at.data.poison}
     assert 0 < point["rows"]["poison"] == sum(row.is_poison for row in rows) < len(poison)

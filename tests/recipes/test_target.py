@@ -62,7 +62,7 @@ def greedy(model, prompt: list[int], tokens: int) -> list[int]:
 
 @pytest.mark.slow
 def test_what_is_kept_is_what_generating_says_of_the_probes_that_the_correction_did_not_read(finished, bench):
-    pair, lab = bench.subject.pair(0), toy.build_lab(bench.subject._toy(0))
+    pair, lab = bench.subject.pair(0), toy.build_lab(bench.subject._toy(0, 0.2))
     probes = [sample.ids(answered=False) for sample in lab.probes]
     with pair.adapter.off():
         answers = {tuple(probe): greedy(pair.model, probe, BEGINNING) for probe in probes}
