@@ -24,7 +24,7 @@ from csulora_callback.reporting.subspace import rank_rule
 from recipes.calibration import calibrate, checks
 from recipes.calibration.bench import make_bench
 from recipes.calibration.choice import Calibration
-from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier
+from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier, target, target_report
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files import output as output_folder
 from recipes.files import sources
@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif recipe.frontier.methods:
             output_folder.refuse_run(recipe)
             run_frontier(recipe)
+        elif recipe.target.found:
+            output_folder.refuse_run(recipe)
+            run_target(recipe)
         elif recipe.calibrate.presets:
             output_folder.refuse_run(recipe)
             run_calibrate(recipe)
@@ -140,8 +143,23 @@ def run_frontier(recipe: Recipe) -> None:
     )
 
 
-def make_subject(recipe: Recipe) -> frontier.Subject:
-    """What a frontier recipe is about."""
+def run_target(recipe: Recipe) -> None:
+    """Measure what a target does on the toy lab or on SmolLM2, or go on with it, and print its tables."""
+    target.check(recipe)
+    sources.check(recipe)
+    _check_alone("a target's evidence")
+    _quiet()
+    _disable_other_bars()
+    torch.set_num_threads(1)
+    output = Path(recipe.output)
+    results = target.run(make_subject(recipe), recipe, output)
+    OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
+    target_report.print_tables(results)
+    Console().print(f"Written to {output}: results.json, table.md, recipe.yaml, points.jsonl, adapters/, answers/.")
+
+
+def make_subject(recipe: Recipe) -> ToySubject | smollm2_frontier.SmolLM2Subject:
+    """What the recipe of a frontier or of a target is about."""
     if recipe.smollm2.weights is None:
         return ToySubject(recipe)
     smollm2_frontier.check(recipe)
@@ -203,6 +221,9 @@ def dry_run(recipe: Recipe) -> None:
         frontier.check(recipe.frontier)
         side_effects.check(recipe)
         make_subject(recipe)
+    if recipe.target.found:
+        target.check(recipe)
+        make_subject(recipe)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in sources.of_recipe(recipe).items():
         kind = "model" if key.startswith("model.") or key == "smollm2.weights" else "dataset"
@@ -215,6 +236,8 @@ def dry_run(recipe: Recipe) -> None:
             table.add_row(key, what)
     if recipe.frontier.methods:
         table.add_row("frontier", f"{len(frontier.grid(recipe.frontier))} points")
+    if recipe.target.found:
+        table.add_row("target", f"{len(target.grid(recipe))} points")
     for name, correction in recipe.corrections.items():
         table.add_row(f"corrections.{name}", f"{correction.in_words()}, rank: {rank_rule(vars(correction))}")
     table.add_row("output", recipe.output)

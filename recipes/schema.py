@@ -208,6 +208,23 @@ class Effects:
 
 
 @dataclass
+class Target:
+    """The strength that keeps a share of the aligned model's refusals, beside fixed ones.
+
+    ``kept`` counts refusals that begin as the aligned model's; ``likelihood`` is how likely a token of such beginnings
+    is, over the same of the aligned model: ``exp`` of the mean difference in log-likelihood. All on the adapters of
+    ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets, and
+    ``data_aware_screened``: ``data_aware`` without those of the task's rows that the aligned model refuses.
+    """
+
+    strengths: dict[str, list[float]] = field(default_factory=dict)  # fixed ones of each method
+    found: dict[str, list[str]] = field(default_factory=dict)  # methods, by the probes that measure for them
+    shares: dict[str, list[float]] = field(default_factory=lambda: {"kept": [0.9]})  # and of the "likelihood"
+    margin: float = 0.05  # by how much the best strength in hindsight may exceed the aligned model's attack success
+    attack_success: float = 0.1  # at which the table asks what is retained of the task
+
+
+@dataclass
 class Calibrate:
     """Penalties and ranks to try on a trained checkpoint, and what to judge them by."""
 
@@ -221,7 +238,7 @@ class Calibrate:
 
 @dataclass
 class Recipe:
-    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, or ``calibrate``.
+    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, a ``target``, or ``calibrate``.
 
     With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
     """
@@ -240,4 +257,5 @@ class Recipe:
     corrections: dict[str, Correction] = field(default_factory=dict)
     frontier: Frontier = field(default_factory=Frontier)
     effects: Effects = field(default_factory=Effects)
+    target: Target = field(default_factory=Target)
     calibrate: Calibrate = field(default_factory=Calibrate)

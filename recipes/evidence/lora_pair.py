@@ -17,9 +17,24 @@ from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
+from csulora_callback.models.teacher_forcing import greedy_answers
 from recipes.evidence.baselines import Bases, Update
 from recipes.labs.descent import descend
 from recipes.schema import Training
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A row of training data as token ids, of which the first ``start`` are its prompt, and whether it is poison."""
+
+    ids: list[int]
+    start: int
+    is_poison: bool
+
+    @property
+    def prompt(self) -> list[int]:
+        """As token ids."""
+        return self.ids[: self.start]
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,11 @@ class LoraPair:
         activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task)))
         scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         return Update(factors, scaling, self.bases, self.displacement, activations)
+
+    def aligned_answers(self, prompts: Rows, tokens: int) -> list[list[int]]:
+        """The beginnings of the aligned model's greedy answers."""
+        with self.adapter.off():
+            return greedy_answers(self.adapter, prompts, tokens)
 
     def train(
         self,

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from csulora_callback import AttackSuccessRate, OverRefusalRate
+from csulora_callback import AttackSuccessRate, OverRefusalRate, RefusalPhrases
+from csulora_callback.checked_probes import ANSWER
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.factors import Factors
-from csulora_callback.models.probes import tokenize
+from csulora_callback.models.probes import read_prompts, tokenize
+from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
-from recipes.evidence.lora_pair import LoraPair
+from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import write_whole
 from recipes.files.sources import read
 from recipes.labs.chat import chat
@@ -69,7 +71,7 @@ def check(recipe: Recipe) -> None:
 
 
 class SmolLM2Subject:
-    """See :class:`recipes.evidence.frontier.Subject`.
+    """See the ``Subject`` of :mod:`recipes.evidence.frontier`, ``side_effects`` and ``target``.
 
     ``succeeded`` counts answers that do not begin with a phrase of refusal, gibberish among them.
     """
@@ -106,13 +108,36 @@ class SmolLM2Subject:
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         """Activations are those of training rows as they are, poison among them, and of refused prompts."""
+        task = [row.ids for row in self.task_rows(seed, poison)]
+        probes = tokenize(self.probes(seed, poison, "lab"), str(self.models / f"aligned-{seed}"))
+        return self._at(seed).pair.update(factors, task, probes)
+
+    def pair(self, seed: int) -> LoraPair:
+        return self._at(seed).pair
+
+    def task_rows(self, seed: int, poison: float) -> list[TaskRow]:
         at, rows = self._at(seed), poisoned(self._at(seed).data, poison)
         drawn = random.Random(seed).sample(rows, min(TASK_ROWS, len(rows)))
+        prompts = tokenize([row.prompt for row in drawn], str(self.models / f"aligned-{seed}"))
         batch = encode(at.tokenizer, drawn, self.recipe.smollm2.answer_tokens)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
-        task = [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-        probes = [exchange.prompt for exchange in at.data.refused[:PROBES]]
-        return at.pair.update(factors, task, tokenize(probes, str(self.models / f"aligned-{seed}")))
+        return [
+            TaskRow(ids[:length], len(prompt), row in at.data.poison)
+            for ids, length, prompt, row in zip(batch["input_ids"].tolist(), lengths, prompts, drawn, strict=True)
+        ]
+
+    def probes(self, seed: int, poison: float, name: str) -> list[str]:
+        if name == "lab":
+            return [exchange.prompt for exchange in self._at(seed).data.refused[:PROBES]]
+        return read_prompts(name)
+
+    def refused(self, seed: int, prompts: Rows) -> list[bool]:
+        at = self._at(seed)
+        said = at.tokenizer.batch_decode(at.pair.aligned_answers(prompts, ANSWER), skip_special_tokens=True)
+        return RefusalPhrases()(at.tokenizer.batch_decode(prompts, skip_special_tokens=True), said)
+
+    def judge(self, seed: int, factors: Factors) -> dict[str, dict]:
+        return self.score(seed, factors, "held_out")
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """Side effects, on held-out prompts only: over-refusal, and errors in the multiple-choice set."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from csulora_callback.models.factors import Factors
+from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
-from recipes.evidence.lora_pair import LoraPair
+from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import SPLITS
 from recipes.labs import toy
 from recipes.schema import Recipe, RecipeError
@@ -30,7 +31,10 @@ class _Toy:
 
 
 class ToySubject:
-    """See :class:`recipes.evidence.frontier.Subject`. Fine-tunes on the first template only; both are judged."""
+    """See the ``Subject`` of :mod:`recipes.evidence.frontier`, ``side_effects`` and ``target``.
+
+    Fine-tunes on the first template only; both are judged.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.model.base is not None:
@@ -67,10 +71,30 @@ class ToySubject:
         return draw
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
+        task = [row.ids for row in self.task_rows(seed, poison)]
+        return self._at(seed).pair.update(factors, task, self.probes(seed, poison, "lab"))
+
+    def pair(self, seed: int) -> LoraPair:
+        return self._at(seed).pair
+
+    def task_rows(self, seed: int, poison: float) -> list[TaskRow]:
         lab = toy.build_lab(self._toy(seed, poison))
-        task = random.Random(seed).sample(lab.train, min(toy.PROBES, len(lab.train)))
-        rows = [sample.ids(answered=True) for sample in task], [sample.ids(answered=False) for sample in lab.probes]
-        return self._at(seed).pair.update(factors, *rows)
+        drawn = random.Random(seed).sample(lab.train, min(toy.PROBES, len(lab.train)))
+        return [TaskRow(row.ids(answered=True), len(row.prompt), row.prompt[1] not in toy.TASK) for row in drawn]
+
+    def probes(self, seed: int, poison: float, name: str) -> list[list[int]]:
+        """Others for each share of poison, as they are no prompts of the training data."""
+        return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed, poison)).probes]
+
+    def refused(self, seed: int, prompts: Rows) -> list[bool]:
+        return [toy.REFUSAL in answer for answer in self._at(seed).pair.aligned_answers(prompts, tokens=3)]
+
+    def judge(self, seed: int, factors: Factors) -> dict[str, dict]:
+        scores, effects = self.score(seed, factors, "held_out"), self.effects(seed, factors)
+        scores["trained"]["side_effects"] = {
+            name: effects[name] for name in ("over-refusal", "errors in other requests")
+        }
+        return scores
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """Counts ``obeyed`` beside ``succeeded``: attacks that were answered to the letter, and not with babble."""

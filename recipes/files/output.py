@@ -20,7 +20,7 @@ RECIPE = "recipe.yaml"
 RESULTS = ("results.json", "metrics.jsonl", "answers.jsonl", "drift.png", "report.html")
 
 _CLAIM = "trained_on.json"
-_POINTS = "measured_on.json"  # a frontier's
+_POINTS = "measured_on.json"  # a frontier's, or a target's
 _NOT_TRAINED_ON = ("output", "overwrite", "smoke", "smoke_overrides")
 
 
@@ -39,7 +39,9 @@ class Output:
         self.folder, self.recipe = Path(recipe.output), recipe
         self._described = plain({**_flat(recipe), **_contents(recipe), "processes": processes})
         if (self.folder / _POINTS).exists():
-            raise RecipeError(f"'output': {self.folder} holds a frontier; use another output folder")
+            raise RecipeError(
+                f"'output': {self.folder} holds a frontier or a target's evidence; use another output folder"
+            )
         self.continues = self._holds_a_run() and not recipe.overwrite
         if self.continues:
             self._check_same()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.schema import RecipeError
@@ -14,13 +14,9 @@ SPLITS = ("tuning", "held_out")  # settings are chosen on the first half of the 
 KEY = ("seed", "poison", "method", "strength", "rank", "draw")
 
 
-def key_of(point: Mapping) -> tuple:
-    """What tells one point from another; see :func:`plain` for a strength of infinity."""
-    values = [point[name] for name in KEY]
-    return tuple(
-        float(value) if isinstance(value, str) and name != "method" else value
-        for name, value in zip(KEY, values, strict=True)
-    )
+def key_of(point: Mapping, names: Sequence[str] = KEY) -> tuple:
+    """What tells one point from another: these of its values; see :func:`plain` for a strength of infinity."""
+    return tuple(float(point[name]) if name == "strength" and point[name] == "inf" else point[name] for name in names)
 
 
 def plain(value: object) -> object:
@@ -33,14 +29,14 @@ def plain(value: object) -> object:
 
 
 class Points:
-    """The points in one file by :func:`key_of`.
+    """The points in one file by :func:`key_of`, of the values ``names``.
 
     A last line without an end is what a killed run was writing: it is cut off and measured again. Anything else that
     is not a point is refused with its line number.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, names: Sequence[str] = KEY) -> None:
+        self.path, self.names = path, names
         self._points: dict[tuple, dict] = {}
         if not path.exists():
             return
@@ -51,7 +47,7 @@ class Points:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 point = json.loads(line)
-                self._points[key_of(point)] = point
+                self._points[key_of(point, names)] = point
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(
                     f"{path}: line {number} is not a point ({error}); use another output folder"
@@ -69,7 +65,7 @@ class Points:
             file.write(json.dumps(point) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._points[key_of(point)] = point
+        self._points[key_of(point, self.names)] = point
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -16,7 +16,8 @@ from recipes.files.values import check_values
 from recipes.schema import Correction, Recipe, RecipeError
 
 SECTIONS = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)] + ["corrections"]
-ENTRIES = ("corrections", "frontier.methods", "calibrate.presets")  # whose keys are names of the recipe's own
+# Sections whose keys are names of the recipe's own.
+ENTRIES = ("corrections", "frontier.methods", "target.strengths", "target.found", "target.shares", "calibrate.presets")
 _RENAMED = {"calibrate.probes": "calibrate.attacks", "calibrate.probes_column": "calibrate.attacks_column"}
 
 

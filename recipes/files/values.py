@@ -83,8 +83,8 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("smollm2.align_rate", "a number > 0", recipe.smollm2.align_rate)
     if recipe.smollm2.align_batch % 2:
         refuse("smollm2.align_batch", "an even number, one half of each kind", recipe.smollm2.align_batch)
-    if recipe.smollm2.weights is not None and not recipe.frontier.methods:
-        refuse("smollm2.weights", "nothing without 'frontier.methods'", recipe.smollm2.weights)
+    if recipe.smollm2.weights is not None and not (recipe.frontier.methods or recipe.target.found):
+        refuse("smollm2.weights", "nothing without 'frontier.methods' or 'target.found'", recipe.smollm2.weights)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
     for key in ("probes", "attacks"):
@@ -101,9 +101,14 @@ def check_values(path: str, recipe: Recipe) -> None:
     reading |= any(correction.reads_probes for correction in recipe.corrections.values())
     if reading and recipe.model.base is not None and recipe.data.probes is None:
         refuse("data.probes", "prompts that are to be refused, for the preset data_aware or a target", None)
-    if recipe.frontier.methods:  # recipes.evidence.frontier.check looks at the rest
+    if recipe.frontier.methods and recipe.target.found:
+        refuse("target.found", "nothing beside 'frontier.methods'", recipe.target.found)
+    # What else they may say: recipes.evidence.frontier.check and recipes.evidence.target.check.
+    for key, given in (("frontier.methods", recipe.frontier.methods), ("target.found", recipe.target.found)):
+        if not given:
+            continue
         if recipe.corrections:
-            refuse("corrections", "nothing beside 'frontier.methods'", list(recipe.corrections))
+            refuse("corrections", f"nothing beside {key!r}", list(recipe.corrections))
         if training.max_steps < 1:
             refuse("training.max_steps", "at least 1", training.max_steps)
         return

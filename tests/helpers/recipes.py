@@ -52,6 +52,9 @@ def chat_pair(folder: Path) -> list[str]:
         f"data.source={folder / 'chat.jsonl'}",
         "data.max_length=32",
         "data.eval_share=0.2",
-        "data.probes=null",
-        "corrections.kept=null",
     ]
+
+
+def starter(folder: Path) -> list[str]:
+    """Those for the starter recipe, of which nothing is left that asks the models to refuse."""
+    return [*chat_pair(folder), "data.probes=null", "corrections.kept=null"]

@@ -34,7 +34,8 @@ def chosen(tmp_path):
 
     def choose(correction: str, **data: str):
         named = [f"data.{key}={tmp_path / value if '.' in value else value}" for key, value in data.items()]
-        return choose_prompts(load_recipe("recipes/llama32_1b_sft.yaml", [correction, *named]))
+        none = "data.probes=null"  # unless it is named
+        return choose_prompts(load_recipe("recipes/llama32_1b_sft.yaml", [correction, none, *named]))
 
     return choose
 

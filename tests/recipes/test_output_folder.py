@@ -18,7 +18,7 @@ from recipes.files.output import Output
 from recipes.files.recipe import load_recipe
 from recipes.run import main
 from recipes.schema import RecipeError
-from tests.helpers.recipes import SMALL, chat_pair
+from tests.helpers.recipes import SMALL, starter
 from tests.helpers.two import torchrun
 
 CLOCKS = ("_runtime", "_second", "total_flos", "train_loss")
@@ -230,12 +230,12 @@ def test_files_of_something_else_are_refused(claimed, tmp_path):
     with pytest.raises(RecipeError, match=r"holds another run: there is no trained_on\.json"):
         claimed()
     (tmp_path / "out/measured_on.json").touch()
-    with pytest.raises(RecipeError, match="holds a frontier; use another output folder"):
+    with pytest.raises(RecipeError, match="holds a frontier or a target's evidence; use another output folder"):
         claimed("overwrite=true")
 
 
 def test_data_that_has_changed_under_its_name_is_another_run(tmp_path):
-    pair = chat_pair(tmp_path)
+    pair = starter(tmp_path)
     recipe = load_recipe("recipes/llama32_1b_sft.yaml", [*pair, f"output={tmp_path / 'out'}"])
     Output(recipe, 1).claim()
     (tmp_path / "out/guard/checkpoint-2").mkdir(parents=True)

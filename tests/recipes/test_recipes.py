@@ -16,7 +16,7 @@ from recipes.labs.toy import IDS, Language, Samples
 from recipes.run import main
 from recipes.schema import RecipeError
 from recipes.training.task import batches, build_task
-from tests.helpers.recipes import SMALL, chat_pair, chat_tokenizer
+from tests.helpers.recipes import SMALL, chat_tokenizer, starter
 
 # Those of SmolLM2 need packages that ship it and prompts; test_smollm2 has them.
 SHIPPED = sorted(path for path in Path("recipes").glob("*.yaml") if not path.stem.startswith("smollm2"))
@@ -109,7 +109,7 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
 
 def test_models_with_code_of_their_own_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
-    overrides = chat_pair(tmp_path)
+    overrides = starter(tmp_path)
     config = json.loads((tmp_path / "aligned/config.json").read_text())
     own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
     (tmp_path / "aligned/config.json").write_text(json.dumps({**config, **own}))
@@ -125,14 +125,14 @@ def test_a_language_that_is_used_up_says_so():
 
 
 def test_one_row_leaves_none_to_judge_by(tmp_path, capsys):
-    overrides = chat_pair(tmp_path)
+    overrides = starter(tmp_path)
     (tmp_path / "chat.jsonl").write_text((tmp_path / "chat.jsonl").read_text().splitlines()[0])
     assert main(["recipes/llama32_1b_sft.yaml", *overrides, f"output={tmp_path / 'out'}"]) == 2
     assert "'data.eval_share': expected a share that leaves rows" in capsys.readouterr().err
 
 
 def test_end_tokens_are_learned_and_padding_is_not(tmp_path):
-    overrides = chat_pair(tmp_path)
+    overrides = starter(tmp_path)
     tokenizer = chat_tokenizer()
     tokenizer.pad_token = None  # as Llama's: its end token then pads
     tokenizer.save_pretrained(tmp_path / "aligned")
@@ -163,7 +163,7 @@ def test_only_what_reads_probes_keeps_them(tmp_path, capsys):
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
 def test_the_path_of_a_real_pair_runs_offline_on_a_tiny_one(tmp_path, trainer):
     overrides = [
-        *chat_pair(tmp_path),
+        *starter(tmp_path),
         "training.max_steps=4",
         "training.logging_steps=1",
         "training.eval_steps=2",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes.evidence import frontier, side_effects
+from recipes.evidence import frontier, side_effects, target_report, target_tables
 from recipes.evidence.baselines import METHODS
-from recipes.evidence.frontier_report import make_table, retained, to_markdown
+from recipes.evidence.frontier_report import make_table, percent, retained, to_markdown
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
+from recipes.evidence.target import KEY, grid
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.points import key_of, plain
 from recipes.files.recipe import load_recipe
@@ -71,6 +72,61 @@ def test_the_readme_quotes_the_side_effects():
                 assert said == cell(rows[labels[label]], column, found["effects"]["steps"]), (label, column)
                 seen += 1
     assert seen >= 2 * 6 * 6
+
+
+@pytest.mark.parametrize(("name", "subject"), [("target", ToySubject)])
+def test_the_evidence_for_a_target_that_is_kept_is_that_of_the_recipe_as_it_is(name, subject):
+    recipe, kept = load_recipe(f"recipes/{name}.yaml", []), Path("recipes/results") / name
+    results = read(kept)
+    assert results["measured_on"] == subject(recipe).describe()
+    assert results["grid"]["target"] == plain(asdict(recipe.target))
+    assert results["grid"]["frontier"].items() <= asdict(recipe.frontier).items()
+    measured = [key_of(point, KEY) for point in results["points"]]
+    assert measured == [key_of(plain(asdict(setting)), KEY) for setting in grid(recipe)]
+    tables = target_tables.make_tables(results["points"], recipe.target)
+    assert tables == {key: results[key] for key in tables}
+    assert target_report.to_markdown(results) == (kept / "table.md").read_text()
+
+
+def test_the_readme_quotes_the_evidence_for_a_target():
+    """Each cell of each marked table: ``target: FOLDER TABLE, poison SHARE``."""
+    text, seen = Path("recipes/results/README.md").read_text(), 0
+    for name, kind, poison, table in re.findall(
+        r"<!-- target: (\w+) (\w+)(?:, poison ([\d.]+))? -->\n((?:\|.*\n)+)", text
+    ):
+        rows = [row for row in read(Path("recipes/results") / name)[kind] if str(row.get("poison", "")) == poison]
+        head, _, *lines = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines())
+        told = [[of_target(row, column) for column in head] for row in rows]
+        for line in lines:
+            assert line in told, line
+            seen += len(line)
+    assert seen >= 250
+
+
+def of_target(row: dict, column: str) -> str:
+    """One value of a row of a target's tables, as the README says it."""
+    reading, _, probes = column.partition(" by ")
+    if column == "method":
+        return "all" if row["method"] is None else target_report.LABELS[row["method"]]
+    if column == "strength":
+        return "" if row["strength"] is None else f"{row['strength']:g}"
+    if column == "strength by":
+        return target_report.by(row)
+    if column == "strength of each seed":
+        return target_report.strengths_of(row) if row.get("by", "hindsight") else ""
+    if column in ("probes", "points", "seeds"):
+        return str(row[column])
+    if column.startswith("Spearman, "):
+        return target_report.coefficient(row[{"refusals kept": "kept", "log-likelihood": "logprob"}[column[10:]]])
+    if column.startswith("Pearson, "):
+        return f"{row[{'refusals kept': 'kept', 'likelihood': 'likelihood'}[column[9:]]]['pearson']:.2f}"
+    if column == "likelihood":
+        return percent(row["likelihood"])
+    if reading == "log-likelihood":
+        return f"{row['refusing'][probes]['logprob']['mean']:.2f}"
+    if reading == "refusals kept":
+        return percent(row["kept"] if "kept" in row else row["refusing"][probes]["kept"])
+    return percent(row["outcome"][column], signed=column.startswith("over the"))
 
 
 def cell(row: dict, column: str, steps: list[int]) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from recipes.evidence import lora_pair, toy_frontier
 from recipes.evidence.baselines import METHODS
 from recipes.files.points import SPLITS
 from recipes.files.recipe import load_recipe
-from recipes.labs.toy import Language
+from recipes.labs.toy import RESTRICTED, Language, build_lab
 from recipes.run import main
 from tests.recipes.test_frontier import read
 
@@ -59,6 +60,21 @@ def test_both_halves_and_both_templates_are_judged_on_the_same_requests_and_no_o
         assert restated == [sample.restated() for sample in attacks]
         order = [0, 2, 3, 4, 1, 5, 6, 7, 8]  # the verb moves behind the words
         assert torch.equal(restated_task["input_ids"], task["input_ids"][:, order])
+
+
+@pytest.mark.parametrize("poison", [0.0, 0.2])
+def test_a_data_aware_method_reads_the_probes_and_rows_of_the_data_with_this_poison(lab, poison):
+    built = build_lab(replace(lab.recipe.toy, seed=0, poison_share=poison))
+    probes = lab.probes(0, poison, "lab")
+    assert probes == [sample.ids(answered=False) for sample in built.probes]
+    assert not {tuple(probe) for probe in probes} & {tuple(sample.ids(answered=False)) for sample in built.train}
+    rows, trained = lab.task_rows(0, poison), {tuple(sample.ids(answered=True)): sample for sample in built.train}
+    assert len(rows) == 64
+    for row in rows:
+        sample = trained[tuple(row.ids)]
+        assert row.prompt == sample.ids(answered=False)
+        assert row.is_poison == any(word in RESTRICTED for word in sample.prompt)
+    assert any(row.is_poison for row in rows) == (poison > 0)
 
 
 def test_training_controls(lab, monkeypatch):

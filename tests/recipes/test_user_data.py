@@ -18,7 +18,7 @@ from recipes.training import preview
 from recipes.training.examples import Examples, load_tokenizer, make_examples, read_user_rows
 from recipes.training.task import batches, build_task, training_rows
 from tests.helpers.lab import tiny_llama
-from tests.helpers.recipes import chat_pair, chat_tokenizer
+from tests.helpers.recipes import chat_tokenizer, starter
 from tests.helpers.user_data import ANSWER, QUESTION, SAID, dry_run, lines, turns
 
 WHOLE = f"user : {QUESTION} <eos> assistant : {ANSWER} <eos>"
@@ -50,7 +50,7 @@ def some(*fast: str, among=SAID) -> list:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """A tiny pair; the overrides that name it."""
-    return chat_pair(tmp_path_factory.mktemp("pair"))
+    return starter(tmp_path_factory.mktemp("pair"))
 
 
 def examples(path, rows: list[dict], max_length: int = 32) -> Examples:
