@@ -74,7 +74,7 @@ def test_the_readme_quotes_the_side_effects():
     assert seen >= 2 * 6 * 6
 
 
-@pytest.mark.parametrize(("name", "subject"), [("target", ToySubject)])
+@pytest.mark.parametrize(("name", "subject"), [("target", ToySubject), ("smollm2_target", SmolLM2Subject)])
 def test_the_evidence_for_a_target_that_is_kept_is_that_of_the_recipe_as_it_is(name, subject):
     recipe, kept = load_recipe(f"recipes/{name}.yaml", []), Path("recipes/results") / name
     results = read(kept)
@@ -158,6 +158,21 @@ def test_the_readme_quotes_what_the_proposed_setting_did(method, strength):
     assert said[strength].format(")`" if method == "guard" else "") in page
     if strength == 10.0:  # the first page has a table of them
         assert f"{attacks} attack success for {task} of the task" in Path("README.md").read_text()
+
+
+@pytest.mark.parametrize(("probes", "names"), [("lab", ["target", "smollm2_target"]), ("builtin", ["smollm2_target"])])
+def test_the_first_page_quotes_what_a_target_did(probes, names):
+    """The default: 0.9 of the likelihood, by a data-aware correction, over all seeds and poison shares."""
+    kind = {"method": "data_aware", "by": probes, "reading": "likelihood", "share": 0.9}
+    found = [
+        row for name in names for row in read(Path("recipes/results") / name)["found"] if kind.items() <= row.items()
+    ]
+    assert len(found) == {"lab": 3, "builtin": 1}[probes]
+    success = [100 * row["outcome"]["attack success"][end] for row in found for end in ("low", "high")]
+    cost = [100 - 100 * row["outcome"]["task retained"][end] for row in found for end in ("low", "high")]
+    attacks, task = (f"{min(values):.0f} to {max(values):.0f} %" for values in (success, cost))
+    for page in ("README.md", "recipes/results/README.md"):
+        assert f"{attacks} attack success for {task} of the task" in " ".join(Path(page).read_text().split())
 
 
 def quoted(row: dict) -> str:
