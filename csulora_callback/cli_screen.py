@@ -45,6 +45,10 @@ def screen(
         output is None or (output.suffix == ".jsonl" and not output.is_dir()),
         f"`--output`: expected the name of a file that ends in .jsonl, but got {output}.",
     )
+    demand(
+        output is None or output.resolve() != Path(data).resolve(),
+        f"`--output`: expected another file than the data, but got {output}, which it would replace.",
+    )
     with working():
         done = screen_data(data, model_named(model))
         if output is not None:

@@ -99,6 +99,17 @@ class SafetyCorrector:
         self._correcting.penalty, self._correcting.chosen = penalty, chosen
         self._input_gains = self._last = self._swap = None
 
+    @contextmanager
+    def trying(self, penalty: Penalty) -> Iterator[CorrectedAdapter]:
+        """As :meth:`corrected`, by another penalty; nothing is said where it cannot be made."""
+        self.penalize(penalty)
+        warned, self._warned = self._warned, True
+        try:
+            with self.corrected() as adapter:
+                yield adapter
+        finally:
+            self._warned = warned
+
     @property
     def _texts(self) -> Texts | None:
         return None if self._activations is None else self._activations.texts
@@ -121,7 +132,8 @@ class SafetyCorrector:
         the same weights.
         """
         factors = self.adapter.read() if factors is None else factors
-        return self.known(factors) or self._compute(factors)
+        with LOCK:  # another thread may be looking for a strength, by trying some
+            return self.known(factors) or self._compute(factors)
 
     def _compute(self, raw: Factors) -> CorrectedAdapter:
         last = self._last

@@ -79,7 +79,7 @@ def correct_adapter(
         rank: ``"truncate"`` keeps the adapter's rank; ``"expand"`` loses nothing of the closest safe update, and the
             adapter's rank at most doubles, its scaling stays.
         probes: prompts that are to be refused, as for the callback; only for a data-aware penalty, or a ``target``.
-            By default those that the checkpoint holds.
+            By default those that the checkpoint holds, and of a run with a target those that its corrections read.
         task: what the adapter was trained on, likewise: rows of token ids, or a source with a column ``text``,
             ``messages`` or ``input_ids``. By default what the checkpoint holds. Rows of ``messages`` whose prompt, all
             that stands before the last answer, the aligned model refuses are left out, and so are those that the
@@ -204,9 +204,10 @@ def _check_arguments(penalty: object, rank: object, probes: object, task: object
         )
     reads = penalty == Penalty.data_aware if searches else penalty.on_probes is not None
     for name, given, fits in (("probes", probes, reads or searches), ("task", task, reads)):
+        other = ", or a target" if name == "probes" else ""
         if given is not None and not fits:
             raise ValueError(
-                f"`{name}`: expected none, as only Penalty.data_aware measures by them, but got some. "
+                f"`{name}`: expected none, as only Penalty.data_aware measures by them{other}, but got some. "
                 "Pass penalty=Penalty.data_aware(strength) too."
             )
 

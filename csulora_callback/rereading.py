@@ -91,7 +91,7 @@ def no_probes(saved: SavedAdapter, why: str) -> ValueError:
     """
     return ValueError(
         f"`probes`: expected prompts that are to be refused, as {why} and {saved.folder} has no texts.json of a run "
-        "with probes beside it, but got none. Pass probes='prompts.jsonl', or a list."
+        "with probes beside it, but got none. Pass probes='builtin', probes='prompts.jsonl', or a list."
     )
 
 
@@ -114,8 +114,8 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
     checkpoint = aligned_model or saved.config.base_model_name_or_path
     if not checkpoint:
         raise ValueError(
-            "`aligned_model`: expected the model under the adapter, as a data-aware penalty has it read and the "
-            "adapter's config does not say which it is, but got none. Pass its folder or Hub id."
+            "`aligned_model`: expected the model under the adapter, as a data-aware penalty or a target has it read, "
+            "and the adapter's config does not say which it is, but got none. Pass its folder or Hub id."
         )
     revision = None if aligned_model else saved.config.revision
     try:
@@ -126,8 +126,8 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
     except Exception as error:  # of files that are missing or broken in one of many ways
         raise ValueError(
             f"`aligned_model`: expected the model under the adapter in {os.fspath(checkpoint)!r}, as a data-aware "
-            f"penalty has it read, but it cannot be loaded with the adapter ({first_line(error)}). Pass the folder or "
-            "Hub id of the one that the adapter was trained on."
+            f"penalty or a target has it read, but it cannot be loaded with the adapter ({first_line(error)}). "
+            "Pass the folder or Hub id of the one that the adapter was trained on."
         ) from error
     adapter = find_adapter(model)
     if adapter.layers.keys() != saved.factors.keys():

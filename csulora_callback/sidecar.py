@@ -2,7 +2,7 @@
 
 Nothing is lost by a correction: ``raw/`` is the adapter as it would have been saved without one, a folder that
 ``PeftModel.from_pretrained`` loads, and ``correction.json`` says which subspace and penalty were used and what they
-did to each module. Where the penalty is data-aware, ``texts.json`` holds what the model read for it: some rows of the
+did to each module. With probes, ``texts.json`` holds what the model read and was measured by: some rows of the
 training data, and the probes, as token ids.
 
 The folder appears as a whole, after the adapter that it describes, and an older one goes before anything new is

@@ -13,9 +13,10 @@ import math
 from csulora_callback.behaviour import Refusals
 from csulora_callback.checked_probes import FEWEST
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.method.search import smallest_strength
+from csulora_callback.method.search import Found, smallest_strength
 from csulora_callback.models.training_rows import fixed_sample
 from csulora_callback.presets import Family
+from csulora_callback.swap import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +68,18 @@ class Target:
 
         Collective where there are several processes, which all find the same: the first one's passes count.
         """
-
-        def kept(strength: float) -> float:
-            if not strength:
-                return self.refusals.read().likelihood
-            corrector.penalize(self.family(strength))
-            with corrector.corrected():
-                return self.refusals.read().likelihood
-
-        found = smallest_strength(kept, self.share)
-        penalty = self.family(found.strength)
-        known = None if math.isnan(found.kept) else found.kept  # which JSON cannot say
-        corrector.penalize(penalty, {"share": self.share, "likelihood": known, "prompts": len(self.refusals)})
+        before = corrector.penalty, corrector.chosen
+        with LOCK:  # who saves from another thread gets no trial
+            try:
+                found = self._search(corrector)
+            except BaseException:  # as when somebody interrupts it
+                corrector.penalize(*before)
+                raise
+            if found is None:
+                corrector.penalize(*before)
+                return
+            penalty, prompts = self.family(found.strength), len(self.refusals)
+            corrector.penalize(penalty, {"share": self.share, "likelihood": found.kept, "prompts": prompts})
         if not found.is_enough and not self._warned and self.refusals.processes.rank == 0:
             self._warned = True
             logger.warning(
@@ -88,3 +89,18 @@ class Target:
                 penalty,
                 100 * found.kept,
             )
+
+    def _search(self, corrector: SafetyCorrector) -> Found | None:
+        """Nothing is found for a model that does not compute: what is saved of it is not corrected anyway."""
+        raw = self.refusals.read().likelihood
+        if math.isnan(raw):
+            return None
+
+        def kept(strength: float) -> float:
+            if not strength:
+                return raw
+            with corrector.trying(self.family(strength)) as adapter:
+                # Where it could not be made, the raw factors are live.
+                return self.refusals.read().likelihood if adapter.metrics else math.nan
+
+        return smallest_strength(kept, self.share)

@@ -18,7 +18,7 @@ class Found:
     """What :func:`smallest_strength` found.
 
     Attributes:
-        strength: the smallest of those tried that keeps enough, or the strongest where none does.
+        strength: the smallest of those tried that keeps enough, or where none does the strongest that can be made.
         kept: what it keeps.
         is_enough: whether that is enough.
         tried: what each strength keeps, in the order of the trials.
@@ -33,13 +33,12 @@ class Found:
 def smallest_strength(kept: Callable[[float], float], target: float) -> Found:
     """Search for the smallest strength with ``kept(strength) ≥ target``: by bisection, on a logarithmic scale.
 
-    First 0 is tried, then ``STRONGEST``; where the one is not enough and the other is, the bracket between them is
-    halved ``HALVINGS`` times. Its lower end was tried and not enough and its upper end was tried and enough at any
-    time, so that also where ``kept`` does not rise everywhere, what is found is enough, and the strength tried next
-    below it is not.
+    First 0 is tried, then ``STRONGEST``; where the one is not enough and the other is, the bracket between ``WEAKEST``
+    and it is halved ``HALVINGS`` times. So what is found is enough, and the strength tried next below it, or 0 where
+    that would be ``WEAKEST``, is not, also where ``kept`` does not rise everywhere.
 
     Args:
-        kept: the share that is kept at a strength; NaN is not enough.
+        kept: the share that is kept at a strength; NaN, where there is no correction of this strength, is not enough.
         target: the share that is wanted.
 
     Example:
@@ -59,14 +58,15 @@ def smallest_strength(kept: Callable[[float], float], target: float) -> Found:
 
     if is_enough(0.0):
         return Found(0.0, tried[0.0], True, tried)
-    if not is_enough(STRONGEST):
+    if not is_enough(STRONGEST) and not math.isnan(tried[STRONGEST]):
         return Found(STRONGEST, tried[STRONGEST], False, tried)
     low, high = math.log(WEAKEST), math.log(STRONGEST)
-    strength = STRONGEST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if is_enough(math.exp(middle)):
-            high, strength = middle, math.exp(middle)
-        else:
-            low = middle
-    return Found(strength, tried[strength], True, tried)
+        too_weak = not is_enough(math.exp(middle)) and not math.isnan(tried[math.exp(middle)])
+        low, high = (middle, high) if too_weak else (low, middle)
+    enough = [strength for strength, share in tried.items() if share >= target]
+    if enough:
+        return Found(min(enough), tried[min(enough)], True, tried)
+    strongest = max((strength for strength, share in tried.items() if not math.isnan(share)), default=STRONGEST)
+    return Found(strongest, tried[strongest], False, tried)

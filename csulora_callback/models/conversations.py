@@ -73,7 +73,8 @@ def convert(form: Format, row: dict) -> dict:
         other = _filled(row, FORMATS)
         if other is not None:
             raise ValueError(
-                f"expected {form.name} as in row 1, but got {other.described(row)}. Give each format its own file."
+                f"expected {form.name} as in the first row, but got {other.described(row)}. Give each format its own "
+                "file."
             )
     return form.convert(row)
 

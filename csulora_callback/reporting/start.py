@@ -44,7 +44,7 @@ def start_table(
     }
     if target is not None:
         rows["strength"] = (
-            f"the smallest that keeps {100 * target:g}% of the refusals' likelihood, found at every save"
+            f"the smallest that keeps {100 * target:g}% of the refusals' likelihood, found anew when it is saved"
         )
     if probes is not None:
         divided = target is not None and corrector.penalty.on_probes is not None

@@ -243,11 +243,10 @@ class HuggingFaceRun:
     def _log(self, original: Callable, args: object, state: TrainerState, control: object, logs: dict) -> object:
         # Before any callback has read the record: those that report to trackers stand early in the list.
         if "loss" in logs and state.global_step % (self.callback.log_every_n_steps or 1) == 0:
-            self.renew(if_doubled=True)
-            metrics = self.corrector.measure()
             every = self.callback.probe_every_n_steps
-            if every is not None and state.global_step % every == 0:
-                metrics = {**metrics, **self.measure()}
+            behaviour = self.measure() if every is not None and state.global_step % every == 0 else {}
+            self.renew(if_doubled=True)
+            metrics = {**self.corrector.measure(), **behaviour}  # of the strength that was found just now
             logs.update(metrics)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(metrics)

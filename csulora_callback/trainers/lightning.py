@@ -108,16 +108,16 @@ class LightningEvents:
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             self._renew()
             self._corrector.step()
+        behaviour, drift = {}, {}
+        if self.probe_every_n_steps is not None and step % self.probe_every_n_steps == 0:
+            behaviour = self._fit.measure()
         every = self.log_every_n_steps or trainer.log_every_n_steps
         if every and step % every == 0:
             self._renew(if_doubled=True)
-            drift = self._corrector.measure()
-            _log(pl_module, drift, on_step=True, on_epoch=False)
+            drift = self._corrector.measure()  # after it: of the strength that was found just now
             self._fit.stopping.check({**UNMEASURED, **drift})
-        if self.probe_every_n_steps is not None and step % self.probe_every_n_steps == 0:
-            behaviour = self._fit.measure()
-            _log(pl_module, behaviour, on_step=True, on_epoch=False)
-            self._fit.stopping.check(behaviour)
+        _log(pl_module, {**drift, **behaviour}, on_step=True, on_epoch=False)
+        self._fit.stopping.check(behaviour)
         self._fit.stopping.save()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -132,6 +132,7 @@ class LightningRun:
     def finish(self) -> None:
         """Leave the corrected model in memory, once. A sharded one cannot be touched after its strategy is gone."""
         if not self.corrector.adapter.is_sharded:
+            self._renew()  # of an average that has come in; nothing where a corrected one is live
             self.apply()
             # Models of another kind save the config before the weights.
             if isinstance(running_model(self.corrector.adapter), PeftModel):

@@ -120,10 +120,11 @@ class ActivationRecorder:
         again = self._read_with is not None and all(equal_each(held, self._read_with)) and seen == self._given
         if all(self.processes.gather(again)) or corrector.is_live():
             return
-        corrector.activations, self._given = self._read(), seen
-        self._read_with = [tensor.clone() for tensor in held]
+        before = [tensor.clone() for tensor in held]
+        corrector.activations = self._read()
         if self.target is not None:
             self.target.choose(corrector)
+        self._given, self._read_with = seen, before  # last: what was interrupted is done anew
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""

@@ -73,7 +73,7 @@ class LoraPair:
     def aligned_answers(self, prompts: Rows, tokens: int) -> list[list[int]]:
         """The beginnings of the aligned model's greedy answers."""
         with self.adapter.off():
-            return greedy_answers(self.adapter, prompts, tokens)
+            return greedy_answers(self.model, prompts, tokens)
 
     def train(
         self,

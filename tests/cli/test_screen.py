@@ -81,6 +81,11 @@ def test_what_is_in_the_data_does_nothing_to_a_terminal(aligned, tmp_path):
     [
         (["{data}"], 2, "Missing option '--model'"),
         (
+            ["{data}", "--model", "{aligned}", "-o", "{data}"],
+            2,
+            "`--output`: expected another file than the data",
+        ),
+        (
             ["{data}", "--model", "{aligned}", "-o", "refused.csv"],
             2,
             "`--output`: expected the name of a file that ends",

@@ -113,7 +113,7 @@ def mixed(name: str, form: str, other: str, said: str) -> dict[str, tuple[str | 
     return {
         "mixed": (
             lines(SAID[name], SAID[other]),
-            f"row 2: expected {form} as in row 1, but got {said}. Give each format its own file.",
+            f"row 2: expected {form} as in the first row, but got {said}. Give each format its own file.",
         )
     }
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from csulora_callback import CSULoRACallback, Penalty, correct_adapter
-from csulora_callback.behaviour import BEGINNING
+from csulora_callback.behaviour import BEGINNING, Refusals
 from csulora_callback.method.search import HALVINGS, STRONGEST, WEAKEST
 from csulora_callback.models.training_rows import fixed_sample
 from csulora_callback.sidecar import Sidecar
 from tests.helpers import lightning as in_lightning
 from tests.helpers.averages import MovingAverage
-from tests.helpers.lab import DEVICE, RANK, assert_same, make_trainer, raw, saved, with_lora
+from tests.helpers.lab import DEVICE, RANK, assert_same, live, make_trainer, raw, saved, with_lora
 from tests.trainers.test_behaviour import Everywhere
 from tests.trainers.test_data_aware import EVAL
 
@@ -188,6 +188,72 @@ def test_in_lightning(pair, subspace, tmp_path, average):
         assert_same(saved(tmp_path / f"same-{step}"), saved(adapter))
         was_tried = found / STEP > 1.001 * WEAKEST
         assert not was_tried or kept(pair, tmp_path / f"below-{step}", HELD_BACK) < SHARE + 1e-6
+
+
+@pytest.mark.slow
+def test_an_average_that_comes_in_at_the_end_has_a_strength_of_its_own(pair, tmp_path):
+    """Whether it comes in before the callback's last event or after it."""
+
+    def ends(order: str) -> tuple[dict, dict]:
+        ours = callback(pair, penalty=Penalty.csulora)
+        others = [ours, Everywhere()] if order == "first" else [Everywhere(), ours]
+        module = in_lightning.fit(pair, tmp_path / order, others).lightning_module
+        module.network.save_pretrained(tmp_path / f"{order}-saved")
+        return live(module), json.loads((tmp_path / f"{order}-saved/csulora/correction.json").read_text())
+
+    (first, told), (last, said) = ends("first"), ends("last")
+    assert_same(first, last)
+    assert (told["penalty"], told["target"]) == (said["penalty"], said["target"])
+
+
+class Attenuation(TrainerCallback):
+    def __init__(self, ours) -> None:
+        self.ours, self.seen = ours, []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            key = "csulora/attenuation"
+            self.seen.append((logs[key], self.ours._corrector.measure()[key], logs["csulora/strength"]))
+
+
+@pytest.mark.slow
+def test_a_log_record_is_of_one_strength(pair, tmp_path):
+    ours = callback(pair, penalty=Penalty.csulora, probe_every_n_steps=1)
+    watch = Attenuation(ours)
+    train(pair, tmp_path, [ours, watch], eval_strategy="no")
+    assert all(logged == of_strength for logged, of_strength, _ in watch.seen)
+    assert len({strength for *_, strength in watch.seen}) > 2
+
+
+def test_an_interrupted_search_leaves_the_strength_that_was(pair, tmp_path, monkeypatch):
+    """In a notebook people interrupt a training and save what they have."""
+    ours = callback(pair, penalty=Penalty.csulora)
+    seen = []
+
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            corrector, read, passes = ours._corrector, Refusals.read, []
+
+            def interrupted(refusals):
+                passes.append(refusals)
+                if len(passes) == 3:
+                    raise KeyboardInterrupt
+                return read(refusals)
+
+            if state.global_step < 4:
+                return
+            before = corrector.penalty
+            with monkeypatch.context() as patch:
+                patch.setattr(Refusals, "read", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    ours._renew()
+            assert corrector.penalty == before
+            ours._renew()  # what was interrupted is done anew
+            seen.append((before, corrector.penalty, corrector.chosen["share"]))
+
+    train(pair, tmp_path, [ours, Interrupts()], max_steps=4, logging_steps=100, eval_strategy="no", save_strategy="no")
+    ((before, after, share),) = seen
+    assert (before == after, share) == (False, SHARE)
 
 
 def test_where_no_strength_keeps_it_the_largest_is_taken_and_a_warning_says_so_once(pair, subspace, tmp_path, caplog):
