@@ -220,7 +220,9 @@ def trl(kind, pair, args, callbacks: list, **more):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [in_dpo, in_grpo])
 def test_in_trl_training_and_what_it_logs_itself_stay_the_same(words_pair, tmp_path, make):
-    without, trainer = make(words_pair, tmp_path / "a", []), make(words_pair, tmp_path / "b", [callback(words_pair)])
+    budget = {"max_drift": {"csulora/update_norm": 1e3}, "min_refusal": 0.01, "on_exceed": "stop"}  # not exceeded
+    ours = callback(words_pair, penalty=Penalty.guard, target=0.999, heat_maps=True, **budget)
+    without, trainer = make(words_pair, tmp_path / "a", []), make(words_pair, tmp_path / "b", [ours])
     mine, plain = (
         [{k: v for k, v in r.items() if "csulora" not in k and "eval" not in k} for r in run.state.log_history]
         for run in (trainer, without)
