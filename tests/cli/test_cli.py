@@ -265,6 +265,7 @@ def test_wrong_usage_has_a_status_of_its_own(arguments):
     assert "Error: " in error
 
 
+@pytest.mark.slow
 def test_an_error_has_no_traceback(lab, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     done = run_process("inspect", lab / "raw", "--subspace", tmp_path / "damaged.safetensors", "--json")

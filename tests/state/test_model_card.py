@@ -56,10 +56,11 @@ def test_a_section_comes_and_goes_and_leaves_no_trace(card, section):
 
 
 @given(CARDS, CARDS)
+@example("\r", "")  # ends in half a line break
 def test_what_is_written_around_a_section_stays_where_it_is(above, below):
     assume("<!-- csulora" not in above + below)
-    line_break = "\r\n" if "\r\n" in above + below else "\n"
     around = f"{above}\n{BEGIN}\nOld.\n{END}\n{below}"
+    line_break = "\r\n" if "\r\n" in around else "\n"
     renewed = with_section(around, "New.")
     assert renewed == f"{above}\n{BEGIN}{line_break}New.{line_break}{END}\n{below}"
 

@@ -188,6 +188,7 @@ def test_two_who_save_into_one_folder_leave_one_whole(written, pair, subspace, t
             assert any(equal(Sidecar.load(tmp_path).raw, adapter.raw) for adapter in adapters)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_callback_into_the_same_folder_is_resumed_as_one(pair, tmp_path):
     make_trainer(fresh_model(pair), tmp_path, [callback(pair)]).train()
     make_trainer(fresh_model(pair), tmp_path, []).train()  # the old records stand beside plain adapters now

@@ -218,6 +218,7 @@ def test_subspaces_of_another_model(pair, tmp_path):
 # Resuming.
 
 
+@pytest.mark.slow
 def test_a_resume_that_cannot_find_the_raw_factors(pair, subspace, tmp_path):
     def trained(output, resume=None, **arguments):
         callback = CSULoRACallback(subspace=subspace, **arguments)

@@ -103,6 +103,7 @@ def test_an_adapter_with_a_name_of_its_own_has_its_record_beside_its_folder(pair
         assert_same(corrected_by_hand(to_peft_state_dict(Sidecar.load(folder).raw), subspace), live(model))
 
 
+@pytest.mark.slow
 def test_a_resume_in_another_dtype_is_the_one_without_the_callback(pair, tmp_path):
     """PEFT rounds what it loads to the dtype of the parameters, and then makes these float32."""
     resumed = []

@@ -52,7 +52,7 @@ def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace,
     assert_same(live(trainer.lightning_module), corrected_by_hand(live(without.lightning_module), subspace))
 
 
-@pytest.mark.parametrize("variant", ["late", "manual", "compiled"])
+@pytest.mark.parametrize("variant", ["late", "manual", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_modules_of_every_make(pair, subspace, tmp_path, variant):
     without = fit(pair, tmp_path, [], Module(pair[1], **{variant: True}), enable_checkpointing=False)
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
