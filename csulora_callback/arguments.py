@@ -37,7 +37,7 @@ def choose_penalty(
         )
     check_without_strength(target, penalty if isinstance(penalty, Penalty) else strength)
     if not has_probes:
-        _demand_none(penalty, target)
+        _refuse_without_probes(penalty, target)
         default = Penalty.csulora() if strength is None else Penalty.csulora(strength)
         return penalty or default, None
     if isinstance(penalty, Penalty):
@@ -47,18 +47,18 @@ def choose_penalty(
     return penalty or Penalty.data_aware, TARGET if target is None else float(target)
 
 
-def _demand_none(penalty: Penalty | Family | None, target: float | None) -> None:
+def _refuse_without_probes(penalty: Penalty | Family | None, target: float | None) -> None:
     """Refuse what takes probes, where there are none."""
     if target is not None or not (penalty is None or isinstance(penalty, Penalty)):
-        raise ValueError(
-            "`probes`: expected prompts that are to be refused, as the strength is looked for by how many still are, "
-            "but got none. Pass probes='builtin', probes='prompts.jsonl', or a list."
-        )
-    if penalty is not None and penalty.on_probes is not None:
-        raise ValueError(
-            "`probes`: expected prompts that are to be refused, as the penalty is data-aware, but got none. "
-            "Pass probes='builtin', probes='prompts.jsonl', or a list."
-        )
+        why = "the strength is looked for by how many still are"
+    elif penalty is not None and penalty.on_probes is not None:
+        why = "the penalty is data-aware"
+    else:
+        return
+    raise ValueError(
+        f"`probes`: expected prompts that are to be refused, as {why}, but got none. Pass probes='builtin', "
+        "probes='prompts.jsonl', or a list."
+    )
 
 
 def check_source(name: str, source: object, kind: type) -> None:

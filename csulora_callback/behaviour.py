@@ -142,8 +142,8 @@ class Behaviour:
     ``csulora/strength``                 of the penalty, where it was looked for
     ===================================  =======================================================================
 
-    Those of the task are left out where no row of training data has been seen, and the last one where no prompt of
-    one could be asked.
+    Those of the task are left out where no row of training data has been seen, and the share of refused ones where no
+    prompt of one could be asked.
 
     Args:
         refusals: of the model that is trained.

@@ -112,9 +112,8 @@ def strength_in_words(target: Mapping) -> str:
     """
     asked = f"{_percent(target['share'])} of the likelihood of refusing {target['prompts']} prompts"
     kept = target["likelihood"]
-    if kept is None or kept < target["share"]:
-        said = "an unknown share" if kept is None else _percent(kept)
-        return f"the largest tried: {asked} was to be kept, and it keeps {said}"
+    if kept < target["share"]:
+        return f"the largest tried: {asked} was to be kept, and it keeps {_percent(kept)}"
     return f"the smallest found that keeps {asked}; it keeps {_percent(kept)}"
 
 

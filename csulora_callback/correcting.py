@@ -63,7 +63,7 @@ class Correcting:
         subspace: SafetySubspace,
         penalty: Penalty,
         rank: Rank = "truncate",
-        chosen: Mapping[str, float | None] | None = None,
+        chosen: Mapping[str, float] | None = None,
         notes: Mapping[str, object] | None = None,
     ) -> None:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank

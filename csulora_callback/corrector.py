@@ -90,11 +90,11 @@ class SafetyCorrector:
         return self._correcting.penalty
 
     @property
-    def chosen(self) -> Mapping[str, float | None] | None:
+    def chosen(self) -> Mapping[str, float] | None:
         """How its strength was found, if it was looked for."""
         return self._correcting.chosen
 
-    def penalize(self, penalty: Penalty, chosen: Mapping[str, float | None] | None = None) -> None:
+    def penalize(self, penalty: Penalty, chosen: Mapping[str, float] | None = None) -> None:
         """Correct with another penalty from now on; ``chosen`` says in records how its strength was found."""
         self._correcting.penalty, self._correcting.chosen = penalty, chosen
         self._input_gains = self._last = self._swap = None

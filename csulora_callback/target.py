@@ -76,7 +76,6 @@ class Target:
                 corrector.penalize(*before)
                 raise
             if found is None:
-                corrector.penalize(*before)
                 return
             penalty, prompts = self.family(found.strength), len(self.refusals)
             corrector.penalize(penalty, {"share": self.share, "likelihood": found.kept, "prompts": prompts})

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,8 @@ from recipes.evidence import frontier_picture, frontier_report
 from recipes.evidence.baselines import METHODS, Update
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier, RecipeError
+
+S = TypeVar("S")  # settings of a point, with its seed, poison and method
 
 
 class Subject(Protocol):
@@ -169,9 +171,12 @@ def run(subject: Subject, frontier: Frontier, output: Path) -> dict:
 
 
 def _missing(settings: list[Setting], points: Points) -> Iterator[Setting]:
-    missing = [setting for setting in settings if key_of(setting.to_json()) not in points]
-    done = len(settings) - len(missing)
-    with tqdm(total=len(settings), initial=done, desc="frontier", unit="point") as bar:
+    return shown(settings, [setting for setting in settings if key_of(setting.to_json()) not in points], "frontier")
+
+
+def shown(settings: Sequence[S], missing: Sequence[S], title: str) -> Iterator[S]:
+    """Those of the settings that are missing, one after the other, under a progress bar of all."""
+    with tqdm(total=len(settings), initial=len(settings) - len(missing), desc=title, unit="point") as bar:
         for setting in missing:
             bar.set_postfix_str(f"seed {setting.seed}, poison {setting.poison:g}, {setting.method}")
             yield setting

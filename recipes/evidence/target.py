@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm.auto import tqdm
 
 from csulora_callback.behaviour import Refusals, Refusing
 from csulora_callback.checked_probes import FEWEST, check_probes
@@ -27,7 +26,7 @@ from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence import target_report, target_tables
 from recipes.evidence.baselines import METHODS, Update
-from recipes.evidence.frontier import Adapters, to_json
+from recipes.evidence.frontier import Adapters, shown, to_json
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import Points, claim, plain, write_whole
 from recipes.schema import Recipe, RecipeError
@@ -273,9 +272,4 @@ def run(subject: Subject, recipe: Recipe, output: Path) -> dict:
 
 def _missing(settings: list[Setting], points: Points) -> Iterator[Setting]:
     missing = [setting for setting in settings if tuple(asdict(setting).values()) not in points]
-    done = len(settings) - len(missing)
-    with tqdm(total=len(settings), initial=done, desc="target", unit="point") as bar:
-        for setting in missing:
-            bar.set_postfix_str(f"seed {setting.seed}, poison {setting.poison:g}, {setting.method}")
-            yield setting
-            bar.update()
+    return shown(settings, missing, "target")

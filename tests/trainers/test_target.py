@@ -23,8 +23,7 @@ from csulora_callback.sidecar import Sidecar
 from tests.helpers import lightning as in_lightning
 from tests.helpers.averages import MovingAverage
 from tests.helpers.lab import DEVICE, RANK, assert_same, live, make_trainer, raw, saved, with_lora
-from tests.trainers.test_behaviour import Everywhere
-from tests.trainers.test_data_aware import EVAL
+from tests.trainers.test_behaviour import Everywhere, train
 
 PROBES = [[0, 3 + i, 4 + 2 * i % 20, *range(5, 5 + i % 3)] for i in range(24)]
 PLACES = fixed_sample(24, 12)
@@ -37,13 +36,6 @@ STEP = (STRONGEST / WEAKEST) ** (0.5**HALVINGS)  # from a strength to the one th
 def callback(pair, **arguments) -> CSULoRACallback:
     settings = {"rank": RANK, "target": SHARE, "probes": PROBES, "cache_dir": pair[0].parent / "cache"}
     return CSULoRACallback(base_model=pair[0], **{**settings, **arguments})
-
-
-def train(pair, output: Path, callbacks: list, resume=None, **arguments):
-    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), lora_dropout=0.1)
-    trainer = make_trainer(model, output, callbacks, **{"save_steps": 4, **EVAL, **arguments})
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    return trainer
 
 
 @torch.no_grad()
