@@ -20,6 +20,9 @@ _SIDES_PER_RANK, LEAST_RANK = 32, 4
 RELATIVE_RANK = "a thirty-second of each module's smaller side"
 """In words."""
 
+_ROWS = 128
+_SAFE = (1e-12, 1e15)  # norms whose squares float32 holds
+
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -62,16 +65,24 @@ class Basis:
         return Basis(self.U[:, :rank], self.V[:, :rank], self.singular_values[:rank], self.displacement)
 
 
-def basis_of(name: str, base: Tensor, aligned: Tensor, rule: dict, device: torch.device | str | None = None) -> Basis:
+def basis_of(
+    name: str,
+    base: Tensor,
+    aligned: Tensor,
+    rule: dict,
+    device: torch.device | str | None = None,
+    space: Reused | None = None,
+) -> Basis:
     """The basis of one module from its weights ``(rows, columns)``, of any floating dtypes.
 
     Args:
         name: of the module; with ``rule["seed"]`` it fixes the random start.
-        base: the weight before alignment.
-        aligned: the weight after it.
+        base: the weight before alignment, finite.
+        aligned: the weight after it, finite.
         rule: ``rank``, ``energy``, ``method`` and ``seed``, see :meth:`csulora_callback.SafetySubspace.estimate`. With
             neither a rank nor an energy the rank is :func:`rank_of` this module.
         device: where to compute; by default where ``aligned`` is.
+        space: memory for the displacement, to be used again for that of the next module.
 
     Raises:
         ValueError: if the displacement is not zero and its size is none that float32 holds to full precision.
@@ -82,24 +93,73 @@ def basis_of(name: str, base: Tensor, aligned: Tensor, rule: dict, device: torch
         >>> basis.U.shape, basis.V.shape, round(basis.displacement**2, 3)
         (torch.Size([2, 1]), torch.Size([3, 1]), 6.0)
     """
-    device = aligned.device if device is None else device
-    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    D = aligned.to(device, wide) - base.to(device, wide)
-    largest = torch.linalg.vector_norm(D, torch.inf).item() if D.numel() else 0.0
-    if largest == 0.0:
+    D = displacement(base, aligned, aligned.device if device is None else device, space)
+    unit = _unit(name, D)
+    if unit == 0.0:
         return Basis(*(torch.zeros(size, device="cpu") for size in ((D.shape[0], 0), (D.shape[1], 0), (0,))), 0.0)
-    _check_size(name, largest)
-    # A power of two, which rounds nothing: squares of 1e30 overflow float32, and those of 1e-30 vanish.
-    unit = 2.0 ** (math.frexp(largest)[1] - 1)
-    D.div_(unit)
-    # Rows first, then float64: one float32 sum over 4096 × 4096 squares is wrong by 1e-3, and with it every energy.
-    scaled_norm = torch.linalg.vector_norm(D, dim=1).cpu().double().norm().item()
+    if unit != 1.0:
+        D.div_(unit)
+    scaled_norm = _row_norms(D).norm().item()
     norm = scaled_norm * unit
     _check_size(name, norm)
     if rule["energy"] is None:
         rule = {**rule, "rank": rank_of(D.shape, rule["rank"])}
     U, sigma, V = leading_singular_triplets(name, D.div_(scaled_norm), rule)
     return Basis(U.float().cpu().contiguous(), V.float().cpu().contiguous(), (sigma * norm).float().cpu(), norm)
+
+
+class Reused:
+    """Memory for one matrix at a time. New memory for each costs as much as filling it.
+
+    Example:
+        >>> space = Reused()
+        >>> first = space.matrix((2, 3), torch.float32, "cpu")
+        >>> first.data_ptr() == space.matrix((3, 1), torch.float32, "cpu").data_ptr()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """Uninitialized, ``shape``, contiguous; the one that was given before must not be needed any more."""
+        size, device = math.prod(shape), torch.device(device)
+        if self._flat.numel() < size or self._flat.dtype != dtype or self._flat.device != device:
+            self._flat = torch.empty(size, dtype=dtype, device=device)
+        return self._flat[:size].view(shape)
+
+
+def displacement(base: Tensor, aligned: Tensor, device: torch.device | str, space: Reused | None = None) -> Tensor:
+    """``W_aligned − W_base (rows, columns)`` on a device, in float32 or, of float64 weights, float64.
+
+    Example:
+        >>> displacement(torch.zeros(1, 2).bfloat16(), torch.ones(1, 2).bfloat16(), "cpu")
+        tensor([[1., 1.]])
+    """
+    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
+    D = (space or Reused()).matrix(aligned.shape, wide, device)
+    # Some rows at a time, so that they are still in the cache when the base's are taken off.
+    at_once = _ROWS if D.device.type == "cpu" else max(1, len(D))
+    for rows, before, after in zip(D.split(at_once), base.split(at_once), aligned.split(at_once), strict=True):
+        rows.copy_(after).sub_(before.to(D.device))
+    return D
+
+
+def _unit(name: str, D: Tensor) -> float:
+    """A power of two to divide by, which rounds nothing: squares of 1e30 overflow, of 1e-30 vanish. 0 for zero."""
+    norms = _row_norms(D)
+    if len(norms) and _SAFE[0] < norms.max() < _SAFE[1]:
+        return 1.0
+    largest = torch.linalg.vector_norm(D, torch.inf).item() if D.numel() else 0.0
+    if largest == 0.0:
+        return 0.0
+    _check_size(name, largest)
+    return 2.0 ** (math.frexp(largest)[1] - 1)
+
+
+def _row_norms(D: Tensor) -> Tensor:
+    """On the CPU in float64: one float32 sum over 4096 × 4096 squares is wrong by 1e-3, and with it every energy."""
+    return torch.linalg.vector_norm(D, dim=1).cpu().double()
 
 
 def _check_size(name: str, size: float) -> None:

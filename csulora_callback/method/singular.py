@@ -1,4 +1,4 @@
-"""Leading singular triplets of a matrix: a randomized block Krylov iteration where it is large, an SVD where small."""
+"""Leading singular triplets of a matrix: a block Krylov space where it is large, an SVD where it is small."""
 
 from __future__ import annotations
 
@@ -7,34 +7,29 @@ import hashlib
 import torch
 from torch import Tensor
 
-_EXACT_UP_TO = 512  # smaller side of a matrix whose full SVD is as fast as an approximate one
-_EXTRA_BLOCKS = 6  # Krylov blocks beyond the first: what turns the right rank into the right subspace
-_OVERSAMPLING = 8
-_FIRST_RANK = 64  # first guess when the rank is to be found from an energy
+from csulora_callback.method.krylov import krylov_triplets
+
+_EXACT_UP_TO = 256  # smaller side of a matrix whose full SVD is as fast as an approximate one
+_SIDES_PER_RANK = 8  # of the smaller side; a larger rank leaves an approximation nothing to save
 
 
 def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
     """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
-    smaller = min(D.shape)
     # In float32 a GPU is not exact enough: the vectors of cuSOLVER's SVD are orthonormal to 2e-4, and products in TF32
     # may be allowed.
     wide = D.double() if D.device.type not in ("cpu", "mps") else D
-    guess = rule["rank"] or _FIRST_RANK
-    while True:
-        few = (guess + _OVERSAMPLING) * (1 + _EXTRA_BLOCKS) < smaller
-        if rule["method"] == "exact" or not few or (rule["method"] == "auto" and smaller <= _EXACT_UP_TO):
-            U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
-            V, complete = Vh.T, True
-        else:
-            U, sigma, V = _block_krylov(wide, guess, _generator(name, rule["seed"]))
-            complete = False
-        k = _cut(sigma, D, rule, complete)
-        if k is not None:
-            return _with_fixed_signs(U[:, :k], sigma[:k], V[:, :k])
-        guess *= 2
+    found, rank = None, rule["rank"]
+    large = min(D.shape) > _EXACT_UP_TO and _SIDES_PER_RANK * (rank or 1) <= min(D.shape)
+    if rule["method"] == "krylov" or (rule["method"] == "auto" and large):
+        found = krylov_triplets(wide, lambda sigma: _cut(sigma, D, rule), _generator(name, rule["seed"]), rank)
+    if found is None:
+        U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
+        k = _cut(sigma, D, rule, complete=True)
+        found = U[:, :k], sigma[:k], Vh[:k].T
+    return _with_fixed_signs(*found)
 
 
-def _cut(sigma: Tensor, D: Tensor, rule: dict, complete: bool) -> int | None:
+def _cut(sigma: Tensor, D: Tensor, rule: dict, complete: bool = False) -> int | None:
     """How many singular values the rule keeps; ``None`` where an energy needs more than the ones found so far."""
     noise = max(D.shape) * torch.finfo(D.dtype).eps * sigma[0]
     numerical_rank = int((sigma > noise).sum())
@@ -45,24 +40,6 @@ def _cut(sigma: Tensor, D: Tensor, rule: dict, complete: bool) -> int | None:
     if len(enough):
         return min(int(enough[0]) + 1, numerical_rank)
     return numerical_rank if complete else None  # rounding can leave the sum just short of a whole
-
-
-def _block_krylov(D: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading ``rank`` singular triplets from the Krylov space of ``D Dᵀ`` over a random block."""
-    if D.shape[0] > D.shape[1]:
-        V, sigma, U = _block_krylov(D.T, rank, generator)
-        return U, sigma, V
-    start = torch.randn(D.shape[1], rank + _OVERSAMPLING, generator=generator, dtype=torch.float32, device="cpu")
-    block = torch.linalg.qr(D @ start.to(D))[0]
-    space = block
-    for _ in range(_EXTRA_BLOCKS):
-        block = D @ (D.T @ block)
-        block = torch.linalg.qr(block - space @ (space.T @ block))[0]
-        space = torch.cat([space, block], dim=1)
-    # Once the iteration has converged its last blocks are rounding noise, partly within the space before them.
-    space = torch.linalg.qr(space)[0]
-    left, sigma, Vh = torch.linalg.svd(space.T @ D, full_matrices=False)
-    return (space @ left)[:, :rank], sigma[:rank], Vh[:rank].T
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

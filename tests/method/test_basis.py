@@ -49,7 +49,8 @@ def test_agrees_with_a_dense_svd_whatever_the_size_of_the_weights(dtype, size, m
         assert found.dtype == SINGLE
         found = found.double()
         torch.testing.assert_close(found.T @ found, torch.eye(RANK, dtype=DOUBLE), atol=1e-5, rtol=0)
-        assert torch.linalg.matrix_norm(expected - found @ (found.T @ expected), 2) < 1e-4
+        wrong = expected - found @ (found.T @ expected)
+        assert wrong.norm() * math.sqrt(2 / min(rows, columns)) < (1e-3 if method == "krylov" else 1e-5)
 
 
 def test_small_entries_beside_ordinary_ones_are_no_reason_to_refuse():
