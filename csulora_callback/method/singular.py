@@ -15,9 +15,11 @@ _SIDES_PER_RANK = 8  # of the smaller side; a larger rank leaves an approximatio
 
 def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
     """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
+    if D.device.type == "mps":  # has no float64, which the small dense algebra needs
+        D = D.cpu()
     # In float32 a GPU is not exact enough: the vectors of cuSOLVER's SVD are orthonormal to 2e-4, and products in TF32
     # may be allowed.
-    wide = D.double() if D.device.type not in ("cpu", "mps") else D
+    wide = D if D.device.type == "cpu" else D.double()
     found, rank = None, rule["rank"]
     large = min(D.shape) > _EXACT_UP_TO and _SIDES_PER_RANK * (rank or 1) <= min(D.shape)
     if rule["method"] == "krylov" or (rule["method"] == "auto" and large):
