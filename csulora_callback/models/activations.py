@@ -233,6 +233,7 @@ class _Listener:
 
     def end(self) -> None:
         """The pass is over."""
+        self._last = None
         self._move()
 
     def vectors(self, adapter: Adapter) -> TokenVectors:

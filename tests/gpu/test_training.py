@@ -13,7 +13,7 @@ from tests.helpers import lightning as in_lightning
 from tests.helpers.huggingface import losses
 from tests.helpers.lab import DEVICE, RANK, assert_same, make_trainer, raw, saved, with_lora
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
 PENALTIES = {"weights": Penalty.guard(5.0), "data-aware": Penalty.data_aware(4.0)}
@@ -39,7 +39,6 @@ def train(pair, output: Path, callbacks: list, dtype: torch.dtype, checkpointing
     return trainer
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_in_the_trainer(pair, tmp_path, penalty, dtype, checkpointing):
