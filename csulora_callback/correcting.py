@@ -17,7 +17,7 @@ from csulora_callback.method.drift import SafetyDrift
 from csulora_callback.method.gauge import CorrectionOverflowError
 from csulora_callback.method.measure import Drift, measure_kept
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.method.token_space import InputGain, input_gains
+from csulora_callback.method.token_space import InputGain, TokenSystem, gains_of, input_gain, token_systems
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.factors import Factors
@@ -69,12 +69,16 @@ class Correcting:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
         self.chosen, self._notes = chosen, {} if notes is None else notes
         self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
+        self._systems: tuple[Activations, dict[str, TokenSystem]] | None = None
 
     def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
         """What a data-aware penalty makes of the activations; ``None`` for every other penalty."""
         if self.penalty.on_probes is None:
             return None
-        return input_gains(activations.task, activations.probes, self.penalty.on_probes, device=device)
+        if self._systems is None or self._systems[0] is not activations:  # another strength solves nothing anew
+            self._systems = None  # let go of the old ones first: they are large
+            self._systems = activations, token_systems(activations.task, activations.probes, device=device)
+        return gains_of(self._systems[1], self.penalty.on_probes, device)
 
     def correct(
         self, raw: Factors, gains: Mapping[str, InputGain] | None = None, texts: Texts | None = None
@@ -121,7 +125,7 @@ class Correcting:
         gain = None
         if gains is not None:
             unread = torch.empty(0, lora_A.shape[1])  # nothing to attenuate by
-            gain = gains.get(name, InputGain(unread, unread))
+            gain = gains[name] if name in gains else input_gain(unread, unread, self.penalty.on_probes)
         try:
             return correct(lora_A, lora_B, U, V, self.penalty, self.layers[name].scaling, self.rank, gain)
         except CorrectionOverflowError as error:

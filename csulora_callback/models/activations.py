@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
+from itertools import accumulate
 
 import torch
 from peft import PeftModel
@@ -13,14 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
-from csulora_callback.models.reading import Rows, evaluating, padded
+from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
 
 TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
 
-_BATCH = 8
+_BATCH_TOKENS = 2048  # of a pass without logits
+_BATCH_TOKENS_WITH_LOGITS = 1024  # they take this many times the vocabulary
+_TRANSFER = 2**26  # bytes of vectors that wait on a device, at most about, before they are moved to the host
 
 TokenVectors = dict[str, Tensor]
 """Token vectors ``(n, d_in)`` by module name, bfloat16, on the CPU; modules that share an input share the tensor."""
@@ -96,7 +101,9 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     """A sample of at most ``tokens`` of the token vectors that texts send into each adapted module.
 
     Runs the model as it stands, in evaluation mode; neither its weights nor any random generator change. The same rows
-    give the same sample. Collective where parameters are sharded.
+    give the same sample. Only what it needs is read: no text out of which no token was drawn, in a causal model none
+    of a text's tokens after the last drawn one, and no logits where no adapted module comes after the model's body.
+    Collective where parameters are sharded.
 
     Args:
         adapter: of a model that takes ``input_ids`` and ``attention_mask``.
@@ -122,22 +129,68 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     rows = [row for row in rows if len(row)]
     if not rows:
         return {}
-    model, listener = running_model(adapter), _Listener()
+    model = running_model(adapter)
     if model.config.is_encoder_decoder:
         raise ValueError(
             "`penalty`: a data-aware one needs a decoder-only model, but this one has an encoder. Use another penalty."
         )
     device = next(iter(adapter.layers.values())).lora_A.device
-    ordered = sorted(rows, key=len)  # little padding
-    chosen = _chosen(sum(map(len, ordered)), tokens)
+    drawn = _draw(rows, tokens, cut=_is_causal(model))
+    listener = _Listener(sum(len(text.places) for text in drawn))
+    most, no_logits = _BATCH_TOKENS_WITH_LOGITS, {}
+    if _reads_without_logits(model, adapter):
+        most, no_logits = _BATCH_TOKENS, {"logits_to_keep": 1}  # of the last token, as 0 means all
     with evaluating(model), listener.hooked(adapter):
-        for start in range(0, len(ordered), _BATCH):
-            batch = ordered[start : start + _BATCH]
-            ids, mask = padded(batch)
-            here, chosen = chosen[: int(mask.sum())], chosen[int(mask.sum()) :]
-            listener.begin(len(mask.flatten()), mask.flatten().nonzero().squeeze(1)[here])
-            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        for batch in batches_of_lengths([len(text.ids) for text in drawn], most):
+            texts = [drawn[place] for place in batch]
+            ids, mask = padded([text.ids for text in texts])
+            listener.begin(ids.shape, texts)
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **no_logits)
+            listener.end()
     return listener.vectors(adapter)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What is read of a text: token ``ids``, of which those at ``places`` are drawn, from the ``first`` one on."""
+
+    ids: Sequence[int]
+    places: Tensor
+    first: int
+
+
+def _draw(rows: Rows, tokens: int, cut: bool) -> list[_Drawn]:
+    """Texts out of which some token is drawn; ``cut`` after the last of them."""
+    ordered = sorted(rows, key=len)
+    chosen = torch.zeros(sum(map(len, ordered)), dtype=torch.bool, device="cpu")
+    chosen[fixed_sample(len(chosen), tokens)] = True
+    places = [own.nonzero().squeeze(1) for own in chosen.split([len(row) for row in ordered])]
+    firsts = accumulate(map(len, places), initial=0)
+    return [
+        _Drawn(row[: int(own[-1]) + 1] if cut else row, own, first)
+        for row, own, first in zip(ordered, places, firsts, strict=False)
+        if len(own)
+    ]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether what a model makes of a token is known not to depend on later ones: its attention modules say so."""
+    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(said) and all(said)
+
+
+def _reads_without_logits(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether a model can leave logits out, and no adapted module would miss tokens by that.
+
+    It goes through the model's own forward all the same: that is where engines gather weights and precision is set.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
+        return False
+    body = set(inner.base_model.modules())
+    return "logits_to_keep" in signature(inner.forward).parameters and all(
+        layer.module in body for layer in adapter.layers.values()
+    )
 
 
 def running_model(adapter: Adapter) -> nn.Module:
@@ -153,11 +206,14 @@ def vocabulary_of(adapter: Adapter) -> int:
 
 
 class _Listener:
-    """Hooks that keep, of each pass, the vectors at some positions."""
+    """Hooks that keep, of each pass, the vectors at some positions: so many in all, of each module."""
 
-    def __init__(self) -> None:
-        self._kept: dict[str, list[Tensor]] = {}
+    def __init__(self, vectors: int) -> None:
+        self._vectors = vectors
+        self._kept: dict[str, list[Tensor]] = {}  # of each module, and each of its calls in a pass, all vectors
+        self._filled: Counter[str] = Counter()
         self._same: dict[str, str] = {}  # a module, and the first one that got the very same input
+        self._waiting: list[tuple[str, int, Tensor]] = []  # a module, its call, and vectors on the module's device
 
     @contextmanager
     def hooked(self, adapter: Adapter) -> Iterator[None]:
@@ -168,15 +224,26 @@ class _Listener:
             for hook in hooks:
                 hook.remove()
 
-    def begin(self, tokens: int, positions: Tensor) -> None:
-        """A pass over so many tokens, padding included, of which those at ``positions`` are kept."""
-        self._tokens, self._positions, self._last = tokens, positions, None
+    def begin(self, shape: torch.Size, texts: Sequence[_Drawn]) -> None:
+        """A pass over ids of this shape, one row for each text."""
+        self._tokens, self._last, self._calls = shape.numel(), None, Counter()
+        positions = torch.cat([row * shape[1] + text.places for row, text in enumerate(texts)])
+        self._positions = {positions.device: positions}
+        self._into = torch.cat([text.first + torch.arange(len(text.places), device="cpu") for text in texts])
+
+    def end(self) -> None:
+        """The pass is over."""
+        self._last = None
+        self._move()
 
     def vectors(self, adapter: Adapter) -> TokenVectors:
         for name in adapter.layers:
             if name not in self._same:
                 raise _not_all_tokens(name, "none")
-        whole = {name: torch.cat(kept) for name, kept in self._kept.items()}
+        for name, calls in self._kept.items():
+            if self._filled[name] != len(calls) * self._vectors:  # some pass left it out
+                raise _not_all_tokens(name, f"{self._filled[name]} in {len(calls)} times {self._vectors}")
+        whole = {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in self._kept.items()}
         return {name: whole[self._same[name]] for name in adapter.layers}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
@@ -188,10 +255,32 @@ class _Listener:
             vectors = args[0].flatten(0, -2)
             if len(vectors) != self._tokens:
                 raise _not_all_tokens(name, str(len(vectors)))
-            kept = vectors[self._positions.to(vectors.device)].to("cpu", torch.bfloat16)
-            self._kept.setdefault(name, []).append(kept)
+            kept = vectors[self._positions_on(vectors.device)].to(torch.bfloat16)
+            self._waiting.append((name, self._calls[name], kept))
+            self._calls[name] += 1
+            if sum(waiting.nbytes for _, _, waiting in self._waiting) > _TRANSFER:
+                self._move()
 
         return before
+
+    def _positions_on(self, device: torch.device) -> Tensor:
+        if device not in self._positions:
+            self._positions[device] = next(iter(self._positions.values())).to(device)
+        return self._positions[device]
+
+    def _move(self) -> None:
+        """All that waits on a device goes to the host at once: each transfer waits for what the device computes."""
+        for device in {kept.device for _, _, kept in self._waiting}:
+            here = [waiting for waiting in self._waiting if waiting[2].device == device]
+            moved = torch.cat([kept.flatten() for _, _, kept in here]).cpu()
+            parts = moved.split([kept.numel() for _, _, kept in here])
+            for (name, call, kept), part in zip(here, parts, strict=True):
+                calls = self._kept.setdefault(name, [])
+                if call == len(calls):
+                    calls.append(torch.empty(self._vectors, kept.shape[1], dtype=kept.dtype, device="cpu"))
+                calls[call][self._into] = part.view_as(kept)
+                self._filled[name] += len(kept)
+        self._waiting = []
 
 
 def _not_all_tokens(name: str, got: str) -> ValueError:
@@ -199,9 +288,3 @@ def _not_all_tokens(name: str, got: str) -> ValueError:
         f"module '{name}': expected one vector for each token that the model reads, but got {got}. A data-aware "
         "penalty needs a model whose adapted modules see all tokens; use another penalty, or adapt fewer modules."
     )
-
-
-def _chosen(total: int, tokens: int) -> Tensor:
-    chosen = torch.zeros(total, dtype=torch.bool, device="cpu")
-    chosen[fixed_sample(total, tokens)] = True
-    return chosen

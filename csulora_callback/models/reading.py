@@ -44,3 +44,20 @@ def padded(rows: Rows) -> tuple[Tensor, Tensor]:
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+
+
+def batches_of_lengths(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+    """Places of texts that are read together: of about the same length, at most so many tokens, padding included.
+
+    A text that is longer is read alone.
+
+    Example:
+        >>> batches_of_lengths([3, 1, 2, 9], most_tokens=4)
+        [[1, 2], [0], [3]]
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if not batches or (len(batches[-1]) + 1) * lengths[place] > most_tokens:
+            batches.append([])
+        batches[-1].append(place)
+    return batches

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from csulora_callback.models.activations import running_model
 from csulora_callback.models.adapters import Adapter
-from csulora_callback.models.reading import Rows, evaluating, padded
+from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
 
 _BATCH_TOKENS = 1024  # their logits take this many times the vocabulary in float32
 _BATCH_PROMPTS, _PROMPT_TOKENS = 32, 4096  # of what is answered together; a model may say logits of all of them
@@ -80,16 +80,11 @@ def batches_of(rows: Rows, starts: Sequence[int]) -> list[Batch]:
         >>> [batch.places for batch in batches_of([[5, 6, 7], [8], [9, 10]], [0, 0, 1])]
         [[2, 0]]
     """
-    wanted = [(len(row), place, max(start, 1)) for place, (row, start) in enumerate(zip(rows, starts, strict=True))]
-    batches, open_batch = [], []
-    for length, place, start in sorted(text for text in wanted if text[2] < text[0]):
-        if open_batch and (len(open_batch) + 1) * length > _BATCH_TOKENS:
-            batches.append(open_batch)
-            open_batch = []
-        open_batch.append((place, start))
-    if open_batch:
-        batches.append(open_batch)
-    return [Batch([p for p, _ in batch], [rows[p] for p, _ in batch], [s for _, s in batch]) for batch in batches]
+    starts = [max(start, 1) for start in starts]
+    wanted = [place for place, (row, start) in enumerate(zip(rows, starts, strict=True)) if start < len(row)]
+    batches = batches_of_lengths([len(rows[place]) for place in wanted], _BATCH_TOKENS)
+    places = [[wanted[i] for i in batch] for batch in batches]
+    return [Batch(batch, [rows[place] for place in batch], [starts[place] for place in batch]) for batch in places]
 
 
 @torch.no_grad()

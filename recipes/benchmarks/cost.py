@@ -100,11 +100,15 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
         recorder.renew(corrector)
         corrector.measure()
         measured.append(seconds(lambda: behaviour.measure(corrector)))
-    read, first, again = [], [], []
-    for _ in range(3):
+    read, first, other, again = [], [], [], []
+    for strength in (1.0, 3.0, 10.0):
+        corrector.penalize(Penalty.data_aware(strength))
         step()
         read.append(seconds(lambda: recorder.renew(corrector)))
         first.append(seconds(corrector.measure))
+        corrector.penalize(Penalty.data_aware(2.0 * strength))
+        other.append(seconds(corrector.measure))
+        step()
         again.append(seconds(corrector.measure))
     one = median(plain)
     ratios = {
@@ -113,8 +117,9 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
         f"its answers to the prompts of {ROWS} sampled rows, once": screened / one,
         "behaviour, at an evaluation or save": median(measured[1:]) / one,  # at first the aligned model is read too
         "reading task and probes, before a save": median(read) / one,
-        "the correction after that": median(first) / one,
-        "the correction again": median(again) / one,
+        "the systems and the correction after that": median(first) / one,
+        "the correction by another strength": median(other) / one,
+        "the correction of other weights, as at a log": median(again) / one,
     }
     half = behaviour.refusals.of(fixed_sample(size.probes, size.probes // 2))  # a target measures by the other half
     half.read()  # at first the aligned model is read too

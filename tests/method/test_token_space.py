@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csulora_callback import Penalty, correct
-from csulora_callback.method.token_space import MAX_STRENGTH, InputGain, input_gain
+from csulora_callback.method.token_space import MAX_STRENGTH, input_gain
 
 
 def second_moments(tokens: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,9 @@ def test_correct_wants_a_gain_for_a_data_aware_penalty_and_for_no_other():
     with pytest.raises(ValueError, match="`input_gain`: expected none for the penalty guard"):
         correct(A, B, basis, basis, Penalty.guard(1.0), input_gain=gain)
     with pytest.raises(ValueError, match="`input_gain`: expected one of 4 inputs"):
-        correct(A, B, basis, basis, Penalty.data_aware(1.0), input_gain=InputGain(torch.ones(1, 3), torch.ones(1, 3)))
+        correct(
+            A, B, basis, basis, Penalty.data_aware(1.0), input_gain=input_gain(torch.ones(1, 3), torch.ones(1, 3), 1.0)
+        )
 
 
 def test_the_penalty():

@@ -98,7 +98,7 @@ def test_a_module_that_reads_only_some_tokens_is_refused():
     base = tiny_llama()
     base.model.norm.register_forward_hook(lambda module, args, output: output[:, -1:])
     adapter = find_adapter(with_lora(base, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ValueError, match=r"module 'lm_head': expected one vector for each token.*but got 8"):
+    with pytest.raises(ValueError, match=r"module 'lm_head': expected one vector for each token.*but got 11"):
         vectors_of(adapter, ROWS_OF_IDS)
 
 
