@@ -14,16 +14,18 @@ from csulora_callback.method.precision import small_on
 
 @dataclass(frozen=True)
 class Side:
-    """Factors ``F (m, d, r)``, each split by a subspace into ``P F`` and ``(I − P) F``.
+    """Factors ``F (d, r)`` of ``m`` modules, each split by a subspace into ``P F`` and ``(I − P) F``.
+
+    They are kept in rows, ``Fᵀ``: in float64 a CPU multiplies those twice to four times as fast.
 
     Attributes:
-        inner: ``(m, k, r)``, the products of the subspace's columns with ``F``.
-        parts: ``(m, d, 2r)``, ``P F`` beside ``(I − P) F``.
-        root: ``(m, min(d, 2r), 2r)``, the parts in some orthonormal basis, of the small dtype.
+        inner: ``(m, r, k)``, the products of ``Fᵀ`` with the subspace's columns.
+        parts: ``(m, 2r, d)``, ``(P F)ᵀ`` above ``((I − P) F)ᵀ``.
+        root: ``(m, min(d, 2r), 2r)``, both parts in some orthonormal basis, of the small dtype.
 
     Example:
-        >>> side = Side.of(torch.ones(1, 3, 1), torch.eye(3)[None, :, :1])
-        >>> side.parts[0].T.tolist(), [round(root.norm().item(), 3) for root in side.roots]
+        >>> side = Side.of(torch.ones(1, 1, 3), torch.eye(3)[None, :, :1])
+        >>> side.parts[0].tolist(), [round(root.norm().item(), 3) for root in side.roots]
         ([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [1.0, 1.414])
     """
 
@@ -32,13 +34,13 @@ class Side:
     root: Tensor
 
     @classmethod
-    def of(cls, factor: Tensor, subspace: Tensor) -> Side:
-        """Of factors and the columns of their subspaces, ``(m, d, k)``."""
-        inner = subspace.mT @ factor
-        inside = subspace @ inner
+    def of(cls, rows: Tensor, subspace: Tensor) -> Side:
+        """Of factors in rows, ``(m, r, d)``, and the columns of their subspaces, ``(m, d, k)``."""
+        inner = rows @ subspace
+        inside = inner @ subspace.mT
         # One QR over both parts: were each factorized alone, rounding could make their directions overlap.
-        parts = torch.cat([inside, factor - inside], dim=-1)
-        return cls(inner, parts, torch.linalg.qr(parts, mode="r").R.to(small_on(factor.device)))
+        parts = torch.cat([inside, rows - inside], dim=-2)
+        return cls(inner, parts, torch.linalg.qr(parts.mT, mode="r").R.to(small_on(rows.device)))
 
     def at(self, places: list[int]) -> Side:
         """Those of some of the modules."""
@@ -46,8 +48,8 @@ class Side:
 
     @property
     def inside(self) -> Tensor:
-        """``P F``."""
-        return self.parts.chunk(2, dim=-1)[0]
+        """``(P F)ᵀ``."""
+        return self.parts.chunk(2, dim=-2)[0]
 
     @property
     def roots(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,7 @@ def blocks_of(output: Side, input_: Side) -> dict[str, Tensor]:
     """The blocks of ``F Hᵀ`` in the bases of both sides, ``(m, min(d_out, 2r), min(d_in, 2r))`` each.
 
     Example:
-        >>> side = Side.of(torch.ones(1, 3, 1), torch.eye(3)[None, :, :1])
+        >>> side = Side.of(torch.ones(1, 1, 3), torch.eye(3)[None, :, :1])
         >>> {block: round(part.norm().item(), 3) for block, part in blocks_of(side, side).items()}
         {'aligned': 1.0, 'output': 1.414, 'input': 1.414, 'off': 2.0}
     """
@@ -72,15 +74,15 @@ def along_pairs(on_output: Tensor, on_input: Tensor) -> Tensor:
     """``uᵢᵀ B A vᵢ`` of the pairs of columns of ``U`` and ``V``, ``(m, min(k, k'))``.
 
     Args:
-        on_output: ``UᵀB (m, k, r)``.
-        on_input: ``VᵀAᵀ (m, k', r)``.
+        on_output: ``BᵀU (m, r, k)``.
+        on_input: ``A V (m, r, k')``.
 
     Example:
-        >>> along_pairs(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0], [5.0, 6.0]]]))
+        >>> along_pairs(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0, 5.0], [4.0, 6.0]]]))
         tensor([[11.]])
     """
-    pairs = min(on_output.shape[1], on_input.shape[1])
-    return (on_output[:, :pairs] * on_input[:, :pairs]).sum(dim=-1)
+    pairs = min(on_output.shape[-1], on_input.shape[-1])
+    return (on_output[..., :pairs] * on_input[..., :pairs]).sum(dim=-2)
 
 
 def shares_of(energy: Mapping[str, float]) -> dict[str, float]:

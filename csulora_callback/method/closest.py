@@ -117,7 +117,7 @@ class _Made:
 
     places: list[int]  # which they are
     A: Tensor  # (n, r', d_in), wide
-    B: Tensor  # (n, d_out, r')
+    B: Tensor  # (n, r', d_out), in rows
     numbers: Tensor  # (n, 3): relative change, truncation error, ‖X*‖
     along: Tensor  # (n, pairs), without the scalings
 
@@ -136,8 +136,9 @@ class _Stack:
         wide: torch.dtype,
     ) -> None:
         self.dtypes, self.scalings, self.names = (lora_A.dtype, lora_B.dtype), scalings, names
-        self.A, self.B, U, self.V = (tensor.detach().to(lora_A.device, wide) for tensor in (lora_A, lora_B, U, V))
-        self.output, self.input = Side.of(self.B, U), Side.of(self.A.mT, self.V)
+        rows = lora_A, lora_B.mT, U, V
+        self.A, self.B, U, self.V = (t.detach().to(lora_A.device, wide).contiguous() for t in rows)  # B in rows, too
+        self.output, self.input = Side.of(self.B, U), Side.of(self.A, self.V)
         self.along = along_pairs(self.output.inner, self.input.inner)
         self.energies = self._energies()
         self.totals = [sum(energy.values()) for energy in self.energies]
@@ -160,7 +161,7 @@ class _Stack:
             made.append(self._moved(moved, [input_gains[i] for i in moved]))
         if mixed:
             made.append(self._mixed(mixed, rank))
-        narrow = [narrowed(part.A, part.B, *self.dtypes) for part in made]
+        narrow = [narrowed(part.A, part.B.mT, *self.dtypes) for part in made]
         seen = [
             torch.cat(
                 [part.numbers, fits[:, None].to(part.numbers), picked(self.along, part.places), part.along], dim=1
@@ -212,7 +213,7 @@ class _Stack:
         """Of gains of rank one: they are written into the factors, in the gauge that these are in."""
         on_output, on_input = zip(*sides, strict=True)
         B = _attenuate(picked(self.B, places), picked(self.output.inside, places), on_output)
-        A = _attenuate(picked(self.A.mT, places), picked(self.input.inside, places), on_input).mT
+        A = _attenuate(picked(self.A, places), picked(self.input.inside, places), on_input)
         numbers, aligned = [], []
         for i in places:
             gain, energy, share = self.gains[i], self.energies[i], self.shares[i]
@@ -231,7 +232,7 @@ class _Stack:
         norms = [_norm(root @ factor).to(output.root.dtype) for factor in (A - before, A)]
         change, closest = (abs(self._small([self.scalings[i] for i in places])) * norm for norm in norms)
         change = change / self._small([math.sqrt(self.totals[i]) for i in places])
-        along = along_pairs(output.inner, picked(self.V, places).mT @ A.mT)
+        along = along_pairs(output.inner, A @ picked(self.V, places))
         return _Made(places, A, B, torch.stack([change, torch.zeros_like(change), closest], dim=1), along)
 
     def _mixed(self, places: list[int], rank: Literal["truncate", "expand"]) -> _Made:
@@ -262,9 +263,9 @@ class _Stack:
             gauge_A, gauge_B = closest_gauge((right * root).mT, left * root, *old)
             to_A, to_B = to_A @ gauge_A, to_B @ gauge_B
         to_A, to_B = to_A.to(self.A.dtype), to_B.to(self.A.dtype)
-        along = along_pairs(output.inner @ to_B[:, :r], input_.inner @ to_A[:, :r])  # orthonormal: of P alone
+        along = along_pairs(to_B[:, :r].mT @ output.inner, to_A[:, :r].mT @ input_.inner)  # orthonormal: of P alone
         whole = self._small([_closest_norm(self.gains[i], self.energies[i]) for i in places])
-        A, B = (input_.parts @ to_A).mT, output.parts @ to_B
+        A, B = to_A.mT @ input_.parts, to_B.mT @ output.parts
         return _Made(places, A, B, torch.stack([change, tail, whole], dim=1), along)
 
     def _small(self, values: list) -> Tensor:
@@ -279,7 +280,7 @@ def _closest_norm(gain: Mapping[str, float], energy: Mapping[str, float]) -> flo
 
 
 def _attenuate(factor: Tensor, kept: Tensor, gains: Sequence[tuple[float, float]]) -> Tensor:
-    """``(inside·P + outside·(I − P)) F`` of ``F`` and ``P F``; two gains of one leave ``F`` as it is, bit for bit."""
+    """``(inside·P + outside·(I − P)) F`` of ``F`` and ``P F``; gains of one leave ``F`` as it is, bit for bit."""
     inside, outside = (factor.new_tensor(values)[:, None, None] for values in zip(*gains, strict=True))
     alike = [one == other for one, other in gains]
     if all(alike):
