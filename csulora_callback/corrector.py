@@ -51,10 +51,10 @@ class SafetyCorrector:
         >>> lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         >>> model = get_peft_model(aligned, lora)
         >>> corrector = SafetyCorrector(model, subspace, Penalty.csulora(10.0))
-        >>> before = corrector.measure()["csulora/update_norm"]
+        >>> before = corrector.adapter.read()
         >>> with corrector.corrected() as adapter:  # corrected factors are live in here, the raw ones after
         ...     inside = adapter.metrics["csulora/attenuation"]
-        >>> corrector.measure()["csulora/update_norm"] == before and 0 < inside < 1
+        >>> equal(corrector.adapter.read(), before) and 0 < inside < 1
         True
     """
 
@@ -136,8 +136,7 @@ class SafetyCorrector:
             return self.known(factors) or self._compute(factors)
 
     def _compute(self, raw: Factors) -> CorrectedAdapter:
-        last = self._last
-        if last is not None and equal(raw, last.raw):
+        if (last := self._if_last(raw)) is not None:
             return last
         if not all_finite(raw) or not (self._activations is None or self._activations.finite):
             return self._left_raw(raw, "the factors, or activations with them, hold NaN or Inf")
@@ -146,6 +145,9 @@ class SafetyCorrector:
         except CorrectionOverflowError as error:
             return self._left_raw(raw, str(error))
         return self._last
+
+    def _if_last(self, raw: Factors) -> CorrectedAdapter | None:
+        return self._last if self._last is not None and equal(raw, self._last.raw) else None
 
     def taken(
         self, state_dict: Callable[[], Mapping[str, Tensor]], module: nn.Module
@@ -164,8 +166,14 @@ class SafetyCorrector:
         return self._swaps.inside[-1] if self._swaps.inside else None
 
     def measure(self) -> dict[str, float]:
-        """The metrics of the correction as it would be made now; the model is not touched."""
-        return self.compute().metrics
+        """The metrics of the correction as it would be made now, see :meth:`~.correcting.Correcting.measure`."""
+        raw = self.adapter.read()
+        with LOCK:
+            done = self.known(raw) or self._if_last(raw)
+            if done is None and (self._activations is None or self._activations.finite):
+                metrics = self._correcting.measure(raw, self._gains(raw))
+                return self._compute(raw).metrics if metrics is None else metrics
+            return (done or self._compute(raw)).metrics
 
     def inspect(self, adapter: CorrectedAdapter) -> dict[str, Inspection]:
         """The ``raw`` and the ``corrected`` state of one of its corrections, module by module.
@@ -288,6 +296,5 @@ class SafetyCorrector:
 
     def _gains(self, raw: Factors) -> dict[str, InputGain] | None:
         if self._input_gains is None:
-            device = next(iter(raw.values()))[0].device
-            self._input_gains = self._correcting.gains(self._activations, device)
+            self._input_gains = self._correcting.gains(self._activations, next(iter(raw.values()))[0].device)
         return self._input_gains

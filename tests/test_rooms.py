@@ -22,7 +22,7 @@ FILES = {
     **dict.fromkeys(("aligned_answers", "answers_cache", "behaviour", "budget", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
     **dict.fromkeys(("presets", "refused_rows", "rereading", "screening", "searching"), STATE),
-    **dict.fromkeys(("sidecar", "swap", "target"), STATE),
+    **dict.fromkeys(("sidecar", "stacks", "swap", "target"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file"), STATE),
     **dict.fromkeys(
         ("__init__", "__main__", "arguments", "callback", "cli", "cli_options", "cli_screen"), FRONT_DOORS

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
 import torch
-from torch import Tensor
 from torchmetrics import Metric
 
 from csulora_callback.method.basis import Basis
-from csulora_callback.method.correction import Correction
-from csulora_callback.method.measure import Drift, chance_shares, kept_displacement
+from csulora_callback.method.closest import Correction
+from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement, total
 from csulora_callback.method.penalty import BLOCKS
 
 DRIFT_KEYS = (
@@ -27,7 +30,70 @@ DRIFT_KEYS = (
 )
 """What :class:`SafetyDrift` computes, by name."""
 
-_SUMS = ("corrected", "closest", "truncated", "changed", "along", "corrected_along", "displacement")
+
+@dataclass(frozen=True)
+class Effect:
+    """What a correction does to one module, or to several together: they are added up.
+
+    Attributes:
+        raw: where the update lies before it.
+        corrected: ``‖X‖²``.
+        closest: ``‖X*‖²``.
+        truncated: ``‖X* − X‖²``.
+        changed: ``‖X − Δ‖²``.
+        corrected_along: ``⟨X, D⟩``.
+    """
+
+    raw: Drift
+    corrected: float
+    closest: float
+    truncated: float
+    changed: float
+    corrected_along: float
+
+    @classmethod
+    def of(cls, correction: Correction, basis: Basis) -> Effect:
+        """Of one module, whose correction was made with the sides of ``basis``.
+
+        Example:
+            >>> import torch
+            >>> from csulora_callback import Penalty, correct
+            >>> basis = Basis(torch.eye(3)[:, :1], torch.eye(2)[:, :1], torch.tensor([2.0]), displacement=2.0)
+            >>> done = correct(torch.ones(1, 2), torch.ones(3, 1), basis.U, basis.V, Penalty.projection())
+            >>> effect = Effect.of(done, basis)
+            >>> effect.raw.along, effect.corrected_along, round(effect.changed, 3)
+            (2.0, 2.0, 5.0)
+        """
+        sigma = basis.singular_values.to(correction.along)
+        before, after = (float(along @ sigma) for along in (correction.along, correction.corrected_along))
+        chance = chance_shares(basis.U.shape, basis.V.shape)
+        return cls(
+            drift_of(correction.energy, chance, before, kept_displacement(basis)),
+            corrected=correction.corrected_norm**2,
+            closest=correction.closest_norm**2,
+            truncated=(correction.truncation_error * correction.closest_norm) ** 2,
+            changed=(correction.relative_change * correction.update_norm) ** 2,
+            corrected_along=after,
+        )
+
+
+def drift_metrics(effects: Iterable[Effect]) -> dict[str, float]:
+    """The metrics of :class:`SafetyDrift` of several modules.
+
+    Example:
+        >>> raw = Drift({"aligned": 1.0, "output": 0.0, "input": 0.0, "off": 3.0})
+        >>> effect = Effect(raw, corrected=1.0, closest=1.0, truncated=0.0, changed=1.0, corrected_along=0.0)
+        >>> seen = drift_metrics([effect, effect])
+        >>> seen["csulora/aligned_energy"], seen["csulora/attenuation"]
+        (0.25, 0.5)
+    """
+    effects = list(effects)
+    raw = total(effect.raw for effect in effects)
+    sums = {name: sum(getattr(effect, name) for effect in effects) for name in _SUMS}
+    return _metrics(Effect(raw, **sums))
+
+
+_SUMS = tuple(field.name for field in fields(Effect))[1:]
 
 
 class SafetyDrift(Metric):
@@ -87,10 +153,8 @@ class SafetyDrift(Metric):
     def __init__(self) -> None:
         # Every process holds the whole adapter: summing over processes would count each module several times.
         super().__init__(sync_on_compute=False)
-        for state in ("energy", "by_chance"):
-            self.add_state(state, torch.zeros(len(BLOCKS), dtype=torch.float64), dist_reduce_fx="sum")
-        for state in _SUMS:
-            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        size = 2 * len(BLOCKS) + 2 + len(_SUMS)
+        self.add_state("sums", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, correction: Correction, basis: Basis) -> None:
         """Add one module.
@@ -99,43 +163,37 @@ class SafetyDrift(Metric):
             correction: made with the sides of ``basis``.
             basis: in any orientation: what is asked of it does not depend on which side is the output's.
         """
-        energy = torch.tensor([correction.energy[block] for block in BLOCKS], dtype=torch.float64)
-        chance = chance_shares(basis.U.shape, basis.V.shape)
-        self.energy += energy
-        self.by_chance += energy.sum() * torch.tensor([chance[block] for block in BLOCKS], dtype=torch.float64)
-        self.corrected += correction.corrected_norm**2
-        self.closest += correction.closest_norm**2
-        self.truncated += (correction.truncation_error * correction.closest_norm) ** 2
-        self.changed += (correction.relative_change * correction.update_norm) ** 2
-        sigma = basis.singular_values.to(correction.along)
-        self.along += (correction.along * sigma).sum().item()
-        self.corrected_along += (correction.corrected_along * sigma).sum().item()
-        self.displacement += kept_displacement(basis)
+        raw, *sums = (getattr(Effect.of(correction, basis), name) for name in ("raw", *_SUMS))
+        numbers = [*(part[b] for part in (raw.energy, raw.by_chance) for b in BLOCKS), raw.along, raw.displacement]
+        self.sums += self.sums.new_tensor([*numbers, *sums])
 
     def compute(self) -> dict[str, float]:
         """The metrics of the table above."""
-        total = self.energy.sum()
-        aligned, output, input_, off = self.energy
-        by_chance = dict(zip(BLOCKS, self.by_chance, strict=True))
-        undone, undone_corrected = (
-            Drift(along=along.item(), displacement=self.displacement.item()).undone
-            for along in (self.along, self.corrected_along)
-        )
-        return {
-            "csulora/aligned_energy": _ratio(aligned, total),
-            "csulora/partial_energy": _ratio(output + input_, total),
-            "csulora/off_energy": _ratio(off, total),
-            "csulora/aligned_over_chance": _ratio(aligned, by_chance["aligned"]),
-            "csulora/partial_over_chance": _ratio(output + input_, by_chance["output"] + by_chance["input"]),
-            "csulora/off_over_chance": _ratio(off, by_chance["off"]),
-            "csulora/alignment_undone": undone,
-            "csulora/alignment_undone_corrected": undone_corrected,
-            "csulora/attenuation": 1.0 - _ratio(self.corrected, total) ** 0.5 if total > 0 else 0.0,
-            "csulora/relative_change": _ratio(self.changed, total) ** 0.5,
-            "csulora/truncation_error": _ratio(self.truncated, self.closest) ** 0.5,
-            "csulora/update_norm": total.sqrt().item(),
-        }
+        numbers = iter(self.sums.tolist())
+        energy, by_chance = ({block: next(numbers) for block in BLOCKS} for _ in range(2))
+        return _metrics(Effect(Drift(energy, by_chance, next(numbers), next(numbers)), *numbers))
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return (part / whole).item() if whole > 0 else 0.0
+def _metrics(effect: Effect) -> dict[str, float]:
+    raw, whole = effect.raw, effect.raw.total_energy
+    energy, chance = raw.energy, raw.by_chance
+    left = Drift(along=effect.corrected_along, displacement=raw.displacement)
+    partial, partial_chance = (part["output"] + part["input"] for part in (energy, chance))
+    return {
+        "csulora/aligned_energy": _ratio(energy["aligned"], whole),
+        "csulora/partial_energy": _ratio(partial, whole),
+        "csulora/off_energy": _ratio(energy["off"], whole),
+        "csulora/aligned_over_chance": _ratio(energy["aligned"], chance["aligned"]),
+        "csulora/partial_over_chance": _ratio(partial, partial_chance),
+        "csulora/off_over_chance": _ratio(energy["off"], chance["off"]),
+        "csulora/alignment_undone": raw.undone,
+        "csulora/alignment_undone_corrected": left.undone,
+        "csulora/attenuation": 1.0 - math.sqrt(_ratio(effect.corrected, whole)) if whole > 0 else 0.0,
+        "csulora/relative_change": math.sqrt(_ratio(effect.changed, whole)),
+        "csulora/truncation_error": math.sqrt(_ratio(effect.truncated, effect.closest)),
+        "csulora/update_norm": math.sqrt(whole),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0

@@ -1,15 +1,8 @@
-r"""Where an update lies and which way it points, measured without correcting it.
+r"""Where an update lies and which way it points, measured without correcting it, by :mod:`.grams`.
 
-With the small products ``K_A = A Aᵀ``, ``K_B = Bᵀ B`` and those of the parts inside the subspace, ``p_A`` of ``A V``
-and ``p_B`` of ``Uᵀ B``, all of them ``r × r``, the energies of the blocks of ``Δ = s·B·A`` are
-
-    ``e_aligned = s² ⟨p_B, p_A⟩``,        ``e_output = s² ⟨p_B, K_A − p_A⟩``,
-    ``e_input = s² ⟨K_B − p_B, p_A⟩``,    ``e_off = s² ⟨K_B − p_B, K_A − p_A⟩``,
-
-which takes no QR and no SVD. A share of the energy says little alone, as a random update has some of it in every
-block: :func:`chance_shares`. The alignment displaced the weight by ``D``; an update undoes the share
-``−⟨Δ, D⟩ / ‖D‖²`` of it, which is 1 for ``Δ = −D``, 0 for a random one, and negative where the update goes on in the
-direction of the alignment.
+A share of the energy says little alone, as a random update has some of it in every block: :func:`chance_shares`. The
+alignment displaced the weight by ``D``; an update undoes the share ``−⟨Δ, D⟩ / ‖D‖²`` of it, which is 1 for
+``Δ = −D``, 0 for a random one, and negative where the update goes on in the direction of the alignment.
 """
 
 from __future__ import annotations
@@ -21,6 +14,7 @@ import torch
 from torch import Tensor
 
 from csulora_callback.method.basis import Basis
+from csulora_callback.method.grams import Grams
 from csulora_callback.method.penalty import BLOCKS
 
 
@@ -116,8 +110,18 @@ def measure(
         {'aligned': 0.167, 'output': 0.167, 'input': 0.333, 'off': 0.333}
     """
     energy = block_energies(lora_A, lora_B, U, V, scaling)
+    return drift_of(energy, chance_shares(U.shape, V.shape), along, displacement)
+
+
+def drift_of(energy: Mapping[str, float], chance: Mapping[str, float], along: float, displacement: float) -> Drift:
+    """The drift of a module whose blocks are ``chance`` of the space, as :func:`chance_shares` says.
+
+    Example:
+        >>> chance = {"aligned": 0.25, "output": 0.25, "input": 0.25, "off": 0.25}
+        >>> drift_of({"aligned": 0.0, "output": 0.0, "input": 0.0, "off": 4.0}, chance, 0.0, 1.0).by_chance["aligned"]
+        1.0
+    """
     whole = sum(energy.values())
-    chance = chance_shares(U.shape, V.shape)
     return Drift(energy, {block: share * whole for block, share in chance.items()}, along, displacement)
 
 
@@ -129,19 +133,7 @@ def block_energies(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, scaling
         >>> block_energies(torch.ones(1, 2), torch.ones(3, 1), torch.eye(3)[:, :1], torch.eye(2)[:, :1], scaling=2.0)
         {'aligned': 4.0, 'output': 4.0, 'input': 8.0, 'off': 8.0}
     """
-    A, B, U, V = _wide(lora_A, lora_B, U, V)
-    inside_A, inside_B = A @ V, U.T @ B
-    whole_A, whole_B = A @ A.T, B.T @ B
-    kept_A, kept_B = inside_A @ inside_A.T, inside_B.T @ inside_B
-    left_A, left_B = whole_A - kept_A, whole_B - kept_B
-    products = {
-        "aligned": (kept_B, kept_A),
-        "output": (kept_B, left_A),
-        "input": (left_B, kept_A),
-        "off": (left_B, left_A),
-    }
-    # A difference may fall just below the zero that it stands for.
-    return {b: max(0.0, scaling * scaling * (one * other).sum().item()) for b, (one, other) in products.items()}
+    return _energies(_grams(lora_A, lora_B, U, V), scaling)
 
 
 def chance_shares(output_side: tuple[int, int], input_side: tuple[int, int]) -> dict[str, float]:
@@ -177,25 +169,7 @@ def along_kept(
         >>> along_kept(torch.ones(1, 2), torch.ones(3, 1), U, V, torch.tensor([5.0]), scaling=2.0)
         10.0
     """
-    A, B, U, V, sigma = _wide(lora_A, lora_B, U, V, singular_values)
-    return (along_pairs(U.T @ B, V.T @ A.T, scaling) * sigma).sum().item()
-
-
-def along_pairs(on_output: Tensor, on_input: Tensor, scaling: float = 1.0) -> Tensor:
-    """``uᵢᵀ Δ vᵢ`` of the pairs of columns of ``U`` and ``V``, ``(min(k, k'),)``.
-
-    Args:
-        on_output: ``UᵀB (k, r)``.
-        on_input: ``VᵀAᵀ (k', r)``.
-        scaling: PEFT's ``scaling`` of the layer.
-
-    Example:
-        >>> import torch
-        >>> along_pairs(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
-        tensor([11.])
-    """
-    pairs = min(len(on_output), len(on_input))
-    return scaling * (on_output[:pairs] * on_input[:pairs]).sum(dim=1)
+    return scaling * _grams(lora_A, lora_B, U, V, singular_values).along().item()
 
 
 def along_displacement(lora_A: Tensor, lora_B: Tensor, D: Tensor, scaling: float = 1.0) -> float:
@@ -220,8 +194,9 @@ def measure_kept(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, basis: Ba
         >>> measure_kept(torch.ones(1, 2), -torch.ones(3, 1), basis.U, basis.V, basis).undone  # 5 of 25
         0.2
     """
-    along = along_kept(lora_A, lora_B, U, V, basis.singular_values, scaling)
-    return measure(lora_A, lora_B, U, V, along, kept_displacement(basis), scaling)
+    grams = _grams(lora_A, lora_B, U, V, basis.singular_values)
+    along, chance = scaling * grams.along().item(), chance_shares(U.shape, V.shape)
+    return drift_of(_energies(grams, scaling), chance, along, kept_displacement(basis))
 
 
 def kept_displacement(basis: Basis) -> float:
@@ -235,5 +210,10 @@ def kept_displacement(basis: Basis) -> float:
     return basis.singular_values.double().square().sum().item()
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().to(tensors[0].device, torch.float64) for tensor in tensors]
+def _grams(lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, singular_values: Tensor | None = None) -> Grams:
+    sigma = lora_A.new_zeros(0) if singular_values is None else singular_values
+    return Grams.of(*(tensor[None] for tensor in (lora_A, lora_B, U, V, sigma)), torch.float64)
+
+
+def _energies(grams: Grams, scaling: float) -> dict[str, float]:
+    return dict(zip(BLOCKS, (scaling * scaling * grams.energies()[0]).tolist(), strict=True))

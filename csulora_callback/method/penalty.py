@@ -11,6 +11,9 @@ from csulora_callback.method.token_space import MAX_STRENGTH
 BLOCKS = ("aligned", "output", "input", "off")
 """The four orthogonal parts of an update, see the table in :mod:`csulora_callback.method.correction`."""
 
+# A gain table whose determinant vanishes to rounding factors over the two sides and keeps the rank.
+_RANK_ONE_TOLERANCE = 1e-12
+
 
 @dataclass(frozen=True)
 class Penalty:
@@ -135,6 +138,26 @@ def _nothing(relative_energy: Mapping[str, float], strength: float) -> dict[str,
 
 def _constant(relative_energy: Mapping[str, float], **multipliers: float) -> dict[str, float]:
     return dict(multipliers)
+
+
+def rank_one(gain: Mapping[str, float]) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Gains of the two sides, each ``(inside, outside)``, if the table of block gains is their outer product.
+
+    Example:
+        >>> rank_one({"aligned": 0.25, "output": 0.5, "input": 0.5, "off": 1.0})
+        ((0.5, 1.0), (0.5, 1.0))
+        >>> rank_one({"aligned": 1.0, "output": 0.5, "input": 0.5, "off": 1.0}) is None
+        True
+    """
+    table = [[gain["aligned"], gain["output"]], [gain["input"], gain["off"]]]
+    largest = max(gain.values())
+    if largest == 0.0:
+        return (0.0, 0.0), (1.0, 1.0)
+    if abs(gain["aligned"] * gain["off"] - gain["output"] * gain["input"]) > _RANK_ONE_TOLERANCE * largest**2:
+        return None
+    i, j = next((i, j) for i in (0, 1) for j in (0, 1) if table[i][j] == largest)
+    root = math.sqrt(largest)  # shared between the sides, so that neither factor shrinks alone
+    return (table[0][j] / root, table[1][j] / root), (table[i][0] / root, table[i][1] / root)
 
 
 def in_words(penalty: Mapping[str, object]) -> str:

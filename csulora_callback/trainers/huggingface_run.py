@@ -223,7 +223,7 @@ class HuggingFaceRun:
             sidecar.discard(self.checkpoint_folder())
         behaviour = self._log_behaviour()
         if self.callback.budget.limits:  # before the record is written
-            self.stopping.check({**UNMEASURED, **self.corrector.measure(), **behaviour})
+            self.stopping.check({**UNMEASURED, **self.corrector.compute().metrics, **behaviour})
         with self.corrector.corrected() as adapter:
             result = original(*args, **kwargs)
         self.stopping.saved()
