@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora_callback.method.basis import Basis
+from csulora_callback.models.checksum import combine, digest
 from csulora_callback.models.whole_files import write_whole
 
-FORMAT = "3"
+FORMAT = "4"
 """Also part of a cache's key: raise it whenever the same weights would give another file."""
 
 
 def fingerprint(bases: Mapping[str, Basis]) -> str:
-    """SHA-256 over the content of all bases.
+    """Of the content of all bases, see :func:`~csulora_callback.models.checksum.digest`: damage shows, forgery may not.
 
     Example:
         >>> import torch
@@ -30,13 +31,12 @@ def fingerprint(bases: Mapping[str, Basis]) -> str:
         >>> len(fingerprint({"q_proj": basis}))
         64
     """
-    sha = hashlib.sha256()
+    digests = {}
     for name in sorted(bases):
-        basis = bases[name]
-        sha.update(f"{name}:{tuple(basis.U.shape)}:{tuple(basis.V.shape)}:{basis.displacement!r}".encode())
-        for part in (basis.U, basis.V, basis.singular_values):
-            sha.update(part.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+        parts = {"U": bases[name].U, "V": bases[name].V, "singular_values": bases[name].singular_values}
+        digests |= {f"{name}.{part}": digest(tensor) for part, tensor in parts.items()}
+        digests[f"{name}.displacement"] = repr(bases[name].displacement)
+    return combine(digests)
 
 
 def check_metadata(metadata: object) -> None:
