@@ -20,7 +20,8 @@ from csulora_callback import subspace_file
 from csulora_callback.fingerprints import Fingerprints
 from csulora_callback.method.basis import Basis, basis_of, check_basis, check_rank_rule
 from csulora_callback.models.adapters import AdaptedLayer
-from csulora_callback.models.checkpoint import Source, fingerprint
+from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.checksum import fingerprint
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading_ahead import Seen, reading_ahead
@@ -174,10 +175,11 @@ class SafetySubspace(Mapping[str, Basis]):
         cache = None if cache_dir is None or processes.rank > 0 else SubspaceCache(cache_dir, pair.names, rule)
         fingerprints = Fingerprints(cache_dir, processes)
         origin = fingerprints.of_both(pair, cache and cache.holds, verify)
-        cached = processes.together(lambda: cache.read(origin, cls.load) if cache and origin else None)
+        cached = processes.together(lambda: cache.read(origin, cls._cached) if cache and origin else None)
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
-            return cls(bases, processes.from_first(cached and cached.metadata), from_cache=True)
+            metadata = processes.from_first(cached and cached.metadata)
+            return cls(bases, metadata, from_cache=True) if cached is None else cached
 
         subspace = cls._estimate(pair, rule, device, progress, processes)
         if processes.from_first(cache is not None and cache.write(subspace)):
@@ -261,6 +263,10 @@ class SafetySubspace(Mapping[str, Basis]):
                 fingerprint it states, or if a basis in it is none.
         """
         return cls(*subspace_file.read(Path(path)))
+
+    @classmethod
+    def _cached(cls, path: Path) -> SafetySubspace:
+        return cls(*subspace_file.read(path), from_cache=True)
 
 
 def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | SavedLayer) -> tuple[Tensor, Tensor]:

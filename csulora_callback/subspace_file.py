@@ -23,7 +23,7 @@ FORMAT = "4"
 
 
 def fingerprint(bases: Mapping[str, Basis]) -> str:
-    """Of the content of all bases, see :func:`~csulora_callback.models.checksum.digest`: damage shows, forgery may not.
+    """Of the content of all bases, by their :func:`~csulora_callback.models.checksum.digest`: damage shows.
 
     Example:
         >>> import torch

@@ -8,13 +8,13 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from csulora_callback.models.checksum import combine, digest
+from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import module_name
@@ -137,7 +137,7 @@ class Checkpoint:
         return weight
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
-        """Of name, dtype, shape and bytes of these modules' weights, see :func:`fingerprint`.
+        """Of name, dtype, shape and bytes of these modules' weights.
 
         Equal weights give equal fingerprints wherever they are stored. ``processes`` divide the work; all of them
         have to call, and get the same answer.
@@ -193,21 +193,6 @@ class Checkpoint:
                 "Code that lies beside the weights is never run."
             ) from error
         return _from_module(model, invented, self.source)
-
-
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """Of a checkpoint's modules, from the :func:`~csulora_callback.models.checksum.digest` of each weight by name.
-
-    It tells apart checkpoints that differ by training, rounding or damage. It is no defence against somebody who makes
-    two that have the same.
-
-    Example:
-        >>> from torch import nn
-        >>> layer = nn.Sequential(nn.Linear(3, 2))
-        >>> fingerprint({"0": digest(layer[0].weight)}) == open_checkpoint(layer).fingerprint(["0"])
-        True
-    """
-    return combine(dict(sorted(digests.items())))
 
 
 Source = str | os.PathLike | nn.Module | Checkpoint
