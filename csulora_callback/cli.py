@@ -109,6 +109,8 @@ def subspace(
             pair = checkpoint_named(base), checkpoint_named(aligned)
             kept = {"cache_dir": default_cache_dir(), "verify": verify}
             found = SafetySubspace.estimate(*pair, targets, **rule, **kept)
+            if found.from_cache:
+                logger.info("found in the cache %s: these weights were estimated before", kept["cache_dir"])
             found.save(output)
             logger.info("written to %s", output)
     show(as_json, lambda: subspace_json(found), lambda console: print_subspace(console, found))

@@ -1,4 +1,15 @@
-"""How a safety subspace lies on disk: one safetensors file whose content has to fit the fingerprint it states."""
+"""How a safety subspace lies on disk: one safetensors file whose content has to fit the fingerprint it states.
+
+Singular vectors are kept in float32: 0.16 GB for Llama-3.2-1B's linear layers at the relative rank, 1.2 GB (computed)
+for Llama-3.1-8B's, 7 to 8 % of a checkpoint. Two bytes would halve that, at an error that is not nothing. Against
+vectors in float64, on matrices of 1B's shapes and updates in and beside the subspace, for guard and csulora alike:
+
+| kept in | largest error of X*, over ‖Δ‖ | of a relative energy | entry of UᵀU − I |
+|---|---|---|---|
+| float32 | 4e-8 | 3e-10 | 7e-9 |
+| float16 | 1.4e-4 | 2e-6 | 6e-5 |
+| bfloat16 | 1.1e-3 | 6e-5 | 7e-4 |
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from csulora_callback.models.checksum import checksum, digest, fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.float8_e4m3fn, torch.bool]
 CHUNK = 1 << 18  # numbers of four bytes that are summed together
-MORE = settings(derandomize=True, deadline=None, max_examples=150)
+MORE = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
