@@ -191,7 +191,8 @@ class SafetySubspace(Mapping[str, Basis]):
     def _estimate(
         cls, pair: CheckpointPair, rule: dict, device: object, progress: bool, processes: Processes
     ) -> SafetySubspace:
-        order, results = pair.in_order(), {}
+        # The first one's order, as another process may have other files of the same weights.
+        order, results = processes.from_first(pair.in_order()), {}
         with (
             reading_ahead(pair, order[processes.rank :: processes.size], device) as reader,
             tqdm(total=len(order), desc="safety subspace", unit="module", disable=not progress) as bar,

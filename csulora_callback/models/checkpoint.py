@@ -142,13 +142,14 @@ class Checkpoint:
         Equal weights give equal fingerprints wherever they are stored. ``processes`` divide the work; all of them
         have to call, and get the same answer.
         """
-        digests = {}
+        processes, digests = processes or Processes(), {}
+        order = processes.from_first(self.in_order(names))  # another process may have other files of the same weights
 
         def work(own: str | None, turn: list[str]) -> str | None:
             weight = self.weight_for(own, turn)
             return None if weight is None else digest(weight)
 
-        for part in (processes or Processes()).divide(self.in_order(names), work):
+        for part in processes.divide(order, work):
             digests |= part
         return fingerprint(digests)
 

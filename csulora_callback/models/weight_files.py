@@ -58,9 +58,7 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files]:
             raise FileNotFoundError(
                 f"{source}: the shard {file!r} that {found.name} lists is missing. Fetch it again."
             )
-        state = FileState.of(
-            folder / file
-        )  # before it is opened: what it looks like must not be newer than what is read
+        state = FileState.of(folder / file)  # before it is opened, so that it is not newer than what is read
         entries = (_safetensors_file if file.endswith(".safetensors") else _bin_file)(folder / file)
         for key in listed:
             if _module_of(key) is not None and key not in entries:
