@@ -25,9 +25,10 @@ from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.presets import Family
 from csulora_callback.reporting.start import print_start
-from csulora_callback.subspace import SafetySubspace, check_origin
+from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_file import check_metadata
+from csulora_callback.subspace_origin import check_origin
 from csulora_callback.target import Target, held_back
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
@@ -226,7 +227,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         corrector = SafetyCorrector(model, subspace, penalty, activations)
         corrector.notes |= self.budget.begin()
         if self.subspace is not None:
-            check_origin(subspace, aligned, processes)
+            check_origin(subspace, aligned, processes, self.cache_dir)
         if verbose:
             print_start(corrector, time.perf_counter() - started, probes, self.target)
         return corrector

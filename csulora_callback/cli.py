@@ -85,12 +85,15 @@ def subspace(
         list[str] | None,
         typer.Option(metavar="A,B", help="Names or their last parts, may be repeated; by default all matrices."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read both checkpoints although their files look unchanged.")
+    ] = False,
     to_show: Annotated[Path | None, typer.Option("--show", metavar="FILE", help="Show a file instead.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the safety subspace of a base and an aligned checkpoint, or show a file that holds one."""
     if to_show is not None:
-        others = (base, aligned, output, rank, energy, target_modules)
+        others = (base, aligned, output, rank, energy, target_modules, verify)
         demand(all(not other for other in others), "`--show`: expected nothing beside it but --json. Leave it out.")
         with working():
             found = SafetySubspace.load(to_show)
@@ -103,7 +106,11 @@ def subspace(
         with arguments():
             check_rank_rule(**rule)
         with working():
-            found = SafetySubspace.estimate(checkpoint_named(base), checkpoint_named(aligned), targets, **rule)
+            pair = checkpoint_named(base), checkpoint_named(aligned)
+            kept = {"cache_dir": default_cache_dir(), "verify": verify}
+            found = SafetySubspace.estimate(*pair, targets, **rule, **kept)
+            if found.from_cache:
+                logger.info("found in the cache %s: these weights were estimated before", kept["cache_dir"])
             found.save(output)
             logger.info("written to %s", output)
     show(as_json, lambda: subspace_json(found), lambda console: print_subspace(console, found))

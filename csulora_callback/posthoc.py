@@ -27,8 +27,9 @@ from csulora_callback.presets import TARGET, Family, check_preset, check_share, 
 from csulora_callback.rereading import choose_texts, load_of_subspace, read_again
 from csulora_callback.searching import find_strength
 from csulora_callback.sidecar import FOLDER
-from csulora_callback.subspace import SafetySubspace, check_origin
+from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_file import check_metadata
+from csulora_callback.subspace_origin import check_origin
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from csulora_callback.models.reading import Rows
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows, read_task
 from csulora_callback.refused_rows import RefusedRows
-from csulora_callback.subspace import SafetySubspace, check_origin
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_origin import check_origin
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from csulora_callback import subspace_file
-from csulora_callback.method.basis import Basis, basis_of, check_basis, check_rank_rule
+from csulora_callback.fingerprints import Fingerprints
+from csulora_callback.method.basis import Basis, Reused, basis_of, check_basis, check_rank_rule
 from csulora_callback.models.adapters import AdaptedLayer
-from csulora_callback.models.checkpoint import Source, open_checkpoint
+from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.checksum import fingerprint
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.reading_ahead import Seen, reading_ahead
 from csulora_callback.models.saved_adapter import SavedLayer
-from csulora_callback.subspace_cache import CachedSubspace
+from csulora_callback.subspace_cache import SubspaceCache
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,7 @@ class SafetySubspace(Mapping[str, Basis]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the content of all bases."""
+        """Of the content of all bases."""
         return subspace_file.fingerprint(self.bases)
 
     def truncated(self, rank: int | None) -> SafetySubspace:
@@ -123,11 +126,13 @@ class SafetySubspace(Mapping[str, Basis]):
         seed: int = 0,
         cache_dir: str | os.PathLike | None = None,
         processes: Processes | None = None,
+        verify: bool = False,
     ) -> SafetySubspace:
         """Estimate the subspace of every target module from a base and an aligned checkpoint.
 
-        Reads one pair of tensors at a time. Large matrices go through a randomized block Krylov iteration with extra
-        blocks (Musco & Musco 2015), small ones through an exact SVD; the global random state is not touched.
+        Reads each weight once, in the order of the files, and one pair ahead of what is computed. Large matrices go
+        through a randomized block Krylov iteration with extra blocks (Musco & Musco 2015), small ones through an exact
+        SVD; the global random state is not touched.
 
         Args:
             base: the unaligned checkpoint: a folder, a Hub id, or a module in memory.
@@ -141,15 +146,17 @@ class SafetySubspace(Mapping[str, Basis]):
             progress: show a progress bar.
             method: ``"krylov"`` or ``"exact"`` for all modules, or ``"auto"`` to choose by size.
             seed: of the random start of the Krylov iteration; with the module's name it fixes the result.
-            cache_dir: look up and keep the result in this folder, by the content of both checkpoints. A cache that
-                cannot be used costs a warning.
+            cache_dir: look up and keep the result in this folder, by the content of both checkpoints. Files that look
+                as they did when they were last read (see :class:`~csulora_callback.models.file_state.FileState`) are
+                not read for that. A cache that cannot be used costs a warning.
             processes: divide the modules over these (``Processes.all()``); all of them have to call and get the
                 whole result, or all fail where one does. The first one's cache counts.
+            verify: True reads the files although they look unchanged.
 
         Raises:
             ValueError: for arguments out of range; if a target is missing in a checkpoint (nearest names are given),
-                shapes differ (the first differing tensor is named), weights hold NaN or Inf, or base and aligned are
-                equal.
+                shapes differ (the first differing tensor is named), weights hold NaN or Inf, a file is written to
+                meanwhile, or base and aligned are equal.
             FileNotFoundError: if a checkpoint is not there.
 
         Example:
@@ -164,61 +171,68 @@ class SafetySubspace(Mapping[str, Basis]):
             raise ValueError(f"`method`: expected 'auto', 'krylov' or 'exact', but got {method!r}.")
         processes = processes or Processes()
         pair = processes.together(lambda: CheckpointPair.open(base, aligned, target_modules))
-        origin = pair.origin(processes)
         rule = {"rank": rank if energy is None else None, "energy": energy, "method": method, "seed": seed}
-        cache = None if cache_dir is None or processes.rank > 0 else CachedSubspace(cache_dir, origin, rule)
-        cached = processes.together(lambda: None if cache is None else cache.read(cls.load))
+        cache = None if cache_dir is None or processes.rank > 0 else SubspaceCache(cache_dir, pair.names, rule)
+        fingerprints = Fingerprints(cache_dir, processes)
+        origin = fingerprints.of_both(pair, cache and cache.holds, verify)
+        cached = processes.together(lambda: cache.read(origin, cls._cached) if cache and origin else None)
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
-            return cls(bases, processes.from_first(cached and cached.metadata), from_cache=True)
+            metadata = processes.from_first(cached and cached.metadata)
+            return cls(bases, metadata, from_cache=True) if cached is None else cached
 
-        subspace = cls._estimate(pair, origin, rule, device, progress, processes)
-        if cache is not None:
-            cache.write(subspace.save)
+        subspace = cls._estimate(pair, rule, device, progress, processes)
+        if processes.from_first(cache is not None and cache.write(subspace)):
+            for side, checkpoint in pair.sides.items():
+                fingerprints.remember(checkpoint, pair.names, subspace.metadata[side]["fingerprint"])
         return subspace
 
     @classmethod
     def _estimate(
-        cls,
-        pair: CheckpointPair,
-        origin: dict,
-        rule: dict,
-        device: object,
-        progress: bool,
-        processes: Processes,
+        cls, pair: CheckpointPair, rule: dict, device: object, progress: bool, processes: Processes
     ) -> SafetySubspace:
-        def estimate(own: str | None, turn: list[str]) -> tuple[Basis, str, str] | None:
-            weights = pair.weights_for(own, turn)
-            if own is None:
-                return None
-            dtypes = (str(weight.dtype).removeprefix("torch.") for weight in weights)
-            return (basis_of(own, *weights, rule, device), *dtypes)
+        # The first one's order, as another process may have other files of the same weights.
+        order, results, space = processes.from_first(pair.in_order()), {}, Reused()
+        with (
+            reading_ahead(pair, order[processes.rank :: processes.size], device) as reader,
+            tqdm(total=len(order), desc="safety subspace", unit="module", disable=not progress) as bar,
+        ):
 
-        results = {}
-        with tqdm(total=len(pair.names), desc="safety subspace", unit="module", disable=not progress) as bar:
-            for part in processes.divide(pair.names, estimate):
+            def estimate(own: str | None, turn: list[str]) -> tuple[Basis, list[Seen]] | None:
+                read = reader.take(own, turn)
+                if read is None:
+                    return None
+                weights, seen = read  # taken out of their list, so that nothing here keeps them in memory
+                return basis_of(own, weights.pop(0), weights.pop(0), rule, device, space), seen
+
+            for part in processes.divide(order, estimate):
                 results |= part
                 bar.update(len(part))
+        processes.together(lambda: pair.check_unwritten(order))
         bases = {name: results[name][0] for name in pair.names}
-        dtypes = [sorted({result[side] for result in results.values()}) for side in (1, 2)]
+        origin = {
+            side: {
+                "source": checkpoint.source,
+                "fingerprint": fingerprint({name: seen[number].digest for name, (_, seen) in results.items()}),
+                "dtypes": sorted({seen[number].dtype for _, seen in results.values()}),
+            }
+            for number, (side, checkpoint) in enumerate(pair.sides.items())
+        }
         if all(basis.displacement == 0.0 for basis in bases.values()):
             raise ValueError(
                 f"`base`: base equal to aligned, no displacement: none of the {len(bases)} target modules differs "
                 f"between {pair.base.source} and {pair.aligned.source}. Pass the checkpoint from before alignment as "
                 "base."
             )
+        dtypes = [origin[side]["dtypes"] for side in pair.sides]
         if dtypes[0] != dtypes[1]:
             logger.warning(
                 "The base weights are %s and the aligned ones %s: what the narrower dtype rounded away counts as "
                 "displacement. Pass both checkpoints in one dtype.",
                 *map("/".join, dtypes),
             )
-        metadata = {
-            **{side: {**origin[side], "dtypes": seen} for side, seen in zip(origin, dtypes, strict=True)},
-            **rule,
-            "versions": {package: version(package) for package in ("csulora-callback", "torch")},
-        }
-        return cls(bases, metadata)
+        versions = {package: version(package) for package in ("csulora-callback", "torch")}
+        return cls(bases, {**origin, **rule, "versions": versions})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all.
@@ -251,6 +265,10 @@ class SafetySubspace(Mapping[str, Basis]):
         """
         return cls(*subspace_file.read(Path(path)))
 
+    @classmethod
+    def _cached(cls, path: Path) -> SafetySubspace:
+        return cls(*subspace_file.read(path), from_cache=True)
+
 
 def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | SavedLayer) -> tuple[Tensor, Tensor]:
     """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
@@ -274,26 +292,3 @@ def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | Sa
             f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
         )
     return U, V
-
-
-def check_origin(subspace: SafetySubspace, aligned: Source, processes: Processes) -> None:
-    """Refuse a subspace that was estimated from other aligned weights than the adapter sits on.
-
-    Raises:
-        ValueError: if its fingerprint says so. Weights of another dtype cannot be compared, and cost a warning.
-    """
-    origin, names = subspace.metadata["aligned"], list(subspace)
-    checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
-    dtype = str(checkpoint.weight(names[0]).dtype).removeprefix("torch.")
-    if origin["dtypes"] != [dtype]:
-        logger.warning(
-            "The subspace was estimated from %s weights and the model holds %s ones: whether they are the same "
-            "checkpoint cannot be checked.",
-            "/".join(origin["dtypes"]),
-            dtype,
-        )
-    elif checkpoint.fingerprint(names, processes) != origin["fingerprint"]:
-        raise ValueError(
-            f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
-            f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."
-        )

@@ -1,4 +1,15 @@
-"""How a safety subspace lies on disk: one safetensors file whose content has to fit the fingerprint it states."""
+"""How a safety subspace lies on disk: one safetensors file whose content has to fit the fingerprint it states.
+
+Singular vectors are kept in float32: 0.16 GB for Llama-3.2-1B's linear layers at the relative rank, 1.2 GB (computed)
+for Llama-3.1-8B's, 7 to 8 % of a checkpoint. Two bytes would halve that, at an error that is not nothing. Against
+vectors in float64, on matrices of 1B's shapes and updates in and beside the subspace, for guard and csulora alike:
+
+| kept in | largest error of X*, over ‖Δ‖ | of a relative energy | entry of UᵀU − I |
+|---|---|---|---|
+| float32 | 4e-8 | 3e-10 | 7e-9 |
+| float16 | 1.4e-4 | 2e-6 | 6e-5 |
+| bfloat16 | 1.1e-3 | 6e-5 | 7e-4 |
+"""
 
 from __future__ import annotations
 
@@ -15,14 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from csulora_callback.method.basis import Basis
+from csulora_callback.models.checksum import combine, digest
 from csulora_callback.models.whole_files import write_whole
 
-FORMAT = "3"
+FORMAT = "4"
 """Also part of a cache's key: raise it whenever the same weights would give another file."""
 
 
 def fingerprint(bases: Mapping[str, Basis]) -> str:
-    """SHA-256 over the content of all bases.
+    """Of the content of all bases, by their :func:`~csulora_callback.models.checksum.digest`: damage shows.
 
     Example:
         >>> import torch
@@ -30,13 +42,12 @@ def fingerprint(bases: Mapping[str, Basis]) -> str:
         >>> len(fingerprint({"q_proj": basis}))
         64
     """
-    sha = hashlib.sha256()
+    digests = {}
     for name in sorted(bases):
-        basis = bases[name]
-        sha.update(f"{name}:{tuple(basis.U.shape)}:{tuple(basis.V.shape)}:{basis.displacement!r}".encode())
-        for part in (basis.U, basis.V, basis.singular_values):
-            sha.update(part.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+        parts = {"U": bases[name].U, "V": bases[name].V, "singular_values": bases[name].singular_values}
+        digests |= {f"{name}.{part}": digest(tensor) for part, tensor in parts.items()}
+        digests[f"{name}.displacement"] = repr(bases[name].displacement)
+    return combine(digests)
 
 
 def check_metadata(metadata: object) -> None:

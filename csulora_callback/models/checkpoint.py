@@ -6,22 +6,22 @@ Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
 
+from csulora_callback.models.checksum import digest, fingerprint
+from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
-from csulora_callback.models.weight_files import Readers, Shapes, fetch_folder, read_folder
+from csulora_callback.models.through_transformers import load_through_transformers
+from csulora_callback.models.weight_files import Files, Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Checkpoint:
         source: str,
         readers: Readers,
         shapes: Shapes,
+        files: Files | None = None,
         folder: Path | None = None,
         collective: bool = False,
     ) -> None:
@@ -56,6 +57,7 @@ class Checkpoint:
         self.collective = collective
         self._readers = readers
         self._shapes = shapes
+        self._files = files or {}
         self._folder = folder  # where the files lie; None for a module in memory
 
     def names(self) -> list[str]:
@@ -94,12 +96,37 @@ class Checkpoint:
         self._check(name)
         return self._shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a module's weight; of one in a file its bytes are not read. Raises as :meth:`weight` does."""
+        return self.stored(name).dtype
+
+    def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
+        """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
+        found: dict[FileState, list[str]] = {}
+        for name in sorted(names):
+            if name in self._files:
+                found.setdefault(self._files[name], []).append(name)
+        return found
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """Names in the order in which their weights are read fastest: by file, and by place in it."""
+        place = {name: number for number, name in enumerate(self._shapes)}
+        return sorted(names, key=place.__getitem__)
+
     def weight(self, name: str) -> Tensor:
         """A module's weight as stored: not upcast, on the CPU or where the module in memory holds it.
 
         Raises:
             ValueError: if there is no such module, if its weight is quantized, or if it holds NaN or Inf.
         """
+        weight = self.stored(name)
+        # NaN goes through both; isfinite is slower than reading the weight from disk.
+        if weight.numel() and not torch.stack([weight.min(), weight.max()]).isfinite().all():
+            raise ValueError(f"{self.source}: the weight of '{name}' holds NaN or Inf, expected finite values.")
+        return weight
+
+    def stored(self, name: str) -> Tensor:
+        """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
         self._check(name)
         weight = self._readers[name]()
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # float8 needs scales that lie elsewhere
@@ -107,25 +134,33 @@ class Checkpoint:
                 f"{self.source}: the weight of '{name}' is quantized ({weight.dtype}), expected floating point. "
                 "Pass the path or Hub id of the unquantized checkpoint instead."
             )
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{self.source}: the weight of '{name}' holds NaN or Inf, expected finite values.")
         return weight
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
-        """SHA-256 over name, dtype, shape and bytes of these modules' weights.
+        """Of name, dtype, shape and bytes of these modules' weights.
 
         Equal weights give equal fingerprints wherever they are stored. ``processes`` divide the work; all of them
         have to call, and get the same answer.
         """
-        names, digests = sorted(names), {}
+        processes, digests = processes or Processes(), {}
+        order = processes.from_first(self.in_order(names))  # another process may have other files of the same weights
 
-        def digest(own: str | None, turn: list[str]) -> str | None:
+        def work(own: str | None, turn: list[str]) -> str | None:
             weight = self.weight_for(own, turn)
-            return None if weight is None else _digest(own, weight)
+            return None if weight is None else digest(weight)
 
-        for part in (processes or Processes()).divide(names, digest):
+        for part in processes.divide(order, work):
             digests |= part
-        return hashlib.sha256("".join(digests[name] for name in names).encode()).hexdigest()
+        return fingerprint(digests)
+
+    def check_unwritten(self, names: Iterable[str]) -> None:
+        """Refuse, with a ValueError, what was read of files that were written to meanwhile."""
+        for state in self.files(names):
+            if not state.unwritten():
+                raise ValueError(
+                    f"{self.source}: expected files that stay as they are while they are read, but {state.path} was "
+                    "written or replaced since it was opened. Wait until it is whole, and begin again."
+                )
 
     def weight_for(self, own: str | None, turn: list[str]) -> Tensor | None:
         """The :meth:`weight` that this process takes (if any) while others take other ones of ``turn``."""
@@ -152,19 +187,13 @@ class Checkpoint:
     def _through_transformers(self, missing: str) -> Checkpoint:
         """Of the same files, with the names that transformers gives on loading."""
         try:
-            model, invented = _load_through_transformers(self._folder)
+            model, invented = load_through_transformers(self._folder)
         except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
                 f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "
                 "Code that lies beside the weights is never run."
             ) from error
         return _from_module(model, invented, self.source)
-
-
-def _digest(name: str, weight: Tensor) -> str:
-    sha = hashlib.sha256(f"{name}:{weight.dtype}:{tuple(weight.shape)}:".encode())
-    sha.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()))
-    return sha.hexdigest()
 
 
 Source = str | os.PathLike | nn.Module | Checkpoint
@@ -206,7 +235,7 @@ def open_checkpoint(
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     name = str(source) if revision is None else f"{source}@{revision}"
-    return Checkpoint(name, *read_folder(folder, name), folder).require(required)
+    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required)
 
 
 def checkpoint_named(name: str) -> Checkpoint:
@@ -256,27 +285,3 @@ def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoi
             shapes[name] = full_shape(parameter)
             collective |= is_sharded(parameter)
     return Checkpoint(source, readers, shapes, collective=collective)
-
-
-def _load_through_transformers(folder: Path) -> tuple[nn.Module, set[str]]:
-    """The model, and the names of parameters that the files lack and transformers made up."""
-    # False, as with None transformers asks on the terminal whether to run code that lies in the folder.
-    architecture = _architecture(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures)
-    # transformers draws what the files lack at random. Noise must neither pass for weights nor move the generator
-    # that a training run draws from.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model, info = architecture.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
-        )
-    return model, set(info["missing_keys"])
-
-
-def _architecture(named: object) -> type[PreTrainedModel]:
-    """The first class that a config lists, which is somebody else's file and may list anything."""
-    if isinstance(named, list) and named and isinstance(named[0], str):
-        found = getattr(transformers, named[0], None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    raise ValueError(
-        f"config.json: expected the name of a model of transformers in `architectures`, but got {named!r}"
-    )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from csulora_callback.models.checkpoint import Checkpoint, Source, open_checkpoint
-from csulora_callback.models.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,24 @@ class CheckpointPair:
                 )
         return cls(base, aligned, names)
 
-    def origin(self, processes: Processes) -> dict[str, dict]:
-        """Source and fingerprint of both sides, ``"base"`` and ``"aligned"``."""
-        return {
-            side: {"source": checkpoint.source, "fingerprint": checkpoint.fingerprint(self.names, processes)}
-            for side, checkpoint in (("base", self.base), ("aligned", self.aligned))
-        }
+    @property
+    def sides(self) -> dict[str, Checkpoint]:
+        """Both checkpoints by side, ``"base"`` and ``"aligned"``."""
+        return {"base": self.base, "aligned": self.aligned}
+
+    @property
+    def collective(self) -> bool:
+        """Whether reading takes all processes."""
+        return self.base.collective or self.aligned.collective
+
+    def in_order(self) -> list[str]:
+        """The names in the order in which their weights are read fastest: that of the aligned files, if it has any."""
+        return (self.aligned if self.aligned.files(self.names) else self.base).in_order(self.names)
+
+    def check_unwritten(self, names: Sequence[str]) -> None:
+        """See :meth:`Checkpoint.check_unwritten`."""
+        for checkpoint in self.sides.values():
+            checkpoint.check_unwritten(names)
 
     def weights_for(self, own: str | None, turn: list[str]) -> tuple[Tensor | None, Tensor | None]:
         """Base and aligned weight of the module that this process takes, see :meth:`Checkpoint.weight_for`."""

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from torch import Tensor
 
+from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line, stays_inside
 
 _WEIGHT_FILES = (
@@ -27,12 +28,17 @@ _WEIGHT_FILES = (
 
 Readers = dict[str, Callable[[], Tensor]]
 Shapes = dict[str, tuple[int, ...]]
+Files = dict[str, FileState]
 _Entries = dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]
-"""What one file holds: a reader and a shape by key."""
+"""What one file holds: a reader and a shape by key, in the order in which they lie there."""
 
 
-def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes]:
-    """A reader and the shape of every ``weight`` in a folder's files, by module name.
+def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files]:
+    """A reader and the shape of every ``weight`` in a folder's files, and its file, by module name.
+
+    They come in the order in which they lie in the files. A reader opens its file anew: what a weight takes of memory,
+    mapped pages included, is gone with it. (Measured on shards of 0.5 GB: opening costs 0.1 ms, and a file that stays
+    open keeps every page that was read of it.)
 
     Raises:
         FileNotFoundError: if there are no weight files, or a shard is missing; ``source`` names the checkpoint.
@@ -46,12 +52,13 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes]:
         )
     files = _shards(found) if found.name.endswith(".index.json") else {found.name: []}
 
-    readers, shapes = {}, {}
+    readers, shapes, states = {}, {}, {}
     for file, listed in files.items():
         if not os.path.isfile(folder / file):  # unlike Path.is_file, also False for names that no system takes
             raise FileNotFoundError(
                 f"{source}: the shard {file!r} that {found.name} lists is missing. Fetch it again."
             )
+        state = FileState.of(folder / file)  # before it is opened, so that it is not newer than what is read
         entries = (_safetensors_file if file.endswith(".safetensors") else _bin_file)(folder / file)
         for key in listed:
             if _module_of(key) is not None and key not in entries:
@@ -61,8 +68,8 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes]:
                 )
         for key, (reader, shape) in entries.items():
             if (module := _module_of(key)) is not None:
-                readers[module], shapes[module] = reader, shape
-    return readers, shapes
+                readers[module], shapes[module], states[module] = reader, shape, state
+    return readers, shapes, states
 
 
 def _module_of(key: str) -> str | None:
@@ -100,7 +107,7 @@ def _safetensors_file(path: Path) -> _Entries:
         return read
 
     with _opened(path) as file:
-        return {key: (reader(key), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+        return {key: (reader(key), tuple(file.get_slice(key).get_shape())) for key in file.offset_keys()}
 
 
 @contextmanager
@@ -115,6 +122,21 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def _bin_file(path: Path) -> _Entries:
+    state, mapped = _load(path), zipfile.is_zipfile(path)
+
+    def reader(key: str, value: object) -> Callable[[], Tensor]:
+        # One that is mapped is loaded again for each weight, so that the pages of others need not stay in memory.
+        return lambda: _dense(path, key, _load(path).get(key) if mapped else value)
+
+    # Other entries beside the weights are let be, unless one of them is asked for.
+    return {
+        key: (reader(key, None if mapped else value), tuple(value.shape) if _is_dense(value) else ())
+        for key, value in state.items()
+        if isinstance(key, str)
+    }
+
+
+def _load(path: Path) -> dict:
     # mmap leaves the data on disk until a tensor is used; weights_only refuses to run pickled code.
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
@@ -130,22 +152,21 @@ def _bin_file(path: Path) -> _Entries:
             f"{path}: expected tensors by name, but got {type(state).__name__}"
             f"{f' of {sorted(held)}' if held else ''}. Save the model's state_dict() itself, with nothing around it."
         )
-    # Other entries beside the weights are let be, unless one of them is asked for.
-    return {key: _bin_entry(path, key, value) for key, value in state.items() if isinstance(key, str)}
+    return state
 
 
-def _bin_entry(path: Path, key: str, value: object) -> tuple[Callable[[], Tensor], tuple[int, ...]]:
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested:
-        return value.detach, tuple(value.shape)
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_nested
 
-    def refuse() -> Tensor:
+
+def _dense(path: Path, key: str, value: object) -> Tensor:
+    if not _is_dense(value):
         kind = "one that is sparse, nested or without data" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{path}: expected a dense tensor for {key!r}, but got {kind}. "
             "Save the checkpoint again by save_pretrained."
         )
-
-    return refuse, ()
+    return value.detach()
 
 
 def fetch_folder(source: str | os.PathLike, revision: str | None, *beside: str) -> Path:

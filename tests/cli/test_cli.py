@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from csulora_callback import Penalty, SafetySubspace, correct_adapter
+from csulora_callback.models.checkpoint import Checkpoint
 from tests.helpers.command_line import run, run_process
 from tests.helpers.lab import PENALTY, RANK, TARGETS, assert_same, corrected_by_hand, raw, saved
 
@@ -29,6 +32,25 @@ def test_a_subspace_is_estimated_written_and_shown(pair, tmp_path):
         assert part in shown
     status, as_json, _ = run("subspace", "--show", file, "--json")
     assert (status, json.loads(as_json)) == (0, json.loads(done.stdout))
+
+
+def test_a_subspace_is_found_again_and_checked_on_request(pair, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for file in (path for folder in pair for path in folder.iterdir()):
+        os.utime(file, (time.time() - 60,) * 2)
+    read, weight = [], Checkpoint.weight
+    monkeypatch.setattr(Checkpoint, "weight", lambda self, name: read.append(name) or weight(self, name))
+    counts = []
+    for options in ([], [], ["--verify"]):
+        command = ("subspace", *pair, "-o", tmp_path / "file", "--target-modules", "q_proj", *options)
+        with caplog.at_level("INFO", "csulora_callback"):
+            assert run(*command)[0] == 0
+        assert ("found in the cache" in caplog.text) == bool(counts)
+        counts.append(len(read))
+        read.clear()
+        caplog.clear()
+    assert counts == [4, 0, 4]
+    assert run("subspace", "--show", tmp_path / "file", "--verify")[0] == 2
 
 
 @pytest.mark.slow

@@ -112,8 +112,8 @@ def test_estimating_holds_one_pair_of_tensors(storages, tmp_path, monkeypatch):
 
     monkeypatch.setattr(used, "weight", counting)
     subspace = SafetySubspace.estimate(storages["single"], tmp_path / "aligned", rank=2, progress=False)
-    assert len(alive) == 4 * len(subspace)  # each read for its fingerprint, and to estimate
-    assert most <= 4  # the pair of this module, and at most the one being replaced
+    assert len(alive) == 2 * len(subspace)  # each read once
+    assert most <= 4  # the pair of this module, and the one that is read ahead
 
 
 def test_names_that_differ_on_disk_are_loaded_through_transformers_and_it_says_so(tmp_path, caplog):

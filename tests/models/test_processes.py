@@ -1,11 +1,14 @@
 """What processes share outside training: the estimation of the subspace, its failures, and the launch of recipes."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from csulora_callback import SafetySubspace
 from csulora_callback.models.processes import Processes
@@ -31,12 +34,34 @@ def dividing(folder: Path) -> None:
     shares = processes.gather(sorted(set(read)))
     assert [len(share) for share in shares] == [3, 3]
     assert not set(shares[0]) & set(shares[1])
-    assert len(read) == 4 * 3  # of two checkpoints, for the fingerprint and to estimate
+    assert len(read) == 2 * 3  # of two checkpoints, once
     again = SafetySubspace.estimate(folder / "base", folder / "aligned", TARGETS, **settings)
     assert again.from_cache
     assert again.fingerprint == subspace.fingerprint
-    assert processes.gather(len(list(cache.glob("*")))) == [1, 0]
+    assert processes.gather(len(list(cache.glob("subspace-*")))) == [1, 0]
     (folder / f"fingerprint-{processes.rank}").write_text(subspace.fingerprint)
+
+
+def copies_of_another_form(folder: Path) -> None:
+    """As on two machines: each process has files of its own, in which the weights lie in another order."""
+    processes = Processes.all()
+    pair = [folder / (f"{side}-in-shards" if processes.rank else side) for side in ("base", "aligned")]
+    settings = {"rank": RANK, "progress": False, "processes": processes, "cache_dir": folder / "two"}
+    subspace = SafetySubspace.estimate(*pair, TARGETS, **settings)
+    assert SafetySubspace.estimate(*pair, TARGETS, **settings).from_cache
+    assert not list((folder / "two").glob("fingerprint-*"))  # the first one has read a part of its own files
+    (folder / f"fingerprint-{processes.rank}").write_text(subspace.fingerprint)
+
+
+def in_reversed_shards(folder: Path, target: Path) -> None:
+    state, names = load_file(folder / "model.safetensors"), ("a.safetensors", "b.safetensors")
+    target.mkdir()
+    weight_map = {key: names[place % 2] for place, key in enumerate(reversed(state))}
+    for name in names:
+        save_file({key: state[key] for key in state if weight_map[key] == name}, target / name)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for file in (*folder.iterdir(), *target.iterdir()):
+        os.utime(file, (time.time() - 60,) * 2)
 
 
 def failing(folder: Path) -> None:
@@ -58,6 +83,18 @@ def failing(folder: Path) -> None:
 def test_the_subspace_is_estimated_in_shares(tmp_path):
     pair = saved_pair(tmp_path)
     done = run_on_two("tests.models.test_processes", "dividing", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = SafetySubspace.estimate(*pair, TARGETS, rank=RANK, progress=False)
+    for rank in (0, 1):
+        assert (tmp_path / f"fingerprint-{rank}").read_text() == alone.fingerprint
+
+
+@pytest.mark.slow
+def test_files_of_another_form_on_each_process_give_the_same(tmp_path):
+    pair = saved_pair(tmp_path)
+    for folder in pair:
+        in_reversed_shards(folder, folder.with_name(f"{folder.name}-in-shards"))
+    done = run_on_two("tests.models.test_processes", "copies", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = SafetySubspace.estimate(*pair, TARGETS, rank=RANK, progress=False)
     for rank in (0, 1):
@@ -126,5 +163,5 @@ def test_a_launched_lightning_recipe_is_one_run(lab, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    {"dividing": dividing, "failing": failing}[sys.argv[1]](Path(sys.argv[2]))
+    {"dividing": dividing, "copies": copies_of_another_form, "failing": failing}[sys.argv[1]](Path(sys.argv[2]))
     leave()

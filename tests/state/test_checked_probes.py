@@ -90,7 +90,7 @@ def test_a_cache_that_cannot_be_used_costs_a_warning(adapter, tmp_path, monkeypa
     if damage == "cut":
         file.write_text(file.read_text()[:-20])
     elif damage == "changed":
-        kept["answers"][0][0] += 1
+        kept["value"][0][0] += 1
         file.write_text(json.dumps(kept))
     elif damage == "renamed":
         check_probes(adapter, RESTRICTED[:9], tmp_path)
@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(adapter, tmp_path, caplo
 def test_what_is_kept_is_the_whole_answer_that_was_judged(adapter, tmp_path):
     check_probes(adapter, RESTRICTED, tmp_path)
     (file,) = tmp_path.iterdir()
-    answers = json.loads(file.read_text())["answers"]
+    answers = json.loads(file.read_text())["value"]
     assert {len(answer) for answer in answers} <= set(range(5, ANSWER + 1))
     assert small_talk.tokenizer().decode(answers[0], skip_special_tokens=True) == small_talk.REFUSAL
 

@@ -49,7 +49,7 @@ def _subspace(part: Part) -> Facts:
     for side in ("base", "aligned"):
         origin = subspace[side]
         found[f"{side} checkpoint"] = f"{origin['source']} ({', '.join(origin['dtypes'])})"
-        found[f"{side} checkpoint, SHA-256"] = origin["fingerprint"]
+        found[f"{side} checkpoint, fingerprint"] = origin["fingerprint"]
     measured = [module["subspace"] for module in part.record["modules"].values() if "subspace" in module]
     if measured:
         ranks = sorted({module["rank"] for module in measured})
@@ -58,7 +58,7 @@ def _subspace(part: Part) -> Facts:
         kept = sum(module["energy_kept"] * module["displacement"] ** 2 for module in measured)
         found["rank"] = f"{span} singular directions on each side of a module"
         found["energy kept"] = f"{percents(ratio(kept, whole))} of what alignment changed in these modules"
-    return {**found, "subspace, SHA-256": subspace["fingerprint"]}
+    return {**found, "subspace, fingerprint": subspace["fingerprint"]}
 
 
 def _training(part: Part) -> Facts:

@@ -1,0 +1,119 @@
+"""Pairs are read in their order, one ahead, by a thread that ends; and what was read leaves the memory."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from csulora_callback.models.checksum import digest
+from csulora_callback.models.pair import CheckpointPair
+from csulora_callback.models.reading_ahead import reading_ahead
+
+COUNT = 6
+
+
+@pytest.fixture
+def pair(tmp_path) -> CheckpointPair:
+    for side in ("base", "aligned"):
+        (tmp_path / side).mkdir()
+        state = {f"layers.{number}.weight": torch.randn(5, 4) for number in range(COUNT)}
+        save_file(state, tmp_path / side / "model.safetensors")
+    return CheckpointPair.open(tmp_path / "base", tmp_path / "aligned")
+
+
+def reading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reading ahead")]
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_gives_what_the_files_hold(pair, device):
+    with reading_ahead(pair, pair.in_order(), device) as reader:
+        for name in pair.in_order():
+            weights, seen = reader.take(name, [name])
+            for weight, said, checkpoint in zip(weights, seen, pair.sides.values(), strict=True):
+                assert torch.equal(weight, checkpoint.weight(name))
+                assert (said.digest, said.dtype) == (digest(weight), "float32")
+
+
+def test_one_pair_is_read_ahead_and_no_more(pair, monkeypatch):
+    read, weight = [], type(pair.base).weight
+    monkeypatch.setattr(type(pair.base), "weight", lambda self, name: read.append(name) or weight(self, name))
+    order = pair.in_order()
+    with reading_ahead(pair, order) as reader:
+        reader.take(order[0], order[:1])
+        time.sleep(0.3)  # for whatever more it might read
+        assert len(read) == 2 * 2
+        for name in order[1:]:
+            reader.take(name, [name])
+    assert read == [name for name in order for _ in range(2)]
+
+
+def take_all(pair: CheckpointPair, order: list[str]) -> None:
+    with reading_ahead(pair, order) as reader:
+        for name in order:
+            reader.take(name, [name])
+            assert reading()
+
+
+def test_the_thread_ends_with_the_block(pair):
+    take_all(pair, pair.in_order())
+    assert not reading()
+
+
+def test_what_is_wrong_is_said_when_its_turn_comes(tmp_path, pair):
+    order = pair.in_order()
+    state = {f"{name}.weight": torch.ones(5, 4) for name in order}
+    state[f"{order[1]}.weight"][0, 0] = float("nan")
+    (tmp_path / "broken").mkdir()
+    save_file(state, tmp_path / "broken" / "model.safetensors")
+    broken = CheckpointPair.open(tmp_path / "base", tmp_path / "broken")
+    take_all(broken, order[:1])
+    with pytest.raises(ValueError, match=f"weight of '{order[1]}' holds NaN"):
+        take_all(broken, order)
+    assert not reading()
+
+
+MEMORY = """
+import re, sys
+from csulora_callback.models.pair import CheckpointPair
+from csulora_callback.models.reading_ahead import reading_ahead
+
+def peak():  # unlike ru_maxrss, without what the parent had when it started this process
+    return int(re.search(r"VmHWM:\\s*([0-9]+) kB", open("/proc/self/status").read())[1]) * 1024
+
+pair = CheckpointPair.open(*sys.argv[1:])
+order = pair.in_order()
+with reading_ahead(pair, order[:1]) as reader:  # what the first one needs beside the weights
+    reader.take(order[0], order[:1])
+before = peak()
+with reading_ahead(pair, order) as reader:
+    for name in order:
+        weights, _ = reader.take(name, [name])
+        float(weights.pop(0).sum() + weights.pop(0).sum())
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process had at the most")
+@pytest.mark.parametrize("storage", ["safetensors", "bin"])
+def test_pages_are_given_back(tmp_path, storage):
+    """Of 2 × 20 tensors of 8 MB, a few are in memory at the same time, mapped pages included."""
+    for side in ("base", "aligned"):
+        (tmp_path / side).mkdir()
+        state = {f"layers.{number}.weight": torch.randn(2048, 1024) for number in range(20)}
+        if storage == "bin":
+            torch.save(state, tmp_path / side / "pytorch_model.bin")
+        else:
+            save_file(state, tmp_path / side / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path / "base", tmp_path / "aligned"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 3 * 8 * 2**20  # beyond the first pair, with the one ahead of it
