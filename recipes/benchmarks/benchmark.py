@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from recipes.benchmarks import computed, correction, estimation, goals, growth, picture, report, training
 from recipes.benchmarks.fresh import reading
 from recipes.benchmarks.shapes import Shape
 from recipes.benchmarks.synthetic import check_space, write_pair
+from recipes.benchmarks.timing import resident_bytes
 from recipes.files.points import write_whole
 from recipes.schema import Benchmark, Recipe
 from recipes.training.task import device
@@ -30,11 +30,12 @@ def run(recipe: Recipe, command: str) -> dict:
     """Measure everything, write it into the output folder, and print its table; ``command`` is what started it.
 
     Raises:
-        RecipeError: if the pair does not fit on the disk.
+        RecipeError: if the pair does not fit on the disk, or if memory cannot be measured on this system.
     """
     benchmark, output, console = recipe.benchmark, Path(recipe.output), Console()
     started, about = time.perf_counter(), {"command": command, "machine": _machine(), "versions": _versions()}
     shape = Shape.of(benchmark)
+    resident_bytes("VmRSS")  # where memory cannot be measured it says so now
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=benchmark.scratch) as scratch:
         folder = Path(scratch)
         check_space(shape, folder)
@@ -80,9 +81,8 @@ def _measure(shape: Shape, benchmark: Benchmark, folder: Path, console: Console)
     stage("Training steps, logs, saves and evaluations")
     trained = training.measure(adapted.unload(), subspace, benchmark, folder)
     del model, adapted
-    number = len({point for axis in growth.points(benchmark).values() for point in axis})
-    steps = iter(track(range(number), "Growth", console=console, transient=True))
-    grown = growth.measure(benchmark, folder, lambda: next(steps))
+    stage("Growth")
+    grown = growth.measure(benchmark, folder)
     return {
         "model": {"modules": len(shape.modules), "parameters": shape.parameters, "bytes": shape.checkpoint_bytes},
         "start": start,

@@ -22,8 +22,8 @@ PENALTIES = {"guard": Penalty.guard(10.0), "csulora": Penalty.csulora(10.0)}
 def measure(shape: Shape, pair: Pair, rank: int | None, repeats: int, folder: Path) -> dict:
     """Seconds of everything that can happen at a start, and peak memory; the caches lie below ``folder``.
 
-    The exact SVD and the products of the dense way are measured on one module of each size, and counted as often as the
-    model has it.
+    The exact SVD and the products of the dense way are measured on one module of each size, and counted as often as
+    the model has it.
     """
     where = {"base": str(pair[0]), "aligned": str(pair[1])}
     asked = {**where, "names": list(shape.modules), "rank": rank}

@@ -52,11 +52,11 @@ def start(base: str, aligned: str, names: list[str], rank: int | None, cache: st
 
 def again(base: str, aligned: str, names: list[str], rank: int | None, cache: str) -> dict:
     """The same where the cache holds it, which has to be so."""
-    before, found = resident_bytes("VmRSS"), []
+    found = []
     taken = timed(lambda: found.append(estimate(base, aligned, names, rank, cache)))
     if not found[0].from_cache:
         raise RuntimeError("expected a second start to find the subspace in the cache, but it did not")
-    return {"again": [taken], "peak": {"resident": resident_bytes("VmHWM") - before}}
+    return {"again": [taken]}
 
 
 def load(base: str, aligned: str) -> dict:
@@ -81,7 +81,7 @@ def estimate(base: str, aligned: str, names: list[str], rank: int | None, cache:
 
 
 def reading(folders: list[str], names: list[str]) -> Time:
-    """Every target weight of these checkpoints copied once, out of the mapped file, into a buffer that is used again."""
+    """Every target weight of these checkpoints copied once, from the mapped file into a buffer that is used again."""
     files = [(file, keys) for folder in folders for file, keys in files_with(Path(folder), names).items()]
     largest = 0
     for file, keys in files:

@@ -9,26 +9,24 @@ from recipes.benchmarks.timing import spread
 
 
 def judge(results: Mapping) -> list[dict]:
-    """One row a goal: what is asked, what came out (median, least and largest), and whether the median is within it."""
+    """One row a goal: what is asked, what came out, and whether the median of it is within that."""
     start, correction = results["start"]["times"], results["correction"]
     step = median(run["step"] for run in results["training"]["with"])
     slower = max(correction["agreement"], key=lambda name: median(seconds(correction["times"][name])))
     worst = max(max(errors["guard"], errors["csulora"]) for errors in results["quality"].values())
     peak = [one["resident"] / results["model"]["bytes"] for one in results["start"]["peaks"]["start"]]
     return [
-        _row("estimation, in readings of both checkpoints", 3, _ratios(start, "estimate", "reading")),
-        _row("estimation, in exact SVDs of all modules", 0.1, _ratios(start, "estimate", "svd")),
-        _row("estimation, in the dense way's", 0.1, _ratios(start, "estimate", "dense")),
-        _row("error of X*, over the size of the update", 1e-3, [worst]),
-        _row("second start, in first ones", 0.05, _ratios(start, "again", "estimate")),
+        _row("estimation / reading both checkpoints", 3, _ratios(start, "estimate", "reading")),
+        _row("estimation / exact SVD", 0.1, _ratios(start, "estimate", "svd")),
+        _row("estimation / the dense way", 0.1, _ratios(start, "estimate", "dense")),
+        _row("largest error of `X*` / size of the update", 1e-3, [worst]),
+        _row("second start / first start", 0.05, _ratios(start, "again", "estimate")),
         _row("second start, exponent of the checkpoints' size", 0.1, [results["growth"]["slopes"]["cache"]["again"]]),
-        _row("peak memory while estimating, in one checkpoint", 0.15, peak),
-        _row("dense correction, in corrections", 300, _ratios(correction["times"], "dense", slower), at_least=True),
-        _row(
-            "correction off the dense one, over the size of the update", 1e-5, list(correction["agreement"].values())
-        ),
-        _row("a log, in training steps", 0.003, [one / step for one in seconds(correction["times"]["log"])]),
-        _row("a save, in training steps", 0.05, [one / step for one in added_by_the_callback(results, "save")]),
+        _row("peak memory while estimating / one checkpoint", 0.15, peak),
+        _row("dense correction / correction", 300, _ratios(correction["times"], "dense", slower), at_least=True),
+        _row("correction less the dense one / size of the update", 1e-5, [max(correction["agreement"].values())]),
+        _row("drift at a log / training step", 0.003, [one / step for one in seconds(correction["times"]["log"])]),
+        _row("what a save adds / training step", 0.05, [one / step for one in added_by_the_callback(results, "save")]),
     ]
 
 
@@ -49,7 +47,6 @@ def _ratios(times: Mapping, of: str, to: str) -> list[float]:
 
 
 def _row(goal: str, limit: float, values: Sequence[float], at_least: bool = False) -> dict:
-    # Of several errors the largest counts, of several rounds the median.
     got = spread(values)
     reached = got["median"] >= limit if at_least else got["median"] <= limit
     return {"goal": goal, "asked": f"{'≥' if at_least else '≤'} {limit:g}", "got": got, "met": reached}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import SafetySubspace
@@ -21,7 +22,8 @@ from recipes.training.task import device
 
 _VOCABULARY = 256
 MEASURED = ("reading", "estimate", "correction", "log")
-AXES = ("side", "rank", "modules")
+AXES = {"side": "factor", "rank": "rank", "modules": "modules"}
+"""What is compared, and what says of a point where it lies."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +47,29 @@ def points(benchmark: Benchmark) -> dict[str, list[Point]]:
     }
 
 
-def measure(benchmark: Benchmark, folder: Path, done: Callable[[], object]) -> dict:
-    """Every point once, and the exponents that fit them; ``done`` is called after each point."""
-    by_axis, measured = points(benchmark), {}
-    for point in dict.fromkeys(point for axis in by_axis.values() for point in axis):
-        measured[point] = _measure(point, point in by_axis["cache"], benchmark, folder)
-        done()
+def measure(benchmark: Benchmark, folder: Path) -> dict:
+    """Every point once, by axis, and the exponents that fit them."""
+    by_axis = points(benchmark)
+    every = dict.fromkeys(point for axis in by_axis.values() for point in axis)
+    measured = {
+        point: _measure(point, point in by_axis["cache"], benchmark, folder)
+        for point in tqdm(every, desc="growth", unit="point")
+    }
     axes = {axis: [measured[point] for point in some] for axis, some in by_axis.items()}
-    return {"points": list(measured.values()), "slopes": slopes(axes)}
+    return {"axes": axes, "slopes": slopes(axes)}
 
 
-def slopes(axes: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+def slopes(axes: Mapping[str, Sequence[Mapping]]) -> dict[str, dict[str, float]]:
     """By axis the exponent of each cost: of the side, the rank and the number of modules, other things being equal.
 
     ``cache`` has that of a second start over the bytes of the checkpoints, with subspaces of the same size.
     """
-    at = {
-        "side": lambda point: point["factor"],
-        "rank": lambda point: point["rank"],
-        "modules": lambda point: point["modules"],
-    }
     found = {
         axis: {
-            cost: slope([(at[axis](point), median(point[cost])) for point in axes[axis]])
+            cost: slope([(point[along], median(point[cost])) for point in axes[axis]])
             for cost in (*MEASURED, "working_bytes")
         }
-        for axis in AXES
+        for axis, along in AXES.items()
     }
     again = [(point["checkpoint_bytes"], median(point["again"])) for point in axes["cache"]]
     return {**found, "cache": {"again": slope(again)}}

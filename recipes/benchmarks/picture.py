@@ -13,7 +13,7 @@ from recipes.benchmarks.growth import AXES, MEASURED
 from recipes.benchmarks.timing import spread
 from recipes.files.pictures import BLUE, GREY, drawn, looks
 
-_LABELS = {"side": "sides of the weights", "rank": "rank", "modules": "modules"}
+_LABELS = {"side": "sides of the weights, in those above", "rank": "rank", "modules": "modules"}
 
 
 def plot(results: Mapping, path: Path) -> None:
@@ -22,8 +22,9 @@ def plot(results: Mapping, path: Path) -> None:
         above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
         _bars(above.subplots(), results)
         panels = below.subplots(1, len(AXES), sharey=True)
-        for axes, axis in zip(panels, AXES, strict=True):
-            _growth(axes, results["growth"]["points"], axis)
+        for axes, (axis, along) in zip(panels, AXES.items(), strict=True):
+            _growth(axes, results["growth"]["axes"][axis], along)
+            axes.set_xlabel(_LABELS[axis])
         panels[0].set_ylabel("seconds")
         panels[0].legend(fontsize=9)
 
@@ -52,18 +53,11 @@ def _bars(axes: Axes, results: Mapping) -> None:
     axes.set_title(f"{results['benchmark']['name']}'s shapes, {results['model']['modules']} modules")
 
 
-def _growth(axes: Axes, points: list[dict], axis: str) -> None:
-    """The points that differ from another one in this axis alone."""
-    keys = {"side": ("factor", ("rank", "layers")), "rank": ("rank", ("factor", "layers"))}
-    of, same = keys.get(axis, ("modules", ("factor", "rank")))
-    groups: dict[tuple, list[dict]] = {}
-    for point in points:
-        groups.setdefault(tuple(point[key] for key in same), []).append(point)
-    some = sorted(max(groups.values(), key=len), key=lambda point: point[of])
+def _growth(axes: Axes, points: list[dict], along: str) -> None:
+    places = [point[along] for point in points]
     for name, look in zip(MEASURED, looks(len(MEASURED)), strict=True):
-        axes.plot([point[of] for point in some], [median(point[name]) for point in some], label=name, **look)
+        axes.plot(places, [median(point[name]) for point in points], label=name, **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks([point[of] for point in some], [f"{point[of]:g}" for point in some])
+    axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
-    axes.set_xlabel(_LABELS[axis])

@@ -29,9 +29,7 @@ def medians(results: Mapping) -> dict[str, float]:
 
 def goal_rows(results: Mapping) -> list[list[str]]:
     """As texts."""
-    return [
-        [row["goal"], row["asked"], ranged(row["got"]), "yes" if row["met"] else "**no**"] for row in results["goals"]
-    ]
+    return [[row["goal"], row["asked"], ranged(row["got"]), "yes" if row["met"] else "no"] for row in results["goals"]]
 
 
 def time_rows(results: Mapping) -> list[list[str]]:
@@ -52,8 +50,11 @@ def time_rows(results: Mapping) -> list[list[str]]:
         ),
         ("dense correction", seconds(correction["dense"]), f"dense projectors on dense updates, {COUNTED}"),
         ("drift at a log", seconds(correction["log"]), "`SafetyCorrector.measure()`, changed factors"),
-        ("a training step", [run["step"] for run in runs["with"]], f"{batch} × {length} tokens, with the callback"),
-        ("without it", [run["step"] for run in runs["without"]], "the same step"),
+        (
+            "a training step",
+            [run["step"] for run in runs["with"]],
+            f"{batch} × {length} tokens, forward, backward and AdamW, bfloat16",
+        ),
         *((f"{event}, added", added_by_the_callback(results, event), _EVENTS[event]) for event in EVENTS),
     ]
     return [[what, ranged(spread(values)), how] for what, values, how in rows]
@@ -81,7 +82,7 @@ def memory_rows(results: Mapping) -> list[list[str]]:
     if any(one["accelerator"] for one in peaks["start"]):
         rows.append(("on the accelerator, estimating", [one["accelerator"] for one in peaks["start"]], "peak"))
         rows.append(
-            ("on the accelerator, training", [results["training"]["accelerator_peak"]], "peak, with the model")
+            ("on the accelerator, training", [results["training"]["accelerator_peak"]], "peak, model included")
         )
     return [[what, ranged(spread([value / 1e6 for value in values])), how] for what, values, how in rows]
 
@@ -115,10 +116,7 @@ def computed_rows(results: Mapping) -> list[list[str]]:
             row["model"],
             str(row["processes"]),
             *(f"{row[cost]:.3g}" for cost in ("estimate", "again", "correction", "log")),
-            *(
-                f"{row[size] / 1e9:.3g}"
-                for size in ("peak_bytes", "checkpoint_bytes", "subspace_bytes", "adapter_bytes")
-            ),
+            *(f"{row[f'{what}_bytes'] / 1e9:.3g}" for what in ("peak", "checkpoint", "subspace", "adapter")),
         ]
         for row in results["computed"]
     ]
@@ -161,30 +159,28 @@ def to_markdown(results: Mapping) -> str:
 
 def readme_section(results: Mapping) -> str:
     """What stands between the marks in the library's own page."""
-    goals, times = lines(GOALS, goal_rows(results)), lines(TIMES, time_rows(results), texts=(0, 2))
-    computed = lines(COMPUTED, computed_rows(results))
     parts = [
         _measured_on(results),
-        goals,
-        times,
+        lines(GOALS, goal_rows(results)),
+        lines(TIMES, time_rows(results), texts=(0, 2)),
         lines(MEMORY, memory_rows(results), texts=(0, 2)),
         _COMPUTED,
-        computed,
+        lines(COMPUTED, computed_rows(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 _COMPUTED = (
-    "For larger models, with ranks by the same rule, **computed** from these numbers and the exponents that were fitted "
-    "on small runs; on eight processes each takes its part of the modules, and all else is each one's own:"
+    "For larger models, with ranks by the same rule, **computed** from these numbers and the exponents that were "
+    "fitted on small runs; of eight processes each takes its part of the modules, and all else is each one's own:"
 )
 
 
 def _grown(results: Mapping) -> str:
     cache = results["growth"]["slopes"]["cache"]["again"]
     return (
-        "Exponents, fitted on runs of a few layers in which one thing grows at a time. A second start with a subspace of "
-        f"the same size grows with the checkpoints' size to the power of {cache:.2f}:"
+        "Exponents, fitted on runs of a few layers in which one thing grows at a time. A second start with a subspace "
+        f"of the same size grows with the checkpoints' size to the power of {cache:.2f}:"
     )
 
 
@@ -196,8 +192,8 @@ def _measured_on(results: Mapping) -> str:
     return (
         f"`{results['command']}` on {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads"
         f"{memory}{device}, load {machine['load']:g} before it began; {versions}. A pair with the shapes of "
-        f"{benchmark['name']}: {model['parameters'] / 1e9:.2f} billion parameters, {model['modules']} modules, LoRA of "
-        f"rank {benchmark['lora_rank']} on all of them."
+        f"{benchmark['name']}: {benchmark['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters, "
+        f"{model['modules']} modules, LoRA of rank {benchmark['lora_rank']} on all of them."
     )
 
 
@@ -211,8 +207,10 @@ def ranged(values: Mapping[str, float]) -> str:
     """A median with the least and the largest value; one value alone where they are the same.
 
     Example:
-        >>> ranged({"median": 12.34, "low": 0.012, "high": 1234.0}), ranged({"median": 1e-7, "low": 1e-7, "high": 1e-7})
-        ('12.3 (0.012–1230)', '1e-07')
+        >>> ranged({"median": 12.34, "low": 0.012, "high": 1234.0})
+        '12.3 (0.012–1230)'
+        >>> ranged({"median": 1e-7, "low": 1e-7, "high": 1e-7})
+        '1e-07'
     """
     median, low, high = (number(values[key]) for key in ("median", "low", "high"))
     return median if low == high else f"{median} ({low}–{high})"
@@ -236,6 +234,6 @@ def print_tables(results: Mapping, console: Console) -> None:
     for columns, rows in ((TIMES, time_rows(results)), (MEMORY, memory_rows(results)), (GOALS, goal_rows(results))):
         table = Table(*columns)
         for row in rows:
-            table.add_row(*(cell.replace("*", "").replace("`", "") if cell[:2] == "**" else cell for cell in row))
+            table.add_row(*(cell.replace("`", "") for cell in row))
         console.print(table)
     console.print(_measured_on(results), soft_wrap=True, highlight=False, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 
@@ -114,6 +115,8 @@ def check(benchmark: Benchmark) -> None:
 
     if benchmark.heads % benchmark.kv_heads:
         refuse("kv_heads", f"a divisor of the {benchmark.heads} heads", benchmark.kv_heads)
+    if benchmark.scratch is not None and not os.path.isdir(benchmark.scratch):
+        refuse("scratch", "a folder that is there", benchmark.scratch)
     if benchmark.rank is not None and benchmark.rank < 1:
         refuse("rank", "a whole number ≥ 1", benchmark.rank)
     for key in ("ranks", "depths"):

@@ -1,8 +1,8 @@
 """A synthetic pair of checkpoints with the shapes of a real one, in the files that transformers writes.
 
-The displacement of each linear layer is ``left · diag(i^-0.7) · right`` with Gaussian factors, a power law over a quarter
-of the smaller side's directions, and white noise of half its energy; together 2 % of the weight's norm, as instruct
-tunes have. All else is the same in both checkpoints. What counts as the truth is what lies in the files after rounding.
+The displacement of each linear layer is ``left · diag(i^-0.7) · right`` with Gaussian factors, a power law over a
+quarter of the smaller side's directions, and white noise of half its energy; together 2 % of the weight's norm, as
+instruct tunes have. All else is the same in both checkpoints. The truth is what lies in the files after rounding.
 """
 
 from __future__ import annotations

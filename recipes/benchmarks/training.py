@@ -1,7 +1,7 @@
 """What the callback adds to a real training run: at a log, a save and an evaluation, in units of a step.
 
-Each run of a ``transformers.Trainer`` begins with a step of full size, which is what a step is. Then follow steps of a few
-tokens, as a log, a save and an evaluation cost the same after any step; runs with and without the callback take turns.
+Each run of a ``transformers.Trainer`` with the callback begins with a step of full size. All other steps are of a few
+tokens, as a log, a save and an evaluation cost the same after any step. Runs with and without the callback take turns.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STEPS = ("step", *EVENTS, "nothing")
 
 
 def measure(model: nn.Module, subspace: SafetySubspace, benchmark: Benchmark, folder: Path) -> dict:
-    """Seconds of a step, and of what follows on it, by run, with the callback and without it.
+    """Seconds of a step of full size, and of what follows on others, by run, with the callback and without it.
 
     The first run of each kind warms up. Adapters are new in each, on the same model.
     """
@@ -39,18 +39,20 @@ def measure(model: nn.Module, subspace: SafetySubspace, benchmark: Benchmark, fo
         for kind, found in runs.items():
             callbacks = [CSULoRACallback(subspace=subspace)] if kind == "with" else []
             adapted = with_lora(model, benchmark.lora_rank)
-            clock = _train(adapted, benchmark, callbacks, folder / "run", turn)
-            if turn:
-                found.append(clock.seconds)
+            clock = _train(adapted, benchmark, callbacks, folder / "run")
             if kind == "with":
                 sizes = _sizes(folder / "run")
+            else:
+                del clock.seconds["step"]  # of a few tokens
+            if turn:
+                found.append(clock.seconds)
             shutil.rmtree(folder / "run")
             model = adapted.unload()
     return {**runs, "sizes": sizes, "accelerator_peak": accelerator_peak()}
 
 
 class _Rows(Dataset):
-    """Rows of random tokens: those of the first batch are long."""
+    """Rows of random tokens, of these lengths."""
 
     def __init__(self, lengths: list[int], vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -94,13 +96,13 @@ class _Clock(TrainerCallback):
         return control
 
 
-def _train(model: nn.Module, benchmark: Benchmark, callbacks: list, folder: Path, seed: int) -> _Clock:
-    rows, short = benchmark.batch, len(_STEPS) - 1
-    lengths = [benchmark.length] * rows + [_SHORT] * rows * short
+def _train(model: nn.Module, benchmark: Benchmark, callbacks: list, folder: Path) -> _Clock:
+    first = benchmark.length if callbacks else _SHORT
+    lengths = [length for length in (first, *[_SHORT] * (len(_STEPS) - 1)) for _ in range(benchmark.batch)]
     clock = _Clock()
     args = TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=rows,
+        per_device_train_batch_size=benchmark.batch,
         per_device_eval_batch_size=1,
         max_steps=len(_STEPS),
         learning_rate=1e-4,
@@ -114,7 +116,6 @@ def _train(model: nn.Module, benchmark: Benchmark, callbacks: list, folder: Path
         bf16=True,
         gradient_checkpointing=False,
         use_cpu=not torch.accelerator.is_available(),
-        seed=seed,
     )
     trainer = Trainer(
         model=model,
