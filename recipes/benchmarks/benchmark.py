@@ -41,7 +41,7 @@ def run(recipe: Recipe, command: str) -> dict:
         check_space(shape, folder)
         console.print(f"Writing a pair of {describe(shape)} to {folder}, which is removed at the end.", soft_wrap=True)
         measured = _measure(shape, benchmark, folder, console)
-    results = {"benchmark": _settings(benchmark), **about, **measured, "seconds": time.perf_counter() - started}
+    results = {"benchmark": settings(benchmark), **about, **measured, "seconds": time.perf_counter() - started}
     results["computed"] = computed.larger_models(
         shape, benchmark.rank, benchmark.lora_rank, report.medians(results), results["growth"]["slopes"]
     )
@@ -94,7 +94,8 @@ def _measure(shape: Shape, benchmark: Benchmark, folder: Path, console: Console)
     }
 
 
-def _settings(benchmark: Benchmark) -> dict:
+def settings(benchmark: Benchmark) -> dict:
+    """What was asked for, as it stands in the results; where the files were says nothing."""
     return {name: value for name, value in asdict(benchmark).items() if name != "scratch"}
 
 

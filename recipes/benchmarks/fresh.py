@@ -17,7 +17,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-import recipes
 from csulora_callback import SafetySubspace
 from recipes.benchmarks.synthetic import files_with
 from recipes.benchmarks.timing import Time, accelerator_peak, resident_bytes, timed
@@ -31,7 +30,7 @@ def in_fresh_process(job: str, **arguments: object) -> dict:
         RuntimeError: with what it wrote, if it fails.
     """
     command = [sys.executable, "-m", __spec__.name, job, json.dumps(arguments)]
-    root = str(Path(recipes.__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

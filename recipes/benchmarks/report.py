@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.benchmarks.goals import added_by_the_callback, seconds
+from recipes.benchmarks.growth import AXES
 from recipes.benchmarks.timing import spread
 from recipes.benchmarks.training import EVALUATED, EVENTS
 
@@ -80,10 +81,10 @@ def memory_rows(results: Mapping) -> list[list[str]]:
         ("what lies beside it", [sizes["sidecar"]], "raw factors and record"),
     ]
     if any(one["accelerator"] for one in peaks["start"]):
-        rows.append(("on the accelerator, estimating", [one["accelerator"] for one in peaks["start"]], "peak"))
-        rows.append(
-            ("on the accelerator, training", [results["training"]["accelerator_peak"]], "peak, model included")
-        )
+        rows += [
+            ("accelerator, estimating", [one["accelerator"] for one in peaks["start"]], "peak"),
+            ("accelerator, training", [results["training"]["accelerator_peak"]], "peak, model and callback included"),
+        ]
     return [[what, ranged(spread([value / 1e6 for value in values])), how] for what, values, how in rows]
 
 
@@ -103,10 +104,7 @@ def slope_rows(results: Mapping) -> list[list[str]]:
     slopes = results["growth"]["slopes"]
     names = {"reading": "reading", "estimate": "estimation", "correction": "correction", "log": "log"}
     names["working_bytes"] = "peak memory beyond the subspace"
-    return [[text, *(f"{slopes[axis][cost]:.2f}" for axis in _AXES)] for cost, text in names.items()]
-
-
-_AXES = ("side", "rank", "modules")
+    return [[text, *(f"{slopes[axis][cost]:.2f}" for axis in AXES)] for cost, text in names.items()]
 
 
 def computed_rows(results: Mapping) -> list[list[str]]:

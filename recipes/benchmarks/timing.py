@@ -78,7 +78,10 @@ def resident_bytes(which: str) -> int:
 
 
 def accelerator_peak() -> int:
-    """Bytes that were allocated on the accelerator at most so far; 0 without one."""
+    """Bytes that were allocated on the accelerator at most, so far or since the last call; 0 without one."""
     if not torch.accelerator.is_available():
         return 0
-    return torch.get_device_module(torch.accelerator.current_accelerator()).max_memory_allocated()
+    accelerator = torch.get_device_module(torch.accelerator.current_accelerator())
+    peak = accelerator.max_memory_allocated()
+    accelerator.reset_peak_memory_stats()
+    return peak

@@ -35,6 +35,7 @@ def measure(model: nn.Module, subspace: SafetySubspace, benchmark: Benchmark, fo
     """
     runs: dict[str, list[dict[str, float]]] = {"with": [], "without": []}
     sizes = {}
+    accelerator_peak()  # from here on
     for turn in range(benchmark.repeats + 1):
         for kind, found in runs.items():
             callbacks = [CSULoRACallback(subspace=subspace)] if kind == "with" else []

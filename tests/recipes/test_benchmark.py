@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from csulora_callback import SafetySubspace, correct
-from recipes.benchmarks import computed, fresh, goals, growth, report
+from recipes.benchmarks import benchmark, computed, fresh, goals, growth, page, report
 from recipes.benchmarks.correction import dense_closest
 from recipes.benchmarks.estimation import PENALTIES, quality, update_beside
 from recipes.benchmarks.shapes import LLAMA, Shape
@@ -42,14 +43,16 @@ def test_it_runs_from_end_to_end_and_says_what_it_found(tmp_path, capsys):
     assert all(math.isfinite(number) for number in numbers_in(results))
     assert all(one["seconds"] > 0 for one in times_in(results))
     assert results["model"]["modules"] == 14
+    on_cpu = not torch.accelerator.is_available()
+    assert (results["machine"]["device"] == "cpu") == on_cpu == (results["training"]["accelerator_peak"] == 0)
     assert results["sizes"]["adapter"] > 0 < results["sizes"]["sidecar"]
     assert max(results["correction"]["agreement"].values()) < 1e-5
     assert all(errors["guard"] < 1e-3 > errors["energy_lost"] for errors in results["quality"].values())
     assert results["goals"] == goals.judge(results)
-    page, printed = (output / "report.md").read_text(), capsys.readouterr().out
-    assert page == report.to_markdown(results)
-    assert all(row["goal"] in page for row in results["goals"])
-    assert "a tiny Llama: 2 layers" in page
+    text, printed = (output / "report.md").read_text(), capsys.readouterr().out
+    assert text == report.to_markdown(results)
+    assert all(row["goal"] in text for row in results["goals"])
+    assert "a tiny Llama: 2 layers" in text
     assert "reading both checkpoints" in printed
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "scratch").iterdir())
@@ -209,15 +212,15 @@ def test_exponents_are_found_again():
 
 
 def test_points_of_an_axis_differ_in_that_alone_and_those_of_the_cache_have_equal_subspaces():
-    benchmark = load_recipe("recipes/benchmark.yaml", []).benchmark
-    by_axis = growth.points(benchmark)
+    asked = load_recipe("recipes/benchmark.yaml", []).benchmark
+    by_axis = growth.points(asked)
     for axis, same in (("side", "layers rank"), ("rank", "factor layers"), ("modules", "factor rank")):
         assert len(by_axis[axis]) == 3
         assert len({tuple(getattr(point, name) for name in same.split()) for point in by_axis[axis]}) == 1
     entries = {
         sum(number * sum(size) * point.rank for size, number in shape.counts.items())
         for point in by_axis["cache"]
-        for shape in [Shape.of(benchmark).scaled(point.factor, point.layers, 256)]
+        for shape in [Shape.of(asked).scaled(point.factor, point.layers, 256)]
     }
     assert len(entries) == 1
 
@@ -264,3 +267,14 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     assert main(["recipes/benchmark.yaml", *sizes]) == 2
     assert "of free disk for the pair" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is_and_the_pages_quote_them():
+    kept = Path("recipes/results/benchmark")
+    results = json.loads((kept / "results.json").read_text())
+    assert results["benchmark"] == benchmark.settings(load_recipe("recipes/benchmark.yaml", []).benchmark)
+    assert results["command"].startswith("python -m recipes.run recipes/benchmark.yaml")
+    assert results["growth"]["slopes"] == pytest.approx(growth.slopes(results["growth"]["axes"]))
+    assert results["goals"] == goals.judge(results)
+    assert (kept / "report.md").read_text() == report.to_markdown(results)
+    assert page.between_marks(Path("csulora_callback/README.md").read_text()) == report.readme_section(results)
