@@ -71,7 +71,7 @@ def _measure(shape: Shape, benchmark: Benchmark, folder: Path, console: Console)
         reading([str(side)], list(shape.modules))  # from here on the files are in the page cache
     stage("Estimation, second start, exact SVD and the dense way")
     start = estimation.measure(shape, pair, benchmark.rank, benchmark.repeats, folder)
-    subspace, subspace_bytes = estimation.cached_subspace(folder)
+    subspace, subspace_bytes = estimation.kept_subspace(shape, pair, benchmark.rank, folder)
     stage("What the estimate is wrong by, against the SVD in float64")
     errors = estimation.quality(shape, pair, subspace, benchmark.lora_rank)
     stage("Correction of all modules")

@@ -1,7 +1,8 @@
 """Costs of larger models, computed from what was measured of one and from the exponents that were fitted.
 
 Nothing here was measured. A cost of all modules is taken to be a sum over them of ``side^a · rank^b``, where
-``side`` is the root of ``d_out · d_in``, and is scaled to what the measured model took.
+``side`` is the root of ``d_out · d_in``, and is scaled to what the measured model took. A second start is taken to
+grow with the subspace, and peak memory to be the subspace and what the largest module needs.
 """
 
 from __future__ import annotations

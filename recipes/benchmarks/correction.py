@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from csulora_callback import SafetyCorrector, SafetySubspace, correct
 from csulora_callback.method.basis import Basis
 from recipes.benchmarks.estimation import PENALTIES, update_beside
-from recipes.benchmarks.shapes import Shape
-from recipes.benchmarks.timing import Time, added, timed
+from recipes.benchmarks.shapes import Shape, label
+from recipes.benchmarks.timing import Time, added, interleaved, timed
 
 Work = Callable[[], Time]
 
@@ -35,14 +35,11 @@ def measure(model: PeftModel, subspace: SafetySubspace, shape: Shape, repeats: i
     works["log"] = _after_a_change(model, correctors["csulora"].measure)
     for work in works.values():
         work()  # the first ones warm up
-    dense = {f"dense {rows}x{columns}": name for (rows, columns), name in shape.samples.items()}
-    for label, name in dense.items():
-        works[label] = lambda name=name: timed(lambda: dense_closest(*_factors(model, name), subspace[name]))
-    rounds = [{name: work() for name, work in works.items()} for _ in range(repeats)]
-    times = {name: [one[name] for one in rounds] for name in works}
-    sampled = {label.removeprefix("dense "): times.pop(label) for label in dense}
-    counts = {f"{rows}x{columns}": number for (rows, columns), number in shape.counts.items()}
-    times["dense"] = added([(counts[size], series) for size, series in sampled.items()])
+    for size, name in shape.samples.items():
+        works[label(size)] = lambda name=name: timed(lambda: dense_closest(*_factors(model, name), subspace[name]))
+    times = interleaved(repeats, works)
+    sampled = {label(size): times.pop(label(size)) for size in shape.samples}
+    times["dense"] = added([(number, sampled[label(size)]) for size, number in shape.counts.items()])
     return {"times": times, "sampled": sampled, "agreement": _agreement(model, correctors["guard"], subspace, shape)}
 
 
@@ -56,8 +53,7 @@ def corrected_and_logged(model: PeftModel, subspace: SafetySubspace, repeats: in
     }
     for work in works.values():
         work()
-    rounds = [{name: work() for name, work in works.items()} for _ in range(repeats)]
-    return {name: [one[name] for one in rounds] for name in works}
+    return interleaved(repeats, works)
 
 
 def dense_closest(A: Tensor, B: Tensor, scaling: float, basis: Basis) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from csulora_callback import Penalty, SafetySubspace, correct
 from csulora_callback.method.basis import Basis
-from recipes.benchmarks.fresh import in_fresh_process
-from recipes.benchmarks.shapes import Shape, Size
+from recipes.benchmarks.fresh import estimate, in_fresh_process
+from recipes.benchmarks.shapes import Shape, label
 from recipes.benchmarks.synthetic import displacement
 from recipes.benchmarks.timing import Time, added, timed
 from recipes.training.task import device
@@ -41,9 +41,9 @@ def measure(shape: Shape, pair: Pair, rank: int | None, repeats: int, folder: Pa
         rounds[-1] |= _references(shape, pair)
     times = {name: [one[name] for one in rounds] for name in rounds[0]}
     sampled = {
-        way: {_text(size): times.pop(f"{way} {_text(size)}") for size in shape.samples} for way in ("svd", "products")
+        way: {label(size): times.pop(f"{way} {label(size)}") for size in shape.samples} for way in ("svd", "products")
     }
-    counts = {_text(size): number for size, number in shape.counts.items()}
+    counts = {label(size): number for size, number in shape.counts.items()}
     for way, by_size in sampled.items():
         times[way] = added([(counts[size], series) for size, series in by_size.items()])
     times["dense"] = added([(1, times["load"]), (1, times["products"])])
@@ -51,10 +51,17 @@ def measure(shape: Shape, pair: Pair, rank: int | None, repeats: int, folder: Pa
     return {"times": times, "sampled": sampled, "counts": counts, "peaks": peaks, "dense_bytes": products}
 
 
-def cached_subspace(folder: Path) -> tuple[SafetySubspace, int]:
-    """What the first start of :func:`measure` has kept, and the bytes of its file."""
-    (file,) = (folder / "cache0").glob("*.safetensors")
-    return SafetySubspace.load(file), file.stat().st_size
+def kept_subspace(shape: Shape, pair: Pair, rank: int | None, folder: Path) -> tuple[SafetySubspace, int]:
+    """What the first start of :func:`measure` left in its cache, and the bytes of a file that holds it."""
+    subspace = estimate(str(pair[0]), str(pair[1]), list(shape.modules), rank, str(folder / "cache0"))
+    return subspace, bytes_on_disk(subspace, folder)
+
+
+def bytes_on_disk(subspace: SafetySubspace, folder: Path) -> int:
+    """Of the file that it saves."""
+    file = folder / "subspace.safetensors"
+    subspace.save(file)
+    return file.stat().st_size
 
 
 def quality(shape: Shape, pair: Pair, subspace: SafetySubspace, lora_rank: int) -> dict[str, dict]:
@@ -64,7 +71,7 @@ def quality(shape: Shape, pair: Pair, subspace: SafetySubspace, lora_rank: int) 
     holds; ``guard`` and ``csulora`` are ``‖X̂* − X*‖ / ‖Δ‖`` of an update of which a part lies in the subspace.
     """
     return {
-        _text(size): {"module": name, **_errors(displacement(pair, name, torch.float64), subspace[name], lora_rank)}
+        label(size): {"module": name, **_errors(displacement(pair, name, torch.float64), subspace[name], lora_rank)}
         for size, name in shape.samples.items()
     }
 
@@ -101,10 +108,6 @@ def _references(shape: Shape, pair: Pair) -> dict[str, Time]:
     works = {}
     for size, name in shape.samples.items():
         D = displacement(pair, name, torch.float32).to(device())
-        works[f"svd {_text(size)}"] = timed(lambda D=D: torch.linalg.svd(D, full_matrices=False))
-        works[f"products {_text(size)}"] = timed(lambda D=D: D @ D.T / D.norm())
+        works[f"svd {label(size)}"] = timed(lambda D=D: torch.linalg.svd(D, full_matrices=False))
+        works[f"products {label(size)}"] = timed(lambda D=D: D @ D.T / D.norm())
     return works
-
-
-def _text(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -12,9 +12,9 @@ from statistics import median
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from csulora_callback import SafetySubspace
 from recipes.benchmarks.correction import corrected_and_logged, with_lora
-from recipes.benchmarks.fresh import in_fresh_process
+from recipes.benchmarks.estimation import bytes_on_disk
+from recipes.benchmarks.fresh import estimate, in_fresh_process
 from recipes.benchmarks.shapes import Shape
 from recipes.benchmarks.synthetic import write_pair
 from recipes.schema import Benchmark
@@ -94,14 +94,12 @@ def _measure(point: Point, with_cache: bool, benchmark: Benchmark, folder: Path)
     base, aligned = write_pair(shape, here, shards=1)
     asked = {"base": str(base), "aligned": str(aligned), "names": list(shape.modules), "rank": point.rank}
     start = in_fresh_process("start", **asked, cache=None, repeats=benchmark.repeats)
-    cache = {"cache_dir": here / "cache", "device": device(), "progress": False}
-    subspace = SafetySubspace.estimate(base, aligned, list(shape.modules), rank=point.rank, **cache)
+    subspace = estimate(**asked, cache=str(here / "cache"))
     again = []
     if with_cache:
         second = [in_fresh_process("again", **asked, cache=str(here / "cache")) for _ in range(benchmark.repeats)]
         again = [one["again"][0]["seconds"] for one in second]
-    (file,) = (here / "cache").glob("*.safetensors")
-    subspace_bytes = file.stat().st_size
+    subspace_bytes = bytes_on_disk(subspace, here)
     model = AutoModelForCausalLM.from_pretrained(aligned, dtype="auto").to(device())
     live = corrected_and_logged(with_lora(model, benchmark.lora_rank), subspace, benchmark.repeats)
     shutil.rmtree(here)

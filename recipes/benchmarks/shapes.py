@@ -14,6 +14,16 @@ Size = tuple[int, int]
 """``(d_out, d_in)`` of a linear layer."""
 
 
+def label(size: Size) -> str:
+    """For a key.
+
+    Example:
+        >>> label((512, 2048))
+        '512x2048'
+    """
+    return f"{size[0]}x{size[1]}"
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a Llama, by the names that a recipe gives them.
