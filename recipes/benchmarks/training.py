@@ -115,7 +115,6 @@ def _train(model: nn.Module, benchmark: Benchmark, callbacks: list, folder: Path
         report_to=[],
         disable_tqdm=True,
         bf16=True,
-        gradient_checkpointing=False,
         use_cpu=not torch.accelerator.is_available(),
     )
     trainer = Trainer(

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from csulora_callback import SafetySubspace, correct
-from recipes.benchmarks import benchmark, computed, fresh, goals, growth, page, report
-from recipes.benchmarks.correction import dense_closest
+from recipes.benchmarks import benchmark, computed, fresh, goals, growth, page, report, training
+from recipes.benchmarks.correction import dense_closest, with_lora
 from recipes.benchmarks.estimation import PENALTIES, quality, update_beside
 from recipes.benchmarks.shapes import LLAMA, Shape
 from recipes.benchmarks.synthetic import displacement, files_with, write_pair
 from recipes.benchmarks.timing import resident_bytes
 from recipes.files.recipe import load_recipe
 from recipes.run import main
+from recipes.schema import Benchmark
 
 TINY = Shape(32, 64, layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=48, tied=True)
 RUN = [
@@ -279,3 +280,33 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is_and_the_page
     assert results["goals"] == goals.judge(results)
     assert (kept / "report.md").read_text() == report.to_markdown(results)
     assert page.between_marks(Path("csulora_callback/README.md").read_text()) == report.readme_section(results)
+
+
+class Seen(TrainerCallback):
+    """Which step each event followed on."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.steps["log"] = state.global_step
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps["save"] = state.global_step
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.steps["evaluation"] = state.global_step
+
+
+def test_a_run_logs_saves_and_evaluates_after_a_step_of_its_own_each(tmp_path, pair):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1], dtype="auto"), 2)
+    widths = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True)
+    seen = Seen()
+    asked = Benchmark(layers=2, vocabulary=TINY.vocabulary, batch=2, length=16)
+    clock = training._train(model, asked, [seen], tmp_path / "run")
+    assert seen.steps == {"log": 2, "save": 3, "evaluation": 4}
+    assert clock.seconds.keys() == {"step", *(f"after {what}" for what in ("step", "log", "save", "evaluation"))}
+    assert widths == [(2, 16), *[(2, 8)] * 3, *[(1, 8)] * training.EVALUATED, (2, 8)]
+    assert (tmp_path / "run/checkpoint-3/adapter_model.safetensors").exists()
