@@ -13,7 +13,7 @@ from recipes.benchmarks.growth import AXES, MEASURED
 from recipes.benchmarks.timing import spread
 from recipes.files.pictures import BLUE, GREY, drawn, looks
 
-_LABELS = {"side": "sides of the weights, in those above", "rank": "rank", "modules": "modules"}
+_LABELS = {"side": "sides, in those above", "rank": "rank", "modules": "modules"}
 
 
 def plot(results: Mapping, path: Path) -> None:
@@ -26,7 +26,7 @@ def plot(results: Mapping, path: Path) -> None:
             _growth(axes, results["growth"]["axes"][axis], along)
             axes.set_xlabel(_LABELS[axis])
         panels[0].set_ylabel("seconds")
-        panels[0].legend(fontsize=9)
+        below.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(MEASURED))
 
 
 def _bars(axes: Axes, results: Mapping) -> None:

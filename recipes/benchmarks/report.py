@@ -43,8 +43,12 @@ def time_rows(results: Mapping) -> list[list[str]]:
         ("estimation", seconds(start["estimate"]), "in a fresh process, cache empty; written to it at the end"),
         ("second start", seconds(start["again"]), "in a fresh process, found in the cache"),
         ("exact SVD", seconds(start["svd"]), f"float32, {COUNTED}"),
-        ("the dense way", seconds(start["dense"]), f"both models loaded, and `D·Dᵀ/‖D‖` {COUNTED}"),
-        ("of which loading", seconds(start["load"]), "`AutoModelForCausalLM.from_pretrained`, a fresh process"),
+        ("the dense way", seconds(start["dense"]), f"both models loaded, and `D` and `D·Dᵀ/‖D‖` {COUNTED}"),
+        (
+            "of which loading",
+            seconds(start["load"]),
+            "`AutoModelForCausalLM.from_pretrained`, which maps the files; a fresh process",
+        ),
         *(
             (f"correction, {name}(10)", seconds(correction[name]), f"all {modules} modules, changed factors")
             for name in ("guard", "csulora")

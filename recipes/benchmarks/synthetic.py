@@ -77,9 +77,9 @@ def files_with(folder: Path, names: Iterable[str]) -> dict[Path, list[str]]:
     return dict(sorted(files.items()))
 
 
-def displacement(pair: tuple[Path, Path], name: str, dtype: torch.dtype) -> Tensor:
+def displacement(pair: tuple[Path, Path], name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """``D = W_aligned − W_base`` of one module as it lies in the files, exact in float64."""
-    base, aligned = (_read(folder, name).to(dtype) for folder in pair)
+    base, aligned = (_read(folder, name).to(device, dtype) for folder in pair)
     return aligned - base
 
 
