@@ -5,9 +5,9 @@ It takes the place of what stands between the two marks there.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from recipes.benchmarks.report import readme_section
@@ -29,4 +29,9 @@ def main(folder: str, page: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.benchmarks.page", description="Quote a benchmark in a page."
+    )
+    parser.add_argument("folder", help="the benchmark's output folder")
+    parser.add_argument("page", help="a Markdown file with both marks")
+    main(**vars(parser.parse_args()))

@@ -117,8 +117,8 @@ def computed_rows(results: Mapping) -> list[list[str]]:
         [
             row["model"],
             str(row["processes"]),
-            *(f"{row[cost]:.3g}" for cost in ("estimate", "again", "correction", "log")),
-            *(f"{row[f'{what}_bytes'] / 1e9:.3g}" for what in ("peak", "checkpoint", "subspace", "adapter")),
+            *(number(row[cost]) for cost in ("estimate", "again", "correction", "log")),
+            *(number(row[f"{what}_bytes"] / 1e9) for what in ("peak", "checkpoint", "subspace", "adapter")),
         ]
         for row in results["computed"]
     ]

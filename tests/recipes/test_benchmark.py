@@ -276,10 +276,20 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is_and_the_page
     words = results["command"].split()
     assert words[:4] == ["python", "-m", "recipes.run", "recipes/benchmark.yaml"]
     assert results["benchmark"] == benchmark.settings(load_recipe(words[3], words[4:]).benchmark)
-    assert results["growth"]["slopes"] == pytest.approx(growth.slopes(results["growth"]["axes"]))
+    for axis, found in growth.slopes(results["growth"]["axes"]).items():
+        assert results["growth"]["slopes"][axis] == pytest.approx(found)
     assert results["goals"] == goals.judge(results)
     assert (kept / "report.md").read_text() == report.to_markdown(results)
     assert page.between_marks(Path("csulora_callback/README.md").read_text()) == report.readme_section(results)
+
+
+def test_a_page_gets_new_results_between_its_marks_and_keeps_all_else(tmp_path):
+    kept, readme = Path("recipes/results/benchmark"), tmp_path / "README.md"
+    for old in ("", "an older table\n"):
+        readme.write_text(f"# Before\n\n{page.BEGIN}{old}{page.END}\nAfter, an older table\n")
+        page.main(str(kept), str(readme))
+        section = report.readme_section(json.loads((kept / "results.json").read_text()))
+        assert readme.read_text() == f"# Before\n\n{page.BEGIN}{section}{page.END}\nAfter, an older table\n"
 
 
 class Seen(TrainerCallback):
