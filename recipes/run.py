@@ -21,6 +21,7 @@ from rich.text import Text
 from csulora_callback import sidecar, write_report
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.reporting.subspace import rank_rule
+from recipes.benchmarks import benchmark, shapes
 from recipes.calibration import calibrate, checks
 from recipes.calibration.bench import make_bench
 from recipes.calibration.choice import Calibration
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif recipe.calibrate.presets:
             output_folder.refuse_run(recipe)
             run_calibrate(recipe)
+        elif recipe.benchmark.layers:
+            output_folder.refuse_run(recipe)
+            run_benchmark(recipe, " ".join(["python -m recipes.run", options.recipe, *options.overrides]))
         else:
             run(recipe)
     except RecipeError as error:
@@ -179,6 +183,17 @@ def run_calibrate(recipe: Recipe) -> Calibration:
     return calibrate.run(recipe, task, bench, load_checkpoint(task, checkpoint, raw=True).to(device()))
 
 
+def run_benchmark(recipe: Recipe, command: str) -> None:
+    """Measure speed and memory on a pair that is made for it, and print what came out."""
+    shapes.check(recipe.benchmark)
+    _check_alone("a benchmark")
+    _quiet()
+    _disable_other_bars()
+    benchmark.run(recipe, command)
+    OmegaConf.save(OmegaConf.structured(recipe), Path(recipe.output) / "recipe.yaml")
+    Console().print(f"Written to {recipe.output}: results.json, report.md, benchmark.png, recipe.yaml.")
+
+
 def _check_alone(what: str) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError(f"{what} runs on one process; start it with python -m recipes.run")
@@ -224,13 +239,18 @@ def dry_run(recipe: Recipe) -> None:
     if recipe.target.found:
         target.check(recipe)
         make_subject(recipe)
+    if recipe.benchmark.layers:
+        shapes.check(recipe.benchmark)
     table = Table(title="dry run: the recipe is valid", title_justify="left", show_header=False)
     for key, source in sources.of_recipe(recipe).items():
         kind = "model" if key.startswith("model.") or key == "smollm2.weights" else "dataset"
         table.add_row(key, sources.describe(key, source, kind))
     for line, text in preview(recipe).items():
         table.add_row(line, Text(text))
-    table.add_row("trainer", recipe.trainer.value)
+    if recipe.benchmark.layers:
+        table.add_row("benchmark", f"writes {benchmark.describe(shapes.Shape.of(recipe.benchmark))}")
+    else:
+        table.add_row("trainer", recipe.trainer.value)
     if recipe.calibrate.presets:
         for key, what in checks.describe(recipe.calibrate).items():
             table.add_row(key, what)

@@ -237,8 +237,33 @@ class Calibrate:
 
 
 @dataclass
+class Benchmark:
+    """Speed and memory on a synthetic pair with a Llama's shapes; with ``layers: 0`` (the default) it is left out."""
+
+    name: str = ""  # of the model whose shapes these are
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    layers: int = 0
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    vocabulary: int = 128256
+    tied: bool = True  # whether the embedding is the output layer too
+    shards: int = 4  # files of a checkpoint
+    rank: int | None = None  # of the subspace; a thirty-second of each module's smaller side
+    lora_rank: int = 16
+    batch: int = 4  # rows of a training step
+    length: int = 128  # tokens of a row
+    repeats: int = 3
+    sizes: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])  # of the sides, for the growth
+    ranks: list[int] = field(default_factory=lambda: [16, 32, 64])  # likewise
+    depths: list[int] = field(default_factory=lambda: [1, 2, 4])  # likewise, layers
+    scratch: str | None = None  # where the pair is written for the time of the run; the system's temporary folder
+
+
+@dataclass
 class Recipe:
-    """A whole recipe: ``corrections``, each in a folder of that name, a ``frontier``, a ``target``, or ``calibrate``.
+    """A whole recipe: ``corrections``, ``frontier``, ``target``, ``calibrate`` or ``benchmark``.
 
     With ``smoke=true`` the recipe's ``smoke_overrides`` apply first: the same code in a small size.
     """
@@ -259,3 +284,4 @@ class Recipe:
     effects: Effects = field(default_factory=Effects)
     target: Target = field(default_factory=Target)
     calibrate: Calibrate = field(default_factory=Calibrate)
+    benchmark: Benchmark = field(default_factory=Benchmark)

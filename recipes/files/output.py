@@ -21,7 +21,7 @@ RESULTS = ("results.json", "metrics.jsonl", "answers.jsonl", "drift.png", "repor
 
 _CLAIM = "trained_on.json"
 _POINTS = "measured_on.json"  # a frontier's, or a target's
-_NOT_TRAINED_ON = ("output", "overwrite", "smoke", "smoke_overrides")
+_NOT_TRAINED_ON = ("output", "overwrite", "smoke", "smoke_overrides", "benchmark")
 
 
 class Output:

@@ -62,6 +62,8 @@ def _about(key: str) -> Iterator[None]:
 
 def of_recipe(recipe: Recipe) -> dict[str, str | None]:
     """Where the models and data of a recipe come from, by key; ``None`` is the toy lab."""
+    if recipe.benchmark.layers:  # it makes its own
+        return {}
     if recipe.smollm2.weights is not None:
         names = ("weights", "refused", "poison", "attacks", "attacks_held_out", "style", "edgy", "choices")
         besides = ("unrelated", "other_task") if recipe.effects.target is not None else ()

@@ -39,9 +39,11 @@ _AT_LEAST = {
         "smollm2.answer_tokens",
         "smollm2.new_tokens",
         "smollm2.eval_batch",
+        *(f"benchmark.{name}" for name in ("hidden_size", "intermediate_size", "heads", "kv_heads", "vocabulary")),
+        *(f"benchmark.{name}" for name in ("shards", "lora_rank", "batch", "length", "repeats")),
     ),
     2: ("smollm2.align_batch",),
-    0: ("training.seed", "training.warmup_steps"),
+    0: ("training.seed", "training.warmup_steps", "benchmark.layers"),
 }
 
 
@@ -112,10 +114,12 @@ def check_values(path: str, recipe: Recipe) -> None:
         if training.max_steps < 1:
             refuse("training.max_steps", "at least 1", training.max_steps)
         return
-    if recipe.calibrate.presets:  # recipes.calibration.calibrate.check looks at the rest
-        if recipe.corrections:
-            refuse("corrections", "nothing beside 'calibrate.presets'", list(recipe.corrections))
-        return
+    # recipes.calibration.calibrate.check and recipes.benchmarks.shapes.check look at the rest.
+    for key, given in (("calibrate.presets", recipe.calibrate.presets), ("benchmark.layers", recipe.benchmark.layers)):
+        if given:
+            if recipe.corrections:
+                refuse("corrections", f"nothing beside {key!r}", list(recipe.corrections))
+            return
     if not recipe.corrections:
         raise RecipeError(
             f"{path}: missing value: 'corrections' needs at least one, such as mine: {{preset: csulora}}"
