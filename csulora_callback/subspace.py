@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -199,11 +199,10 @@ class SafetySubspace(Mapping[str, Basis]):
         ):
 
             def estimate(own: str | None, turn: list[str]) -> tuple[Basis, list[Seen]] | None:
-                read = reader.take(own, turn)
-                if read is None:
-                    return None
-                weights, seen = read  # taken out of their list, so that nothing here keeps them in memory
-                return basis_of(own, weights.pop(0), weights.pop(0), rule, device, space), seen
+                seen, weights = [], reader.take(own, turn)
+                if own is None:
+                    return list(weights) or None  # others may need this process for theirs
+                return basis_of(own, _noting(seen, weights), rule, device, space), seen
 
             for part in processes.divide(order, estimate):
                 results |= part
@@ -268,6 +267,13 @@ class SafetySubspace(Mapping[str, Basis]):
     @classmethod
     def _cached(cls, path: Path) -> SafetySubspace:
         return cls(*subspace_file.read(path), from_cache=True)
+
+
+def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterator[Tensor]:
+    for weight, one in weights:
+        seen.append(one)
+        yield weight
+        del weight  # which has to be out of memory before the next is read
 
 
 def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | SavedLayer) -> tuple[Tensor, Tensor]:

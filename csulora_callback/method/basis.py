@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from csulora_callback.method.precision import full_width
+from csulora_callback.method.reused import Reused
 from csulora_callback.method.singular import leading_singular_triplets
 
 # The singular vectors of a float32 SVD are orthonormal to 1e-6, and a correction is wrong by about as much as they are
@@ -67,8 +69,7 @@ class Basis:
 
 def basis_of(
     name: str,
-    base: Tensor,
-    aligned: Tensor,
+    weights: Iterable[Tensor],
     rule: dict,
     device: torch.device | str | None = None,
     space: Reused | None = None,
@@ -77,24 +78,24 @@ def basis_of(
 
     Args:
         name: of the module; with ``rule["seed"]`` it fixes the random start.
-        base: the weight before alignment, finite.
-        aligned: the weight after it, finite.
+        weights: the one before alignment and the one after it, finite. The second is asked for when the first is not
+            needed any more.
         rule: ``rank``, ``energy``, ``method`` and ``seed``, see :meth:`csulora_callback.SafetySubspace.estimate`. With
             neither a rank nor an energy the rank is :func:`rank_of` this module.
-        device: where to compute; by default where ``aligned`` is.
-        space: memory for the displacement, to be used again for that of the next module.
+        device: where to compute; by default where the weights are.
+        space: memory that is used again for the next module.
 
     Raises:
         ValueError: if the displacement is not zero and its size is none that float32 holds to full precision.
 
     Example:
         >>> rule = {"rank": 1, "energy": None, "method": "exact", "seed": 0}
-        >>> basis = basis_of("q_proj", torch.zeros(2, 3), torch.ones(2, 3), rule)
+        >>> basis = basis_of("q_proj", (torch.zeros(2, 3), torch.ones(2, 3)), rule)
         >>> basis.U.shape, basis.V.shape, round(basis.displacement**2, 3)
         (torch.Size([2, 1]), torch.Size([3, 1]), 6.0)
     """
-    D = displacement(base, aligned, aligned.device if device is None else device, space)
-    del base, aligned  # which are nowhere else, where they were read from files
+    space = space or Reused()
+    D = displacement(weights, device, space)
     unit = _unit(name, D)
     if unit == 0.0:
         return Basis(*(torch.zeros(size, device="cpu") for size in ((D.shape[0], 0), (D.shape[1], 0), (0,))), 0.0)
@@ -105,45 +106,36 @@ def basis_of(
     _check_size(name, norm)
     if rule["energy"] is None:
         rule = {**rule, "rank": rank_of(D.shape, rule["rank"])}
-    U, sigma, V = leading_singular_triplets(name, D.div_(scaled_norm), rule)
+    with full_width(D.device):
+        U, sigma, V = leading_singular_triplets(name, D.div_(scaled_norm), rule, space)
     return Basis(U.float().cpu().contiguous(), V.float().cpu().contiguous(), (sigma * norm).float().cpu(), norm)
 
 
-class Reused:
-    """Memory for one matrix at a time. New memory for each costs as much as filling it.
+def displacement(
+    weights: Iterable[Tensor], device: torch.device | str | None = None, space: Reused | None = None
+) -> Tensor:
+    """``W_aligned − W_base (rows, columns)``, in float32 or, of float64 weights, float64; arguments as of `basis_of`.
 
     Example:
-        >>> space = Reused()
-        >>> first = space.matrix((2, 3), torch.float32, "cpu")
-        >>> first.data_ptr() == space.matrix((3, 1), torch.float32, "cpu").data_ptr()
-        True
-    """
-
-    def __init__(self) -> None:
-        self._flat = torch.empty(0)
-
-    def matrix(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """Uninitialized, ``shape``, contiguous; the one that was given before must not be needed any more."""
-        size, device = math.prod(shape), torch.device(device)
-        if self._flat.numel() < size or self._flat.dtype != dtype or self._flat.device != device:
-            self._flat = torch.empty(size, dtype=dtype, device=device)
-        return self._flat[:size].view(shape)
-
-
-def displacement(base: Tensor, aligned: Tensor, device: torch.device | str, space: Reused | None = None) -> Tensor:
-    """``W_aligned − W_base (rows, columns)`` on a device, in float32 or, of float64 weights, float64.
-
-    Example:
-        >>> displacement(torch.zeros(1, 2).bfloat16(), torch.ones(1, 2).bfloat16(), "cpu")
+        >>> displacement((torch.zeros(1, 2).bfloat16(), torch.ones(1, 2).bfloat16()))
         tensor([[1., 1.]])
     """
-    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    D = (space or Reused()).matrix(aligned.shape, wide, device)
-    # Some rows at a time, so that they are still in the cache when the base's are taken off.
-    at_once = _ROWS if D.device.type == "cpu" else max(1, len(D))
-    for rows, before, after in zip(D.split(at_once), base.split(at_once), aligned.split(at_once), strict=True):
-        rows.copy_(after).sub_(before.to(D.device))
-    return D
+    weights = iter(weights)
+    base = _widened(next(weights), device, space or Reused())
+    return _minus(next(weights), base)
+
+
+def _widened(base: Tensor, device: torch.device | str | None, space: Reused) -> Tensor:
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return space.matrix("D", base.shape, wide, base.device if device is None else device).copy_(base)
+
+
+def _minus(aligned: Tensor, base: Tensor) -> Tensor:
+    """In the place of ``base``, some rows at a time: a whole one of ``aligned`` in float32 takes memory and time."""
+    base = base.to(torch.promote_types(base.dtype, aligned.dtype))
+    for rows, after in zip(base.split(_ROWS), aligned.split(_ROWS), strict=True):
+        torch.sub(after.to(rows), rows, out=rows)
+    return base
 
 
 def _unit(name: str, D: Tensor) -> float:

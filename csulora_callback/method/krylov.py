@@ -25,21 +25,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from csulora_callback.method.reused import Reused
+
 TOLERANCE = 5e-4
 """Of ``‖(I − P̂) P‖_F / √k``; what it is estimated by has been at least half of it on all spectra tried."""
 
-_ROWS = 256  # of a matrix that are multiplied at once on a CPU, both ways while they are in its cache
 _WIDTH = 32  # of a block where the rank is not known beforehand
 _LEAST_WIDTH = 8
+_COLUMNS = 2048
 _FRESH = 8  # directions that the last test begins with
 _MISSED = 1e-5  # share of the energy kept that they may add
+
+# The products are nearly all that an estimate takes. PyTorch gives those of float32 to MKL, which is half as fast
+# as it could be on processors that are not Intel's; its compiler gives them to oneDNN, by this operator.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 Cut = Callable[[Tensor], int | None]
 """How many of the singular values ``(q,)`` found so far are to be kept; None where more have to be found first."""
 
 
 def krylov_triplets(
-    D: Tensor, cut: Cut, generator: torch.Generator, rank: int | None = None
+    D: Tensor, cut: Cut, generator: torch.Generator, rank: int | None = None, memory: Reused | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """``(U, σ, V)`` of the leading part of ``D``; ``None`` where half of all directions do not suffice.
 
@@ -48,6 +54,7 @@ def krylov_triplets(
         cut: the rank rule.
         generator: of the random start; on the CPU, so that devices agree.
         rank: what the rule asks for, where that is known.
+        memory: to be used again for the next matrix.
 
     Example:
         >>> D = torch.diag(0.5 ** torch.arange(64.0))
@@ -56,10 +63,10 @@ def krylov_triplets(
         (torch.Size([64, 2]), [1.0, 0.5])
     """
     if D.shape[0] < D.shape[1]:
-        found = krylov_triplets(D.T, cut, generator, rank)
+        found = krylov_triplets(D.T, cut, generator, rank, memory)
         return None if found is None else (found[2], found[1], found[0])
-    space = _Space(D, max(_LEAST_WIDTH, rank // 4) if rank else _WIDTH, generator)
-    check = 5 * (rank or 0) // 2  # no spectrum is done before
+    space = _Space(D, max(_LEAST_WIDTH, rank // 2) if rank else _WIDTH, generator, memory)
+    check = 3 * (rank or 0)  # hardly a spectrum is done before
     while space.size <= space.limit:
         space.grow()
         if space.size < check:
@@ -80,12 +87,13 @@ def krylov_triplets(
 class _Space:
     """Orthonormal rows ``S (q, m)``, ``Y = S Dᵀ (q, n)``, their Gram matrix, and the block that comes next."""
 
-    def __init__(self, D: Tensor, width: int, generator: torch.Generator) -> None:
+    def __init__(self, D: Tensor, width: int, generator: torch.Generator, memory: Reused | None = None) -> None:
         self.D, self.width, self.size = D, width, 0
         self.limit = D.shape[1] // 2 - width
-        most = max(self.limit + width, 0)
-        self._S, self._Y = D.new_empty(most, D.shape[1]), D.new_empty(most, D.shape[0], dtype=torch.float64)
-        self._gram = D.new_zeros(most, most, dtype=torch.float64)
+        most, memory = max(self.limit + width, 0), memory or Reused()
+        self._S = memory.matrix("S", (most, D.shape[1]), D.dtype, D.device)
+        self._Y = memory.matrix("Y", (most, D.shape[0]), D.dtype, D.device)
+        self._gram = D.new_empty(0, 0, dtype=torch.float64)
         self._next, self._coupling = _orthonormal(self._random(width, generator))
 
     def grow(self) -> None:
@@ -93,8 +101,8 @@ class _Space:
         block, before, after = self._next, self.size, self.size + self.width
         self._S[before:after] = block
         self._Y[before:after], back = _both_ways(self.D, block)
-        rows = self._Y[before:after] @ self._Y[:after].T  # float64, or what is small beside σ₁² drowns
-        self._gram[before:after, :after], self._gram[:after, before:after] = rows, rows.T
+        rows = _inner_products(self._Y[before:after], self._Y[:after])
+        self._gram = torch.cat([torch.cat([self._gram, rows[:, :before]]), rows.T], dim=1)
         self.size = after
         # Twice: once the iteration has converged, what is left of a block is mostly rounding noise within the space.
         once, first = _orthonormal(self._outside(back))
@@ -103,7 +111,7 @@ class _Space:
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """All Ritz values as singular values ``(q,)``, descending, and their vectors ``(q, q)``; float64."""
-        eigenvalues, vectors = torch.linalg.eigh(self._gram[: self.size, : self.size])
+        eigenvalues, vectors = torch.linalg.eigh(self._gram)
         return eigenvalues.flip(0).clamp_min(0.0).sqrt(), vectors.flip(1)
 
     def error(self, sigma: Tensor, vectors: Tensor, k: int) -> float:
@@ -124,9 +132,12 @@ class _Space:
     def triplets(self, sigma: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """``(U, σ, V)`` of the first ``k`` Ritz values."""
         sigma, vectors = sigma[:k], vectors[:, :k]
-        U = (vectors.T @ self._Y[: self.size]).T / sigma
-        V = (vectors.T.to(self.D) @ self._S[: self.size]).T
-        return U.to(self.D), sigma.to(self.D), V
+        of_rows = (vectors / sigma).T.to(self.D), vectors.T.to(self.D)
+        U, V = (
+            (coefficients @ rows[: self.size]).T
+            for coefficients, rows in zip(of_rows, (self._Y, self._S), strict=True)
+        )
+        return U, sigma.to(self.D), V
 
     def misses(self, U: Tensor, sigma: Tensor, generator: torch.Generator) -> bool:
         """Whether there is more outside the space than it knows of.
@@ -136,8 +147,8 @@ class _Space:
         """
         fresh, _ = _orthonormal(self._outside(self._random(_FRESH, generator)))
         fresh, _ = _orthonormal(self._outside(_both_ways(self.D, fresh)[1]))
-        seen = torch.cat([(U * sigma).T, _both_ways(self.D, fresh)[0]]).double()  # what D makes of V and of them
-        both = torch.linalg.eigvalsh(seen @ seen.T)
+        seen = torch.cat([(U * sigma).T, _product(fresh, self.D)])  # what D makes of V and of them
+        both = torch.linalg.eigvalsh(_inner_products(seen, seen))
         kept = sigma.double().square().sum()
         return bool(both[-len(sigma) :].sum() - kept > _MISSED * kept) if len(sigma) else bool(both.sum() > 0)
 
@@ -156,10 +167,19 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _both_ways(D: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
-    """``block Dᵀ`` and ``block DᵀD``, with one pass over ``D``."""
-    forth, back = block.new_empty(len(block), len(D)), torch.zeros_like(block)
-    at_once = _ROWS if D.device.type == "cpu" else len(D)
-    for rows, place in zip(D.split(at_once), forth.split(at_once, dim=1), strict=True):
-        place.copy_(block @ rows.T)
-        back.addmm_(place, rows)
-    return forth, back
+    """``block Dᵀ`` and ``block DᵀD``."""
+    forth = _product(block, D)
+    return forth, _product(forth, D.T)
+
+
+def _inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """``left rightᵀ`` in float64, or what is small beside ``σ₁²`` drowns; some columns at a time, to save memory."""
+    columns = zip(left.split(_COLUMNS, dim=1), right.split(_COLUMNS, dim=1), strict=True)
+    return sum(some.double() @ others.double().T for some, others in columns)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``left rightᵀ``."""
+    if _HAS_ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return left @ right.T

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from csulora_callback.method.krylov import krylov_triplets
+from csulora_callback.method.reused import Reused
 
 _EXACT_UP_TO = 256  # smaller side of a matrix whose full SVD is as fast as an approximate one
 _SIDES_PER_RANK = 8  # of the smaller side; a larger rank leaves an approximation nothing to save
 
 
-def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor, Tensor, Tensor]:
+def leading_singular_triplets(
+    name: str, D: Tensor, rule: dict, space: Reused | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(U, σ, V)`` of a displacement of norm one, cut by the rank rule."""
     if D.device.type == "mps":  # has no float64, which the small dense algebra needs
         D = D.cpu()
@@ -23,7 +26,7 @@ def leading_singular_triplets(name: str, D: Tensor, rule: dict) -> tuple[Tensor,
     found, rank = None, rule["rank"]
     large = min(D.shape) > _EXACT_UP_TO and _SIDES_PER_RANK * (rank or 1) <= min(D.shape)
     if rule["method"] == "krylov" or (rule["method"] == "auto" and large):
-        found = krylov_triplets(wide, lambda sigma: _cut(sigma, D, rule), _generator(name, rule["seed"]), rank)
+        found = krylov_triplets(wide, lambda sigma: _cut(sigma, D, rule), _generator(name, rule["seed"]), rank, space)
     if found is None:
         U, sigma, Vh = torch.linalg.svd(wide, full_matrices=False)
         k = _cut(sigma, D, rule, complete=True)

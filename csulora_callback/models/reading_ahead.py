@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from csulora_callback.models.checksum import digest
 from csulora_callback.models.pair import CheckpointPair
+
+_PAGE, _PART = 4096, 2**22
 
 
 class Seen(NamedTuple):
@@ -42,45 +45,46 @@ class PairReader:
         self._stream: torch.cuda.Stream | None = None
         self._next = self._begin()
 
-    def take(self, own: str | None, turn: list[str]) -> tuple[list[Tensor], list[Seen]] | None:
+    def take(self, own: str | None, turn: list[str]) -> Iterator[tuple[Tensor, Seen]]:
         """The pair of the next module of the share, ``own``, while other processes take other ones of ``turn``.
 
-        Returns:
-            Base and aligned weight ``(rows, columns)`` as stored, on the device where they are computed with, in a
-            list to take them out of; and what was seen of each. ``None`` where ``own`` is.
+        Base first, then aligned, each ``(rows, columns)`` as stored, on the device where they are computed with, and
+        what was seen of it. The second is read when it is asked for. Nothing where ``own`` is ``None``.
 
         Raises:
             ValueError: if a weight is quantized, damaged or not finite.
         """
+        read: Iterable[tuple[Tensor, Seen]] = ()
         if self._thread is None:
             weights = self._pair.weights_for(own, turn)
-            read = None if own is None else [self._look(weight, weights[1].device) for weight in weights]
-        else:
-            read = None if own is None else self._next.result()
-            self._next = self._begin()
-        if read is None:
-            return None
-        weights = [
-            checkpoint.stored(own) if weight is None else weight
-            for checkpoint, (weight, _) in zip(self._pair.sides.values(), read, strict=True)
-        ]
-        for weight in weights:
+            read = () if own is None else [self._look(weight, weights[1].device) for weight in weights]
+        elif own is not None:
+            ahead, self._next = self._next.result(), self._begin()
+            read = self._read(own) if ahead is None else ahead
+        for weight, seen in read:
             if weight.is_cuda:  # made on the thread's stream, and to live until this one is done with it
                 weight.record_stream(torch.cuda.current_stream(weight.device))
-        return weights, [seen for _, seen in read]
-
-    def _begin(self) -> Future[list[tuple[Tensor | None, Seen]]] | None:
-        name = None if self._thread is None else next(self._coming, None)
-        return None if name is None else self._thread.submit(self._read, name)
-
-    def _read(self, name: str) -> list[tuple[Tensor | None, Seen]]:
-        """Both sides, one after the other: what lies in a file and stays on the host is gone before the next."""
-        device, read = self._pair.aligned.stored(name).device, []
-        for checkpoint in self._pair.sides.values():
-            weight, seen = self._look(checkpoint.weight(name), device)
-            read.append((None if weight.device.type == "cpu" and checkpoint.files([name]) else weight, seen))
+            yield weight, seen
             del weight
-        return read
+
+    def _begin(self) -> Future[list[tuple[Tensor, Seen]] | None] | None:
+        name = None if self._thread is None else next(self._coming, None)
+        return None if name is None else self._thread.submit(self._read_ahead, name)
+
+    def _read_ahead(self, name: str) -> list[tuple[Tensor, Seen]] | None:
+        if self._placed(name).type != "cpu":
+            return list(self._read(name))
+        for checkpoint in self._pair.sides.values():
+            if checkpoint.files([name]):
+                _have_in_cache(partial(checkpoint.stored, name))
+        return None
+
+    def _read(self, name: str) -> Iterator[tuple[Tensor, Seen]]:
+        device = self._placed(name)
+        return (self._look(checkpoint.weight(name), device) for checkpoint in self._pair.sides.values())
+
+    def _placed(self, name: str) -> torch.device:
+        return self._pair.aligned.stored(name).device if self._device is None else self._device
 
     def _look(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Seen]:
         device = device if self._device is None else self._device
@@ -117,15 +121,27 @@ def reading_ahead(
         >>> from torch import nn
         >>> pair = CheckpointPair.open(nn.Sequential(nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 2)))
         >>> with reading_ahead(pair, ["0"]) as reader:
-        ...     (base, aligned), seen = reader.take("0", ["0"])
-        >>> base.shape, [side.dtype for side in seen]
-        (torch.Size([2, 3]), ['float32', 'float32'])
+        ...     (base, _), (aligned, seen) = reader.take("0", ["0"])
+        >>> base.shape, seen.dtype
+        (torch.Size([2, 3]), 'float32')
     """
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading ahead")
     try:
         yield PairReader(pair, share, device, thread)
     finally:
         thread.shutdown(cancel_futures=True)
+
+
+def _have_in_cache(stored: Callable[[], Tensor]) -> None:
+    """Have the system read the file that a weight is mapped from, by a look at each page, some of them at a time.
+
+    Not by PyTorch: the threads that its operations wait with on this thread would take the cores from the computation.
+    """
+    place, size = 0, stored().nbytes
+    while place < size:  # mapped anew for each part, so that those before it are no part of this process any more
+        part = stored().detach().view(-1).view(torch.uint8)[place : place + _PART]
+        part.numpy()[::_PAGE].max(initial=0)
+        place += _PART
 
 
 def _to(device: torch.device, weight: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_agrees_with_a_dense_svd_whatever_the_size_of_the_weights(dtype, size, m
     base, aligned = weights(dtype, size, rows, columns)
     D = aligned.double() - base.double()
     U, sigma, Vh = torch.linalg.svd(D, full_matrices=False)
-    basis = basis_of("q_proj", base, aligned, {"rank": RANK, "energy": None, "method": method, "seed": 0})
+    basis = basis_of("q_proj", (base, aligned), {"rank": RANK, "energy": None, "method": method, "seed": 0})
     check_basis("q_proj", basis)
     assert basis.displacement == pytest.approx(sigma.norm().item(), rel=1e-6, abs=0)
     assert basis.singular_values.tolist() == pytest.approx(sigma[:RANK].tolist(), rel=1e-5, abs=0)
@@ -56,7 +56,7 @@ def test_agrees_with_a_dense_svd_whatever_the_size_of_the_weights(dtype, size, m
 def test_small_entries_beside_ordinary_ones_are_no_reason_to_refuse():
     aligned = torch.tensor([[1e-44, 1e-40], [0.5, 1e-30]])
     rule = {"rank": 2, "energy": None, "method": "exact", "seed": 0}
-    basis = basis_of("q_proj", torch.zeros(2, 2), aligned, rule)
+    basis = basis_of("q_proj", (torch.zeros(2, 2), aligned), rule)
     assert basis.displacement == 0.5
     assert basis.U.flatten().tolist() == [0.0, 1.0]
     assert basis.V.flatten().tolist() == pytest.approx([1.0, 0.0], abs=1e-29)
@@ -78,7 +78,7 @@ def test_a_displacement_that_float32_cannot_hold_is_refused_by_name(dtype, base,
     pair = (torch.full((1, 3), value, dtype=dtype) for value in (base, aligned))
     message = f"`base`: expected a displacement W_aligned − W_base of module 'layers.3.q_proj' .* of size {size}\\."
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
-        basis_of("layers.3.q_proj", *pair, rule)
+        basis_of("layers.3.q_proj", pair, rule)
 
 
 def good() -> Basis:

@@ -83,7 +83,7 @@ def test_chance_is_what_random_updates_have(sides):
 def test_an_update_that_takes_the_alignment_back_undoes_all_of_it():
     base, aligned = displacement(20, 16, 1), displacement(20, 16, 2)
     D = aligned - base
-    basis = basis_of("q_proj", base, aligned, RULE)
+    basis = basis_of("q_proj", (base, aligned), RULE)
     left, sigma, right = torch.linalg.svd(D, full_matrices=False)
     A, B = right, -left * sigma  # B·A = −D
     exact = along_displacement(A, B, D)
