@@ -16,6 +16,7 @@ from recipes.benchmarks.timing import Time, added, timed
 from recipes.training.task import device
 
 Pair = tuple[Path, Path]
+_TIMES = ("reading", "estimate", "again", "load", "cold reading", "cold estimate")
 PENALTIES = {"guard": Penalty.guard(10.0), "csulora": Penalty.csulora(10.0)}
 
 
@@ -34,10 +35,11 @@ def measure(shape: Shape, pair: Pair, rank: int | None, repeats: int, folder: Pa
         start = in_fresh_process("start", **asked, cache=cache)
         second = in_fresh_process("again", **asked, cache=cache)
         loaded = in_fresh_process("load", **where)
+        cold = in_fresh_process("cold", **asked)
         peaks["start"].append(start["peak"])
         peaks["load"].append(loaded["peak"])
-        times = {**start, **second, **loaded}
-        rounds.append({name: times[name][0] for name in ("reading", "estimate", "again", "load")})
+        times = {**start, **second, **loaded, **cold}
+        rounds.append({name: times[name][0] for name in _TIMES})
         rounds[-1] |= _references(shape, pair)
     times = {name: [one[name] for one in rounds] for name in rounds[0]}
     sampled = {

@@ -49,6 +49,15 @@ def start(base: str, aligned: str, names: list[str], rank: int | None, cache: st
     return {"estimate": estimates, "reading": readings, "peak": peak}
 
 
+def cold(base: str, aligned: str, names: list[str], rank: int | None) -> dict:
+    """An estimate without a cache, and reading, each of files that are not in the page cache."""
+    folders = [base, aligned]
+    leave_page_cache(folders)
+    estimated = timed(lambda: estimate(base, aligned, names, rank, None))
+    leave_page_cache(folders)
+    return {"cold estimate": [estimated], "cold reading": [reading(folders, names)]}
+
+
 def again(base: str, aligned: str, names: list[str], rank: int | None, cache: str) -> dict:
     """The same where the cache holds it, which has to be so."""
     found = []
@@ -80,25 +89,27 @@ def estimate(base: str, aligned: str, names: list[str], rank: int | None, cache:
 
 
 def reading(folders: list[str], names: list[str]) -> Time:
-    """Every target weight of these checkpoints copied once, from the mapped file into a buffer that is used again."""
+    """Every target weight of these checkpoints copied once, from the mapped file into memory of its own."""
     files = [(file, keys) for folder in folders for file, keys in files_with(Path(folder), names).items()]
-    largest = 0
-    for file, keys in files:
-        with safe_open(file, "pt") as opened:
-            largest = max(largest, *(torch.Size(opened.get_slice(key).get_shape()).numel() for key in keys))
-    buffer = torch.zeros(largest, dtype=torch.bfloat16, device=device())
 
     def read() -> None:
         for file, keys in files:
             with safe_open(file, "pt") as opened:
                 for key in keys:
-                    weight = opened.get_tensor(key)
-                    buffer[: weight.numel()].copy_(weight.view(-1))
+                    opened.get_tensor(key).to(device(), copy=True)
 
     return timed(read)
 
 
-JOBS: dict[str, Callable[..., dict]] = {"start": start, "again": again, "load": load}
+def leave_page_cache(folders: list[str]) -> None:
+    """Have the system forget the files, so that they come from the disk next, or what it takes for one."""
+    for folder in folders:
+        for path in Path(folder).glob("*.safetensors"):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+JOBS: dict[str, Callable[..., dict]] = {"start": start, "cold": cold, "again": again, "load": load}
 
 if __name__ == "__main__":
     logging.set_verbosity_error()

@@ -39,8 +39,10 @@ def time_rows(results: Mapping) -> list[list[str]]:
     modules = results["model"]["modules"]
     batch, length = results["benchmark"]["batch"], results["benchmark"]["length"]
     rows = [
-        ("reading both checkpoints", seconds(start["reading"]), "every target weight copied once, page cache warm"),
-        ("estimation", seconds(start["estimate"]), "in a fresh process, cache empty; written to it at the end"),
+        ("reading both checkpoints", seconds(start["cold reading"]), _READ.format("the disk")),
+        ("the same", seconds(start["reading"]), _READ.format("the page cache")),
+        ("estimation", seconds(start["cold estimate"]), _ESTIMATED.format("the disk", "")),
+        ("the same", seconds(start["estimate"]), _ESTIMATED.format("the page cache", ", and written to the cache")),
         ("second start", seconds(start["again"]), "in a fresh process, found in the cache"),
         ("exact SVD", seconds(start["svd"]), f"float32, {COUNTED}"),
         ("the dense way", seconds(start["dense"]), f"both models loaded, and `D` and `D·Dᵀ/‖D‖` {COUNTED}"),
@@ -65,6 +67,8 @@ def time_rows(results: Mapping) -> list[list[str]]:
     return [[what, ranged(spread(values)), how] for what, values, how in rows]
 
 
+_READ = "every target weight copied into memory of its own, from {}"
+_ESTIMATED = "in a fresh process, files in {}{}"
 _EVENTS = {
     "log": "the Trainer's log with the callback less one without",
     "save": "the Trainer's checkpoint with the callback less one without, factors not yet corrected",
