@@ -147,10 +147,12 @@ class _Space:
         """
         fresh, _ = _orthonormal(self._outside(self._random(_FRESH, generator)))
         fresh, _ = _orthonormal(self._outside(_both_ways(self.D, fresh)[1]))
-        seen = torch.cat([(U * sigma).T, _product(fresh, self.D)])  # what D makes of V and of them
-        both = torch.linalg.eigvalsh(_inner_products(seen, seen))
-        kept = sigma.double().square().sum()
-        return bool(both[-len(sigma) :].sum() - kept > _MISSED * kept) if len(sigma) else bool(both.sum() > 0)
+        seen, sigma = _product(fresh, self.D), sigma.double()
+        across = sigma[:, None] * _inner_products(U.T, seen)  # what D makes of V is Uσ, and orthogonal
+        known = torch.cat([sigma.square().diag(), across], dim=1)
+        both = torch.cat([known, torch.cat([across.T, _inner_products(seen, seen)], dim=1)])
+        kept, might_be = sigma.square().sum(), torch.linalg.eigvalsh(both)[len(seen) :].sum()
+        return bool(might_be - kept > _MISSED * kept)
 
     def _outside(self, rows: Tensor) -> Tensor:
         S = self._S[: self.size]

@@ -14,7 +14,7 @@ from torch import Tensor
 from csulora_callback.models.checksum import digest
 from csulora_callback.models.pair import CheckpointPair
 
-_PAGE, _PART = 4096, 2**22
+_PAGE, _PART = 4096, 2**20
 
 
 class Seen(NamedTuple):
