@@ -41,8 +41,8 @@ def time_rows(results: Mapping) -> list[list[str]]:
     rows = [
         ("reading both checkpoints", seconds(start["cold reading"]), _READ.format("the disk")),
         ("the same", seconds(start["reading"]), _READ.format("the page cache")),
-        ("estimation", seconds(start["cold estimate"]), _ESTIMATED.format("the disk", "")),
-        ("the same", seconds(start["estimate"]), _ESTIMATED.format("the page cache", ", and written to the cache")),
+        ("estimation", seconds(start["cold estimate"]), _ESTIMATED.format("on the disk", "")),
+        ("the same", seconds(start["estimate"]), _ESTIMATED.format("in the page cache", "; the result is kept")),
         ("second start", seconds(start["again"]), "in a fresh process, found in the cache"),
         ("exact SVD", seconds(start["svd"]), f"float32, {COUNTED}"),
         ("the dense way", seconds(start["dense"]), f"both models loaded, and `D` and `D·Dᵀ/‖D‖` {COUNTED}"),
@@ -68,7 +68,7 @@ def time_rows(results: Mapping) -> list[list[str]]:
 
 
 _READ = "every target weight copied into memory of its own, from {}"
-_ESTIMATED = "in a fresh process, files in {}{}"
+_ESTIMATED = "in a fresh process, files {}{}"
 _EVENTS = {
     "log": "the Trainer's log with the callback less one without",
     "save": "the Trainer's checkpoint with the callback less one without, factors not yet corrected",
@@ -178,7 +178,9 @@ def readme_section(results: Mapping) -> str:
 
 _COMPUTED = (
     "For larger models, with ranks by the same rule, **computed** from these numbers and the exponents that were "
-    "fitted on small runs; of eight processes each takes its part of the modules, and all else is each one's own:"
+    "fitted on small runs, in which fixed costs count for more: times are rather lower bounds (the products of an "
+    "estimate alone grow with the square of the sides and with the rank). Of eight processes each takes its part of "
+    "the modules, and all else is each one's own:"
 )
 
 
