@@ -131,8 +131,8 @@ class SafetySubspace(Mapping[str, Basis]):
         """Estimate the subspace of every target module from a base and an aligned checkpoint.
 
         Reads each weight once, in the order of the files, and one pair ahead of what is computed. Large matrices go
-        through a randomized block Krylov iteration with extra blocks (Musco & Musco 2015), small ones through an exact
-        SVD; the global random state is not touched.
+        through a randomized block Krylov iteration that stops when it is right enough (Musco & Musco 2015), small ones
+        through an exact SVD; the global random state is not touched.
 
         Args:
             base: the unaligned checkpoint: a folder, a Hub id, or a module in memory.
