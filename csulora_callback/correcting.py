@@ -112,7 +112,8 @@ class Correcting:
     def measure(self, raw: Factors, gains: Mapping[str, InputGain] | None = None) -> dict[str, float] | None:
         """The metrics of :meth:`correct`, without the correction, from products in float32.
 
-        They are right to 1e-4 and usually 1e-6; ``csulora/truncation_error``, a root, to 1e-2 where it is nearly 0.
+        They are right to 1e-4 and usually 1e-6; roots where they are nearly 0 to less, ``csulora/relative_change`` to
+        1e-3 and ``csulora/truncation_error`` to 1e-2.
         ``None`` where only the correction can say: where factors are not finite, too large or too small for these
         products, or cancel each other.
         """
