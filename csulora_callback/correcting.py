@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Literal
 
@@ -17,7 +17,7 @@ from csulora_callback.method.forecast import foresee
 from csulora_callback.method.grams import Grams
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement
 from csulora_callback.method.penalty import BLOCKS, Penalty
-from csulora_callback.method.precision import width_on
+from csulora_callback.method.precision import width_of_logs, width_on
 from csulora_callback.method.token_space import InputGain, TokenSystem, gains_of, input_gain, token_systems
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import AdaptedLayer
@@ -71,9 +71,10 @@ class Correcting:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
         self.chosen, self._notes = chosen, {} if notes is None else notes
         sides = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
-        self._stacks = Stacks({name: (*pair, subspace[name].singular_values) for name, pair in sides.items()})
-        self._chances = {name: chance_shares(U.shape, V.shape) for name, (U, V) in sides.items()}
-        self._displacements = {name: kept_displacement(subspace[name]) for name in layers}
+        self._bases = {name: replace(subspace[name], U=U, V=V) for name, (U, V) in sides.items()}
+        self._stacks = Stacks({name: (own.U, own.V, own.singular_values) for name, own in self._bases.items()})
+        self._chances = {name: chance_shares(own.U.shape, own.V.shape) for name, own in self._bases.items()}
+        self._displacements = {name: kept_displacement(own) for name, own in self._bases.items()}
         self._systems: tuple[Activations, dict[str, TokenSystem]] | None = None
 
     def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
@@ -102,7 +103,7 @@ class Correcting:
         for stack in self._stacks.of(raw):
             corrections |= zip(stack.names, self._correct(stack, gains), strict=True)
         corrections = {name: corrections[name] for name in raw}
-        effects = {name: Effect.of(correction, self.subspace[name]) for name, correction in corrections.items()}
+        effects = {name: Effect.of(correction, self._bases[name]) for name, correction in corrections.items()}
         metrics = self._metrics(effects)
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
         record = self._recorder(raw, corrected, corrections, effects, metrics, "corrected", texts)
@@ -111,14 +112,16 @@ class Correcting:
     def measure(self, raw: Factors, gains: Mapping[str, InputGain] | None = None) -> dict[str, float] | None:
         """The metrics of :meth:`correct`, without the correction, from products in float32.
 
-        They are right to 1e-4 and usually 1e-6; ``csulora/truncation_error``, a root, to 1e-2 where it is nearly 0.
+        They are right to 1e-4 and usually 1e-6; roots where they are nearly 0 to less, ``csulora/relative_change`` to
+        1e-3 and ``csulora/truncation_error`` to 1e-2.
         ``None`` where only the correction can say: where factors are not finite, too large or too small for these
         products, or cancel each other.
         """
         by_rank: dict[tuple, list[tuple[Stack, Grams]]] = {}
         for stack in self._stacks.of(raw):
             sides = stack.U, stack.V, stack.singular_values
-            grams = Grams.of(stack.lora_A, stack.lora_B, *sides, torch.float32, self._input_gains(stack, gains))
+            wide, by = width_of_logs(stack.lora_A.device), self._input_gains(stack, gains)
+            grams = Grams.of(stack.lora_A, stack.lora_B, *sides, wide, by)
             key = stack.lora_A.device, stack.lora_A.shape[1], stack.lora_A.dtype, stack.lora_B.dtype
             by_rank.setdefault(key, []).append((stack, grams))
         effects: dict[str, Effect] = {}

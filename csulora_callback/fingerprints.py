@@ -67,7 +67,7 @@ class Fingerprints:
         found = {} if verify else {side: self.known(checkpoint, pair.names) for side, checkpoint in pair.sides.items()}
         found = {side: fingerprint for side, fingerprint in found.items() if fingerprint is not None}
         in_memory_first = sorted(pair.sides, key=lambda side: bool(pair.sides[side].files(pair.names)))
-        for side in in_memory_first:
+        for side in self._processes.from_first(in_memory_first):  # others may have loaded what it has as files
             if not self._processes.from_first(holds is not None and holds(found)):
                 return None
             if side not in found:

@@ -60,7 +60,8 @@ class Stacks:
             sides = tuple(side.shape for side in self._bases[name])
             groups.setdefault((A.device, A.shape, B.shape, A.dtype, B.dtype, sides), []).append(name)
         chunks = [(key[0], names) for key, group in groups.items() for names in self._chunks(key[0], group, factors)]
-        self._moved = {chunk: bases for chunk, bases in self._moved.items() if chunk in chunks}
+        moved = self._moved  # a thread that saves may come in: what one of them looks at may grow, and not shrink
+        self._moved = {chunk: moved[chunk] for chunk in chunks if chunk in moved}
         for device, names in chunks:
             pairs = zip(*(factors[name] for name in names), strict=True)
             yield Stack(names, *map(_stack, pairs), *self._bases_on(device, names))
@@ -71,12 +72,13 @@ class Stacks:
         return (tuple(names[place : place + most]) for place in range(0, len(names), most))
 
     def _bases_on(self, device: torch.device, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        if (device, names) in self._moved:
-            return self._moved[device, names]
+        moved = self._moved
+        if (device, names) in moved:
+            return moved[device, names]
         parts = zip(*(self._bases[name] for name in names), strict=True)
         stacked = tuple(_stack(part).to(device) for part in parts)
         if any(part.device.type != device.type for part in self._bases[names[0]]):
-            self._moved[device, names] = stacked
+            moved[device, names] = stacked
         return stacked
 
 

@@ -202,7 +202,9 @@ def check_basis(name: str, basis: Basis) -> None:
     for part, side in (("U", basis.U), ("V", basis.V)):
         side = side.detach().cpu()
         # In float32 wrong by 1e-6, a thousandth of what is looked for, in a third of the time; NaN and Inf show in it.
-        error = (side.T @ side - torch.eye(len(sigma))).abs().max().item() if len(sigma) else 0.0
+        with full_width(side.device):
+            inner = side.T @ side - torch.eye(len(sigma), device=side.device)
+        error = inner.abs().max().item() if len(sigma) else 0.0
         if not error <= _TOLERANCE:
             if not torch.isfinite(side).all():
                 refuse(f"finite values in {part}", "NaN or Inf")

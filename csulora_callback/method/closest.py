@@ -23,7 +23,7 @@ from torch import Tensor
 from csulora_callback.method.blocks import Side, along_pairs, blocks_of, picked, shares_of
 from csulora_callback.method.gauge import CorrectionOverflowError, closest_gauge, narrowed
 from csulora_callback.method.penalty import BLOCKS, Penalty, rank_one
-from csulora_callback.method.precision import full_width
+from csulora_callback.method.precision import as_given
 from csulora_callback.method.token_space import InputGain
 
 
@@ -107,7 +107,7 @@ def correct_each(
         >>> [round(correction.update_norm, 3) for correction in done]
         [3.0, 6.0]
     """
-    with full_width(lora_A.device):
+    with as_given(lora_A.device):
         return _Stack(lora_A, lora_B, U, V, scalings, names, wide).correct(penalty, rank, input_gains)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from csulora_callback.method.penalty import BLOCKS
-from csulora_callback.method.precision import full_width, small_on
+from csulora_callback.method.precision import as_given, small_on
 from csulora_callback.method.token_space import InputGain
 
 
@@ -78,7 +78,7 @@ class Grams:
                     [1., 2., 2., 4.]], dtype=torch.float64)
         """
         device = lora_A.device
-        with full_width(device):
+        with as_given(device):
             A, B, U, V, sigma = (t.detach().to(device, wide) for t in (lora_A, lora_B, U, V, singular_values))
             on_input, on_output = A @ V, (U.mT @ B).mT
             pairs = sigma.shape[-1]

@@ -34,11 +34,18 @@ _WIDTH = 32  # of a block where the rank is not known beforehand
 _LEAST_WIDTH = 8
 _COLUMNS = 2048
 _FRESH = 8  # directions that the last test begins with
+_ROUNDING = 16  # of the products, in units of the dtype's
+_LEAST = 1e-5  # of the singular values, in units of the first: squares of smaller ones drown in float64
 _MISSED = 1e-5  # share of the energy kept that they may add
 
 # The products are nearly all that an estimate takes. PyTorch gives those of float32 to MKL, which is half as fast
-# as it could be on processors that are not Intel's; its compiler gives them to oneDNN, by this operator.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# as it could be on processors that are not Intel's; its compiler gives them to oneDNN, by this operator. Without MKL,
+# as on ARM, PyTorch's own way is the one that is made for the processor, and oneDNN may have none.
+_HAS_ONEDNN = (
+    torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 Cut = Callable[[Tensor], int | None]
 """How many of the singular values ``(q,)`` found so far are to be kept; None where more have to be found first."""
@@ -47,7 +54,10 @@ Cut = Callable[[Tensor], int | None]
 def krylov_triplets(
     D: Tensor, cut: Cut, generator: torch.Generator, rank: int | None = None, memory: Reused | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """``(U, σ, V)`` of the leading part of ``D``; ``None`` where half of all directions do not suffice.
+    """``(U, σ, V)`` of the leading part of ``D``.
+
+    ``None`` where half of all directions do not suffice, or where singular values are to be kept that a Gram matrix
+    cannot tell beside the first.
 
     Args:
         D: ``(rows, columns)``, float32 or float64, of norm about one.
@@ -69,7 +79,7 @@ def krylov_triplets(
     check = 3 * (rank or 0)  # hardly a spectrum is done before
     while space.size <= space.limit:
         space.grow()
-        if space.size < check:
+        if space.size < check and not space.is_all:
             continue
         sigma, vectors = space.ritz()
         k = cut(sigma)
@@ -79,6 +89,8 @@ def krylov_triplets(
         # Far from the goal there is no need to look after every block, nor where looking is what takes the time.
         check = space.size + max(space.size // 16, (2 if error > 30 * TOLERANCE else 1) * space.width)
     else:
+        return None
+    if sigma[k - 1] < _LEAST * sigma[0]:
         return None
     U, sigma, V = space.triplets(sigma, vectors, k)
     return None if space.misses(U, sigma, generator) else (U, sigma, V)
@@ -108,6 +120,11 @@ class _Space:
         once, first = _orthonormal(self._outside(back))
         self._next, second = _orthonormal(self._outside(once))
         self._coupling = second @ first
+
+    @property
+    def is_all(self) -> bool:
+        """Whether what comes next is rounding, as of a low rank. Grown by that, the space is orthonormal no more."""
+        return bool(self._coupling.norm() <= _ROUNDING * torch.finfo(self.D.dtype).eps * self._gram.trace())
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """All Ritz values as singular values ``(q,)``, descending, and their vectors ``(q, q)``; float64."""
@@ -147,6 +164,7 @@ class _Space:
         """
         fresh, _ = _orthonormal(self._outside(self._random(_FRESH, generator)))
         fresh, _ = _orthonormal(self._outside(_both_ways(self.D, fresh)[1]))
+        fresh, _ = _orthonormal(self._outside(fresh))  # twice, as in growing: of a low rank nothing else is left
         seen, sigma = _product(fresh, self.D), sigma.double()
         across = sigma[:, None] * _inner_products(U.T, seen)  # what D makes of V is Uσ, and orthogonal
         known = torch.cat([sigma.square().diag(), across], dim=1)

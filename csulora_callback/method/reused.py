@@ -23,7 +23,8 @@ class Reused:
 
     def matrix(self, use: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """Uninitialized and contiguous. The one that was given before for this use must not be needed any more."""
-        flat, size, device = self._flat.get(use), math.prod(shape), torch.device(device)
+        flat, size = self._flat.get(use), math.prod(shape)
+        device = torch.empty(0, device=device).device  # of "cuda" the one that it stands for
         if flat is None or flat.numel() < size or flat.dtype != dtype or flat.device != device:
             self._flat.pop(use, None)  # before there is a larger one
             self._flat[use] = flat = torch.empty(size, dtype=dtype, device=device)

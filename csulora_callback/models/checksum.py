@@ -96,11 +96,11 @@ def weights_besides(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str,
 @lru_cache
 def _weights(device: torch.device) -> Tensor:
     """Odd numbers without a pattern, by which differences that have one would cancel: those of SplitMix64."""
-    mixed = (torch.arange(1, _CHUNK + 1) * _signed(0x9E3779B97F4A7C15)).to(device)
+    mixed = torch.arange(1, _CHUNK + 1, device="cpu") * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         high = (mixed >> shift) & ((1 << (64 - shift)) - 1)  # without the sign, which >> repeats
         mixed = (mixed ^ high) * _signed(factor)
-    return mixed | 1
+    return (mixed | 1).to(device)
 
 
 class _Products(threading.local):
@@ -111,7 +111,8 @@ class _Products(threading.local):
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self._buffers:
-            self._buffers[device] = torch.empty(_CHUNK, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                self._buffers[device] = torch.empty(_CHUNK, dtype=torch.int64, device=device)
         return self._buffers[device]
 
 

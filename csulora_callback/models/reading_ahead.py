@@ -137,7 +137,9 @@ def _have_in_cache(stored: Callable[[], Tensor]) -> None:
 
     Not by PyTorch: the threads that its operations wait with on this thread would take the cores from the computation.
     """
-    place, size = 0, stored().nbytes
+    weight = stored()
+    place, size = 0, weight.nbytes if weight.is_contiguous() else 0  # the few that are not are read when they are used
+    del weight
     while place < size:  # mapped anew for each part, so that those before it are no part of this process any more
         part = stored().detach().view(-1).view(torch.uint8)[place : place + _PART]
         part.numpy()[::_PAGE].max(initial=0)

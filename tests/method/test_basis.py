@@ -141,3 +141,10 @@ def test_rounding_is_not_refused():
     check_basis("q_proj", dataclasses.replace(basis, displacement=4))
     with pytest.raises(ValueError, match="module 'q_proj': expected a Basis, but got tuple"):
         check_basis("q_proj", (basis.U, basis.V))
+
+
+def test_a_basis_is_checked_in_full_precision_wherever_that_is_asked_for():
+    pair = weights(SINGLE, 1.0, 24, 40)
+    basis = basis_of("q_proj", pair, {"rank": RANK, "energy": None, "method": "exact", "seed": 0})
+    with torch.autocast("cpu", BRAIN), torch.device("meta"):
+        check_basis("q_proj", basis)

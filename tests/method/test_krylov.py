@@ -147,3 +147,30 @@ def test_neither_the_global_generator_nor_the_matrix_is_touched():
     assert torch.equal(D, before)
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("directions", [1, 3, 20, 40])
+def test_a_displacement_of_low_rank_needs_no_exact_decomposition(directions, rank, monkeypatch):
+    """Such as that of an adapter that was merged: beyond it there is rounding, which is no direction."""
+    D = random(700, directions, 0) @ random(directions, 600, 1)
+    D = (D / D.norm()).float()
+    exact = torch.linalg.svdvals(D.double())[: min(rank, directions)]
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    U, sigma, V = leading_singular_triplets("q_proj", D, rule(rank))
+    assert sigma.tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    for side in (U, V):
+        torch.testing.assert_close(side.T @ side, torch.eye(len(sigma)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_singular_values_that_no_gram_matrix_can_tell_are_those_of_an_exact_decomposition(rank):
+    """In float64 there are more of them: the rounding of weights that were float32 once is a direction."""
+    D = (random(700, 3, 0) @ random(3, 600, 1)).float().double()
+    D /= D.norm()
+    exact = torch.linalg.svdvals(D)[:rank]
+    assert 1e-9 < exact[-1] < 1e-6
+    U, sigma, V = leading_singular_triplets("q_proj", D, rule(rank))
+    assert sigma.tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+    for side in (U, V):
+        torch.testing.assert_close(side.T @ side, torch.eye(rank, dtype=DOUBLE), atol=1e-9, rtol=0)

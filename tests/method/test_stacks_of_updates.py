@@ -16,7 +16,6 @@ from csulora_callback.method.forecast import foresee
 from csulora_callback.method.gauge import CorrectionOverflowError
 from csulora_callback.method.grams import Grams
 from csulora_callback.method.measure import chance_shares, kept_displacement
-from csulora_callback.method.precision import full_width
 from csulora_callback.method.token_space import input_gain
 from tests.helpers.updates import DOUBLE, KINDS, SINGLE, Update, allowance, make_update, penalty_of, presets, reference
 
@@ -209,22 +208,3 @@ def test_no_number_is_asked_of_a_single_module(preset):
     with Waits() as seen:
         torch.ones(1).item()
     assert seen.count == 1
-
-
-def test_no_setting_of_the_process_makes_products_narrower():
-    """Autocast, and what users set for TF32, by the old interface; it is found again as it was."""
-    made = [make_update(40, 64, 8, 16, 16, seed=seed) for seed in range(2)]
-    free = correct_together(made, ("csulora", (10.0,)), wide=torch.float32)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        with torch.autocast("cpu", torch.bfloat16):
-            bound = correct_together(made, ("csulora", (10.0,)), wide=torch.float32)
-            effects = forecast(made, Penalty.csulora(10.0))
-        assert torch.get_float32_matmul_precision() == "medium"
-        with full_width(torch.device("cpu")):
-            assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert all(torch.equal(one.lora_B, other.lora_B) for one, other in zip(free, bound, strict=True))
-    assert effects == forecast(made, Penalty.csulora(10.0))

@@ -1,6 +1,7 @@
 """The content digest: equal for equal weights wherever they lie, and another one for all that happens to weights."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from csulora_callback.models.checksum import checksum, digest, fingerprint
+from csulora_callback.models.checksum import _weights, checksum, digest, fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.float8_e4m3fn, torch.bool]
 CHUNK = 1 << 18  # numbers of four bytes that are summed together
@@ -147,3 +148,18 @@ def test_names_count_and_their_order_does_not_in_a_fingerprint():
     assert fingerprint(digests) == fingerprint(dict(reversed(digests.items())))
     assert fingerprint(digests) != fingerprint({"a": digests["b"], "b": digests["a"]})
     assert fingerprint(digests) != fingerprint({"a": digests["a"]})
+
+
+def test_inference_mode_and_a_default_device_change_nothing():
+    """In a thread of its own, where nothing was computed before."""
+    weights, found = random((5, 7), torch.float32), []
+
+    def work() -> None:
+        _weights.cache_clear()
+        with torch.inference_mode(), torch.device("meta"):
+            found.append(digest(weights))
+        found.append(digest(weights))
+
+    with ThreadPoolExecutor() as thread:
+        thread.submit(work).result()
+    assert found == [by_hand(weights)] * 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from csulora_callback import SafetySubspace
 from csulora_callback.models.processes import Processes
@@ -50,6 +51,9 @@ def copies_of_another_form(folder: Path) -> None:
     subspace = SafetySubspace.estimate(*pair, TARGETS, **settings)
     assert SafetySubspace.estimate(*pair, TARGETS, **settings).from_cache
     assert not list((folder / "two").glob("fingerprint-*"))  # the first one has read a part of its own files
+    if processes.rank:
+        pair[1] = AutoModelForCausalLM.from_pretrained(folder / "aligned")
+    assert SafetySubspace.estimate(*pair, TARGETS, **settings, verify=True).from_cache
     (folder / f"fingerprint-{processes.rank}").write_text(subspace.fingerprint)
 
 

@@ -38,6 +38,21 @@ def test_gives_what_the_files_hold(pair, device):
                 assert (said.digest, said.dtype) == (digest(weight), "float32")
 
 
+def test_weights_that_lie_in_another_order_are_read_too(tmp_path, pair):
+    """As torch.save keeps them."""
+    order = pair.in_order()
+    (tmp_path / "turned").mkdir()
+    state = {f"{name}.weight": pair.base.weight(name).T.contiguous().T for name in order}
+    torch.save(state, tmp_path / "turned" / "pytorch_model.bin")
+    turned = CheckpointPair.open(tmp_path / "turned", tmp_path / "aligned")
+    assert not turned.base.stored(order[0]).is_contiguous()
+    with reading_ahead(turned, order) as reader:
+        for name in order:
+            (weight, seen), _ = reader.take(name, [name])
+            assert torch.equal(weight, pair.base.weight(name))
+            assert seen.digest == digest(pair.base.weight(name))
+
+
 def test_one_pair_is_read_ahead_and_no_more(pair, monkeypatch):
     read, stored = [], type(pair.base).stored
 

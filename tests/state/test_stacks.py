@@ -119,3 +119,36 @@ def test_a_log_changes_nothing_of_what_is_saved_after_it(pair, subspace):
     assert equal(done[0].corrected, done[1].corrected)
     assert done[0].record == done[1].record
     assert made[0].measure() is done[0].metrics  # of these factors the correction is known
+
+
+def test_a_record_tells_the_sides_of_transposed_weights_apart():
+    """As of GPT-2's, which are stored ``(d_in, d_out)``. Nothing is attenuated: after is before."""
+    update = make_update(24, 8, 2, 3, 3, seed=0)
+    basis = Basis(update.V, update.U, torch.linspace(2.0, 1.0, 3), displacement=4.0)
+    _, _, subspace = adapter()
+    layers = {"c_attn": SavedLayer((24, 2, 8), scaling=0.5, stored_transposed=True)}
+    subspace = SafetySubspace({"c_attn": basis}, subspace.metadata)
+    done = Correcting("default", layers, subspace, Penalty.guard(0.0)).correct({"c_attn": (update.A, update.B)})
+    drift = done.record["modules"]["c_attn"]["drift"]
+    for before, after in zip(drift["raw"].values(), drift["corrected"].values(), strict=True):
+        assert before == pytest.approx(after, rel=1e-6)
+
+
+def test_threads_that_correct_on_different_devices_do_not_disturb_each_other():
+    """Where the other one comes in between a look at what is kept and its use."""
+    _, factors, subspace = adapter()
+    stacks = Stacks({name: (basis.U, basis.V, basis.singular_values) for name, basis in subspace.items()})
+    there = {name: (A.to("meta"), B.to("meta")) for name, (A, B) in factors.items()}
+    others = iter([stacks.of(factors)])
+
+    class Kept(dict):
+        def __contains__(self, key) -> bool:
+            is_there = super().__contains__(key)
+            for other in others:
+                list(other)
+            return is_there
+
+    first, walk = list(stacks.of(there)), stacks.of(there)
+    begun, stacks._moved = next(walk), Kept(stacks._moved)
+    assert [stack.names for stack in (begun, *walk)] == [stack.names for stack in first]
+    assert next(others, None) is None
