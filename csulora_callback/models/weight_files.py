@@ -29,12 +29,14 @@ _WEIGHT_FILES = (
 Readers = dict[str, Callable[[], Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 Files = dict[str, FileState]
+Quantized = dict[str, str]
+"""How weights are stored that are quantized and do not look it, by module."""
 _Entries = dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]
 """What one file holds: a reader and a shape by key, in the order in which they lie there."""
 
 
-def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files]:
-    """A reader and the shape of every ``weight`` in a folder's files, and its file, by module name.
+def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files, Quantized]:
+    """A reader and the shape of every ``weight`` in a folder's files, its file, and those packed, by module name.
 
     They come in the order in which they lie in the files. A reader opens its file anew: what a weight takes of memory,
     mapped pages included, is gone with it. (Measured on shards of 0.5 GB: opening costs 0.1 ms, and a file that stays
@@ -52,7 +54,7 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files]:
         )
     files = _shards(found) if found.name.endswith(".index.json") else {found.name: []}
 
-    readers, shapes, states = {}, {}, {}
+    readers, shapes, states, packed = {}, {}, {}, {}
     for file, listed in files.items():
         if not os.path.isfile(folder / file):  # unlike Path.is_file, also False for names that no system takes
             raise FileNotFoundError(
@@ -69,7 +71,19 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files]:
         for key, (reader, shape) in entries.items():
             if (module := _module_of(key)) is not None:
                 readers[module], shapes[module], states[module] = reader, shape, state
-    return readers, shapes, states
+            module, of_weight, part = key.partition(".weight.")  # bitsandbytes': how what is packed has to be read
+            if of_weight:
+                packed.setdefault(module, []).append(part)
+    return readers, shapes, states, {module: f"packed, with {', '.join(parts)}" for module, parts in packed.items()}
+
+
+def quantization_in(folder: Path) -> str | None:
+    """How the config beside weight files says that they are quantized, such as ``"gptq"``; ``None`` if it does not."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    except (ValueError, KeyError, TypeError, RecursionError, OSError):  # what lies there need not be a config
+        return None
+    return str(said.get("quant_method", "quantization_config")) if isinstance(said, dict) else None
 
 
 def _module_of(key: str) -> str | None:
