@@ -56,9 +56,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
 
     Args:
         base_model: the unaligned base checkpoint \\( W_{base} \\): a folder, a Hub id, or a module in memory.
-        aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on: those in memory, or,
-            where any adapted layer is quantized, the files that they were loaded from. Needed where those are
-            quantized, too.
+        aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on: those in memory,
+            or the files that they were loaded from, where any adapted layer is quantized. Needed where these are, too.
         subspace: a :class:`SafetySubspace` or the path of a saved one, instead of ``base_model``.
         rank: \\( k \\), the number of singular vectors on each side. By default a thirty-second of each module's
             smaller side (64 at 2048), at least 4.

@@ -10,9 +10,9 @@ from csulora_callback.models.sharding import full_shape, own_part
 def storage(weight: Tensor) -> str | None:
     """How a weight is stored, if not as plain floating-point numbers of two bytes or more; ``None`` if it is.
 
-    Of a weight that is divided over processes, the part that lies in this one tells. A class of its own holds something
-    else than it shows: bitsandbytes' packs two numbers into a byte and several of these into a bfloat16, torchao's
-    shows the dtype and shape of what it stands for.
+    Of a weight that is divided over processes, the part that lies in this one tells. One of a class of its own holds
+    something else than it shows: bitsandbytes' two numbers in each byte of a bfloat16, torchao's has the dtype and
+    shape of what it stands for.
 
     Example:
         >>> import torch

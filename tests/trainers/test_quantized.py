@@ -1,7 +1,7 @@
 """The callback over quantized bases, made by the real libraries: corrected by the full-precision files under them.
 
-What a checkpoint holds is compared with `correct` on the raw factors, and a subspace from a dense SVD of the weights that
-transformers loads from the same folders in full precision.
+What a checkpoint holds is compared with `correct` on the raw factors, and a subspace from a dense SVD of the weights
+that transformers loads from the same folders in full precision.
 """
 
 import pickle
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct, correct_adapter
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.checksum import checksum, weights_besides
+from csulora_callback.models.reading import evaluating
 from csulora_callback.models.under_adapter import NoFullPrecision, quantized_layers, weights_under
 from tests.helpers.huggingface import losses
 from tests.helpers.lab import (
@@ -290,8 +291,8 @@ def test_a_digest_sees_the_scales_and_stays_the_same(config, tmp_path):
             tmp_path / str(factor), quantization_config=config(), device_map="cpu"
         )
         digests.append(checksum(weights_besides(model, [])))
-        with torch.no_grad():
-            model(Tokens(count=2).tokens)  # after which bitsandbytes keeps scales elsewhere, or packs anew
+        with torch.no_grad(), evaluating(model):
+            model(Tokens(count=2).tokens)  # after which bitsandbytes keeps the scales of 8 bits elsewhere
         assert checksum(weights_besides(model, [])) == digests[-1]
     assert digests[0] != digests[1]
 
@@ -306,9 +307,7 @@ def test_probes_and_data_aware_penalties_read_the_model_as_it_is(trained, name, 
             run.base, rank=RANK, penalty=Penalty.data_aware(10.0), probes=probes, cache_dir=tmp_path / "cache"
         )
         model = quantized(run.aligned, run.config, lora_dropout=0.1)
-        trainer = make_trainer(
-            model, tmp_path / attempt, [callback], max_steps=4, save_steps=2, eval_strategy="steps", eval_steps=2
-        )
+        trainer = make_trainer(model, tmp_path / attempt, [callback], max_steps=4, save_steps=2)
         trainer.train()
     without = run.folder / "without/checkpoint-4"
     for attempt in ("first", "second"):
@@ -317,7 +316,7 @@ def test_probes_and_data_aware_penalties_read_the_model_as_it_is(trained, name, 
         assert_same(saved(checkpoint), saved(tmp_path / "first/checkpoint-4"))
         assert any(not torch.equal(saved(checkpoint)[key], value) for key, value in raw(checkpoint).items())
     assert len(list((tmp_path / "cache").glob("answers-*"))) == 1  # the second run knew the model by its digest
-    assert any("eval_csulora/refusal_kept_corrected" in record for record in trainer.state.log_history)
+    assert sum("csulora/refusal_kept_corrected" in record for record in trainer.state.log_history) == 2
 
 
 class PackedLinear(nn.Module):
