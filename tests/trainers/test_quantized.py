@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct, correct_adapter
 from csulora_callback.models.adapters import find_adapter
+from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.reading import evaluating
 from csulora_callback.models.under_adapter import NoFullPrecision, quantized_layers, weights_under
@@ -64,6 +65,7 @@ def by_torchao(**options) -> TorchAoConfig:
 
 KINDS: dict[str, Callable] = {
     "nf4": in_four_bits,
+    # The default of LLaMA-Factory and axolotl.
     "nf4 in bfloat16, double": lambda: in_four_bits(
         bnb_4bit_quant_storage=torch.bfloat16, bnb_4bit_use_double_quant=True
     ),
@@ -76,8 +78,6 @@ KINDS: dict[str, Callable] = {
     "gpt2 in nf4": in_four_bits,
     "gpt2 in int8": in_eight_bits,
 }
-FAST = "nf4 in bfloat16, double"  # the default of LLaMA-Factory and axolotl
-ALL = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 
 
 def unquantized(name: str) -> nn.Module:
@@ -159,7 +159,8 @@ def assert_corrected(corrected: dict, raw: dict, base: Path, aligned: Path) -> N
         assert (written[name] - update).norm() > 0.1 * update.norm(), name
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_a_checkpoint_is_corrected_by_the_weights_in_full_precision(trained, name):
     run = trained(name)
     stored = quantized_layers(find_adapter(run.runs["with"].model))
@@ -171,7 +172,8 @@ def test_a_checkpoint_is_corrected_by_the_weights_in_full_precision(trained, nam
         assert_corrected(saved(checkpoint), raw(checkpoint), run.base, run.aligned)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_training_is_bit_identical_and_resuming_exact(trained, name):
     run = trained(name)
     assert losses(run.runs["with"]) == losses(run.runs["without"])
@@ -243,6 +245,7 @@ def test_a_checkpoint_that_is_quantized_on_the_disk_is_refused_with_what_to_pass
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_with_the_checkpoint_that_was_quantized_it_is_corrected(on_disk, tmp_path):
     callback = CSULoRACallback(on_disk.base, on_disk.aligned, rank=RANK, penalty=PENALTY)
     make_trainer(loaded(on_disk.four_bits), tmp_path, [callback], max_steps=2, save_steps=2).train()
@@ -250,6 +253,7 @@ def test_with_the_checkpoint_that_was_quantized_it_is_corrected(on_disk, tmp_pat
     assert_corrected(saved(checkpoint), raw(checkpoint), on_disk.base, on_disk.aligned)
 
 
+@pytest.mark.slow
 def test_with_a_subspace_nothing_is_needed_and_what_cannot_be_checked_is_said(on_disk, tmp_path, caplog):
     subspace = SafetySubspace.estimate(on_disk.base, on_disk.aligned, TARGETS, rank=RANK, progress=False)
     callback = CSULoRACallback(subspace=subspace, penalty=PENALTY)
@@ -261,6 +265,7 @@ def test_with_a_subspace_nothing_is_needed_and_what_cannot_be_checked_is_said(on
         correct_adapter(checkpoint, subspace, tmp_path / "out", PENALTY, aligned_model=on_disk.four_bits)
 
 
+@pytest.mark.slow
 def test_a_subspace_of_another_model_is_found_out_by_the_files(on_disk, tmp_path):
     """Which nothing in memory could tell."""
     other = SafetySubspace.estimate(on_disk.aligned, on_disk.base, TARGETS, rank=RANK, progress=False)
@@ -366,7 +371,7 @@ def packed(folder: Path, kind: type[PackedLinear]) -> PeftModel:
     return get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("kind", LOOKS)
+@pytest.mark.parametrize("kind", [PackedLinear, pytest.param(EmptyWeightLinear, marks=pytest.mark.slow)])
 def test_layers_without_a_weight_are_corrected_by_the_files_under_them(pair, tmp_path, kind):
     for output, callbacks in (("without", []), ("with", [CSULoRACallback(pair[0], rank=RANK, penalty=PENALTY)])):
         make_trainer(packed(pair[1], kind), tmp_path / output, callbacks, max_steps=2, save_steps=2).train()
@@ -403,3 +408,21 @@ def test_a_model_that_was_loaded_from_nowhere_is_refused(pair, monkeypatch, sour
         weights_under(find_adapter(model))
     why = "its files cannot be had (no/such: not a local folder" if source else "the adapter's config names no checkp"
     assert why in str(refused.value)
+
+
+def test_of_a_hub_id_the_revision_in_the_adapters_config_counts(pair, tmp_path, monkeypatch):
+    repo = tmp_path / "models--some-org--some-model"
+    (repo / "refs").mkdir(parents=True)
+    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
+        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
+        (repo / "refs" / ref).write_text(str(place) * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = packed(pair[1], PackedLinear)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = "some-org/some-model"
+    for revision, folder in zip((None, "v2"), pair, strict=True):
+        config.revision = revision
+        adapter = find_adapter(model)
+        expected = open_checkpoint(folder).fingerprint(adapter.layers)
+        assert weights_under(adapter).fingerprint(adapter.layers) == expected
