@@ -7,7 +7,7 @@ import os
 
 from csulora_callback.fingerprints import Fingerprints
 from csulora_callback.models.adapters import Adapter
-from csulora_callback.models.checkpoint import Checkpoint, Source, open_checkpoint
+from csulora_callback.models.checkpoint import Source, open_checkpoint
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import NoFullPrecision, weights_under
 from csulora_callback.subspace import SafetySubspace
@@ -31,7 +31,7 @@ def check_origin(
         ValueError: if its fingerprint says so. Weights of another dtype cannot be compared, and cost a warning.
     """
     origin, names = subspace.metadata["aligned"], list(subspace)
-    checkpoint = processes.together(lambda: _opened(aligned, subspace))
+    checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
     dtype = str(checkpoint.dtype(names[0])).removeprefix("torch.")
     if origin["dtypes"] != [dtype]:
         logger.warning(
@@ -70,12 +70,3 @@ def _under(adapter: Adapter) -> tuple[Source | None, str | None]:
         return weights_under(adapter), None
     except NoFullPrecision as error:
         return None, str(error)
-
-
-def _opened(aligned: Source, subspace: SafetySubspace) -> Checkpoint:
-    checkpoint = open_checkpoint(aligned, list(subspace))
-    for name, basis in subspace.items():
-        shape = (len(basis.U), len(basis.V))
-        if checkpoint.shape(name) != shape:
-            checkpoint.check_storage(name, shape)
-    return checkpoint

@@ -61,12 +61,6 @@ class AdaptedLayer:
         layer = self.module.get_base_layer()
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
 
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        """Shape of the wrapped weight in checkpoints that are not quantized."""
-        d_out, _, d_in = self.shape
-        return (d_in, d_out) if self.stored_transposed else (d_out, d_in)
-
 
 @dataclass(frozen=True)
 class Adapter:

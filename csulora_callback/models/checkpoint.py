@@ -22,15 +22,7 @@ from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
 from csulora_callback.models.through_transformers import load_through_transformers
-from csulora_callback.models.weight_files import (
-    Files,
-    Quantized,
-    Readers,
-    Shapes,
-    fetch_folder,
-    quantization_in,
-    read_folder,
-)
+from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +62,6 @@ class Checkpoint:
         self._shapes = shapes
         self._files = files or {}
         self._folder = folder  # where the files lie; None for a module in memory
-        self._says = None if folder is None else quantization_in(folder)  # how their config says they are quantized
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
@@ -87,9 +78,8 @@ class Checkpoint:
         """
         names = list(names)
         missing = [name for name in names if name not in self._shapes]
-        if missing and self._says is not None:  # loading it would not give them either
-            raise self._refused(missing[0], self._says)
         if missing and self._folder is not None:
+            self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
             logger.warning(
                 "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which "
                 "renames on load. This holds the whole model in memory.",
@@ -143,24 +133,12 @@ class Checkpoint:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
         self._check(name)
         weight = self._readers[name]()
-        if (found := self._quantized.get(name) or storage(weight)) is not None:
-            raise self._refused(name, found)
+        self._refuse(name, self._quantized.get(name) or storage(weight))
         return weight
 
-    def storage(self, name: str, shape: tuple[int, ...]) -> str | None:
-        """How a module's weight, which in full precision has this shape, is quantized; ``None`` if it is not.
-
-        One that is packed into another shape, or stored under other names, is known by the config beside the files.
-        """
-        if name not in self._shapes:
-            return self._says
-        found = self._quantized.get(name) or storage(self._readers[name]())
-        return found or (self._says if self._shapes[name] != shape else None)
-
-    def check_storage(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse, with a ValueError, a weight that is quantized, see :meth:`storage`."""
-        if (found := self.storage(name, shape)) is not None:
-            raise self._refused(name, found)
+    def storage(self, name: str) -> str | None:
+        """How a module's weight is quantized; ``None`` if it is not, or not there."""
+        return self._quantized.get(name) or (storage(self._readers[name]()) if name in self._shapes else None)
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """Of name, dtype, shape and bytes of these modules' weights.
@@ -199,11 +177,12 @@ class Checkpoint:
                 taken = weight
         return taken
 
-    def _refused(self, name: str, found: str) -> ValueError:
-        return ValueError(
-            f"{self.source}: the weight of '{name}' is quantized ({found}), expected floating point. "
-            "Pass the path or Hub id of the unquantized checkpoint instead."
-        )
+    def _refuse(self, name: str, stored: str | None) -> None:
+        if stored is not None:
+            raise ValueError(
+                f"{self.source}: the weight of '{name}' is quantized ({stored}), expected floating point. "
+                "Pass the path or Hub id of the unquantized checkpoint instead."
+            )
 
     def _check(self, name: str) -> None:
         if name not in self._shapes:

@@ -40,8 +40,7 @@ class CheckpointPair:
         base, aligned = base.require(names), aligned.require(names)
         for name in names:
             if base.shape(name) != aligned.shape(name):
-                base.check_storage(name, aligned.shape(name))  # packed quantized weights are refused as what they are
-                aligned.check_storage(name, base.shape(name))
+                base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
                 raise ValueError(
                     f"`base`: expected the shapes of the aligned model, but '{name}.weight' is {base.shape(name)} in "
                     f"{base.source} and {aligned.shape(name)} in {aligned.source}. They are different architectures."

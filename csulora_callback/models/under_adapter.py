@@ -43,8 +43,8 @@ def weights_under(adapter: Adapter) -> nn.Module | Checkpoint:
         checkpoint = open_checkpoint(source, revision=None if os.path.isdir(source) else adapter.config.revision)
     except FileNotFoundError as error:
         raise _unavailable(adapter, stored, f"its files cannot be had ({error})") from error
-    for name, layer in adapter.layers.items():
-        found = checkpoint.storage(name, layer.stored_shape)
+    for name in adapter.layers:
+        found = checkpoint.storage(name)
         if found is not None:
             raise _unavailable(adapter, stored, f"so are the files in {checkpoint.source} ({found})")
     return checkpoint.require(adapter.layers)

@@ -30,7 +30,7 @@ Readers = dict[str, Callable[[], Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 Files = dict[str, FileState]
 Quantized = dict[str, str]
-"""How weights are stored that are quantized and do not look it, by module."""
+"""How weights are stored that are quantized, by module, where the tensor alone does not tell."""
 _Entries = dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]
 """What one file holds: a reader and a shape by key, in the order in which they lie there."""
 
@@ -54,7 +54,7 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files, Quan
         )
     files = _shards(found) if found.name.endswith(".index.json") else {found.name: []}
 
-    readers, shapes, states, packed = {}, {}, {}, {}
+    readers, shapes, states, keys = {}, {}, {}, []
     for file, listed in files.items():
         if not os.path.isfile(folder / file):  # unlike Path.is_file, also False for names that no system takes
             raise FileNotFoundError(
@@ -68,22 +68,34 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files, Quan
                     f"{found}: expected the shard {file!r} to hold {key!r}, as the index says, but it does not. "
                     "Fetch both again."
                 )
+        keys += entries
         for key, (reader, shape) in entries.items():
             if (module := _module_of(key)) is not None:
                 readers[module], shapes[module], states[module] = reader, shape, state
-            module, of_weight, part = key.partition(".weight.")  # bitsandbytes': how what is packed has to be read
-            if of_weight:
-                packed.setdefault(module, []).append(part)
-    return readers, shapes, states, {module: f"packed, with {', '.join(parts)}" for module, parts in packed.items()}
+    return readers, shapes, states, _packed(keys, _says_quantized(folder))
 
 
-def quantization_in(folder: Path) -> str | None:
-    """How the config beside weight files says that they are quantized, such as ``"gptq"``; ``None`` if it does not."""
+def _packed(keys: list[str], says_quantized: bool) -> Quantized:
+    """Of modules whose weight is packed, what is stored instead.
+
+    bitsandbytes keeps below the weight's name how it has to be read. Others keep it under names of their own; what has
+    no weight is quantized then if the config says so of the checkpoint.
+    """
+    whole, parts = {_module_of(key) for key in keys}, {}
+    for key in keys:
+        module, is_below, part = key.partition(".weight.")
+        if not is_below:
+            module, _, part = key.rpartition(".")
+        if is_below or (says_quantized and module not in whole):
+            parts.setdefault(module, []).append(part)
+    return {module: f"packed, with {', '.join(names)}" for module, names in parts.items()}
+
+
+def _says_quantized(folder: Path) -> bool:
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return isinstance(json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"], dict)
     except (ValueError, KeyError, TypeError, RecursionError, OSError):  # what lies there need not be a config
-        return None
-    return str(said.get("quant_method", "quantization_config")) if isinstance(said, dict) else None
+        return False
 
 
 def _module_of(key: str) -> str | None:

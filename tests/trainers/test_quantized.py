@@ -356,7 +356,7 @@ class EmptyWeightLinear(PackedLinear):
         return torch.empty(0)
 
 
-LOOKS = {PackedLinear: "PackedLinear with qweight, scales", EmptyWeightLinear: "EmptyWeightLinear with W_q, qweight"}
+LOOKS = {PackedLinear: "qweight, scales", EmptyWeightLinear: "W_q, qweight, scales"}
 
 
 def packed(folder: Path, kind: type[PackedLinear]) -> PeftModel:
@@ -387,15 +387,18 @@ def test_files_of_packed_weights_are_named_as_what_they_are(pair, tmp_path, kind
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     model = packed(pair[1], kind)
     config.save_pretrained(tmp_path / "gptq")
-    torch.save(model.get_base_model().state_dict(), tmp_path / "gptq/pytorch_model.bin")
+    state = {key.replace(".base_layer", ""): value for key, value in model.get_base_model().state_dict().items()}
+    torch.save(
+        {key: value for key, value in state.items() if ".lora_" not in key}, tmp_path / "gptq/pytorch_model.bin"
+    )
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gptq")
     with pytest.raises(NoFullPrecision) as refused:
         weights_under(find_adapter(model))
-    assert f"6 of the 6 adapted layers are quantized ('model.layers.0.self_attn.q_proj': {LOOKS[kind]}" in str(
-        refused.value
-    )
-    assert f"and so are the files in {tmp_path / 'gptq'} (gptq). Pass aligned_model=" in str(refused.value)
-    with pytest.raises(ValueError, match=r"q_proj' is quantized \(gptq\), expected floating point"):
+    message = str(refused.value)
+    assert "6 of the 6 adapted layers are quantized" in message
+    assert f"('model.layers.0.self_attn.q_proj': {kind.__name__} with {LOOKS[kind]})" in message
+    assert f"so are the files in {tmp_path / 'gptq'} (packed, with {LOOKS[kind]}). Pass aligned_model=" in message
+    with pytest.raises(ValueError, match=r"q_proj' is quantized \(packed, with .*qweight, .*unquantized checkpoint"):
         SafetySubspace.estimate(pair[0], tmp_path / "gptq", ["model.layers.0.self_attn.q_proj"], progress=False)
 
 
