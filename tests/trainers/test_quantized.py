@@ -14,25 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.tuners.lora.gptq import GPTQLoraLinear
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, TorchAoConfig
-from transformers.pytorch_utils import Conv1D
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct, correct_adapter
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter
 from csulora_callback.models.adapters import find_adapter
-from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.reading import evaluating
-from csulora_callback.models.under_adapter import NoFullPrecision, quantized_layers, weights_under
+from csulora_callback.models.under_adapter import NoFullPrecision, quantized_layers
 from tests.helpers.huggingface import losses
 from tests.helpers.lab import (
     PENALTY,
     RANK,
-    SCALING,
     TARGETS,
-    VOCABULARY,
     Tokens,
     assert_same,
     make_trainer,
@@ -42,26 +36,19 @@ from tests.helpers.lab import (
     tiny_llama,
     with_lora,
 )
+from tests.helpers.quantized import (
+    EmptyWeightLinear,
+    PackedLinear,
+    assert_corrected,
+    by_torchao,
+    in_eight_bits,
+    in_four_bits,
+    packed,
+    quantized,
+    unquantized,
+)
 
 SKIPPED = ["model.layers.0", "lm_head"]  # so that the first adapted layer is not quantized, and others are
-
-
-def in_four_bits(**options) -> BitsAndBytesConfig:
-    pytest.importorskip("bitsandbytes")
-    return BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **options})
-
-
-def in_eight_bits(**options) -> BitsAndBytesConfig:
-    pytest.importorskip("bitsandbytes")
-    return BitsAndBytesConfig(load_in_8bit=True, **options)
-
-
-def by_torchao(**options) -> TorchAoConfig:
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(quant_type=Int8WeightOnlyConfig(), **options)
-
 
 KINDS: dict[str, Callable] = {
     "nf4": in_four_bits,
@@ -78,22 +65,6 @@ KINDS: dict[str, Callable] = {
     "gpt2 in nf4": in_four_bits,
     "gpt2 in int8": in_eight_bits,
 }
-
-
-def unquantized(name: str) -> nn.Module:
-    if not name.startswith("gpt2"):
-        return tiny_llama(hidden_size=64, intermediate_size=128)
-    torch.manual_seed(0)
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=32, **special)
-    )
-
-
-def quantized(folder: Path, config, **lora) -> PeftModel:
-    """The model in a folder quantized on loading, as QLoRA's recipes prepare it, with a fresh adapter."""
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
-    return with_lora(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), **lora)
 
 
 @pytest.fixture(scope="module")
@@ -122,41 +93,6 @@ def trained(tmp_path_factory):
         return done[name]
 
     return run
-
-
-@torch.no_grad()
-def matrices(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of linear modules in float64 as ``(d_out, d_in)``, by module name, read by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(folder).double()
-    return {
-        name: module.weight.T if isinstance(module, Conv1D) else module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-
-
-def updates(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``B·A`` in float64 by module name."""
-    return {
-        key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): (
-            state[key.replace("lora_A", "lora_B")].double() @ lora_A.double()
-        )
-        for key, lora_A in state.items()
-        if ".lora_A." in key
-    }
-
-
-def assert_corrected(corrected: dict, raw: dict, base: Path, aligned: Path) -> None:
-    """What is saved is the correction of what was trained, by the displacement of the weights in full precision."""
-    written, base, aligned = updates(corrected), matrices(base), matrices(aligned)
-    assert written
-    for name, update in updates(raw).items():
-        U, _, Vh = torch.linalg.svd(aligned[name] - base[name])
-        lora_A, lora_B = (raw[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
-        by_hand = correct(lora_A, lora_B, U[:, :RANK], Vh[:RANK].T, PENALTY, SCALING)
-        expected = by_hand.lora_B @ by_hand.lora_A
-        assert (written[name] - expected).norm() < 1e-5 * expected.norm(), name
-        assert (written[name] - update).norm() > 0.1 * update.norm(), name
 
 
 @pytest.mark.slow
@@ -324,53 +260,6 @@ def test_probes_and_data_aware_penalties_read_the_model_as_it_is(trained, name, 
     assert sum("csulora/refusal_kept_corrected" in record for record in trainer.state.log_history) == 2
 
 
-class PackedLinear(nn.Module):
-    """A layer as GPTQ's: whole numbers of 4 bits in int32 and scales under names of their own, and no ``weight``."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 7
-        codes = (linear.weight.detach() / scales).round().to(torch.int32) + 8
-        packed = torch.zeros(self.out_features, self.in_features // 8, dtype=torch.int32)
-        for place in range(8):
-            packed |= codes[:, place::8] << 4 * place
-        self.register_buffer("qweight", packed)
-        self.register_buffer("scales", scales)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes = torch.stack([(self.qweight >> 4 * place) & 15 for place in range(8)], dim=-1)
-        weight = (codes.flatten(1) - 8) * self.scales
-        return nn.functional.linear(x, weight)
-
-
-class EmptyWeightLinear(PackedLinear):
-    """A layer as HQQ's, whose ``weight`` is there for those who ask for its dtype, and holds nothing."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear)
-        self.W_q = nn.Parameter(self.qweight, requires_grad=False)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return torch.empty(0)
-
-
-LOOKS = {PackedLinear: "qweight, scales", EmptyWeightLinear: "W_q, qweight, scales"}
-
-
-def packed(folder: Path, kind: type[PackedLinear]) -> PeftModel:
-    """PEFT's own layer for GPTQ over packed ones, with the library that makes them not installed."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for name, module in list(model.named_modules()):
-        if name.endswith(tuple(TARGETS)):
-            model.set_submodule(name, kind(module))
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0.1, task_type="CAUSAL_LM")
-    config._register_custom_module({kind: GPTQLoraLinear})
-    torch.manual_seed(2)
-    return get_peft_model(model, config)
-
-
 @pytest.mark.parametrize("kind", [PackedLinear, pytest.param(EmptyWeightLinear, marks=pytest.mark.slow)])
 def test_layers_without_a_weight_are_corrected_by_the_files_under_them(pair, tmp_path, kind):
     for output, callbacks in (("without", []), ("with", [CSULoRACallback(pair[0], rank=RANK, penalty=PENALTY)])):
@@ -378,54 +267,3 @@ def test_layers_without_a_weight_are_corrected_by_the_files_under_them(pair, tmp
     checkpoint = tmp_path / "with/checkpoint-2"
     assert_corrected(saved(checkpoint), raw(checkpoint), *pair)
     assert_same(raw(checkpoint), saved(tmp_path / "without/checkpoint-2"))
-
-
-@pytest.mark.parametrize("kind", LOOKS)
-def test_files_of_packed_weights_are_named_as_what_they_are(pair, tmp_path, kind):
-    """GPTQ's on the disk: other names for the weights, and a config that says so."""
-    config = AutoModelForCausalLM.from_pretrained(pair[1]).config
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    model = packed(pair[1], kind)
-    config.save_pretrained(tmp_path / "gptq")
-    state = {key.replace(".base_layer", ""): value for key, value in model.get_base_model().state_dict().items()}
-    torch.save(
-        {key: value for key, value in state.items() if ".lora_" not in key}, tmp_path / "gptq/pytorch_model.bin"
-    )
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "gptq")
-    with pytest.raises(NoFullPrecision) as refused:
-        weights_under(find_adapter(model))
-    message = str(refused.value)
-    assert "6 of the 6 adapted layers are quantized" in message
-    assert f"('model.layers.0.self_attn.q_proj': {kind.__name__} with {LOOKS[kind]})" in message
-    assert f"so are the files in {tmp_path / 'gptq'} (packed, with {LOOKS[kind]}). Pass aligned_model=" in message
-    with pytest.raises(ValueError, match=r"q_proj' is quantized \(packed, with .*qweight, .*unquantized checkpoint"):
-        SafetySubspace.estimate(pair[0], tmp_path / "gptq", ["model.layers.0.self_attn.q_proj"], progress=False)
-
-
-@pytest.mark.parametrize("source", [None, "no/such"])
-def test_a_model_that_was_loaded_from_nowhere_is_refused(pair, monkeypatch, source):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = packed(pair[1], PackedLinear)
-    model.peft_config["default"].base_model_name_or_path = source
-    with pytest.raises(NoFullPrecision) as refused:
-        weights_under(find_adapter(model))
-    why = "its files cannot be had (no/such: not a local folder" if source else "the adapter's config names no checkp"
-    assert why in str(refused.value)
-
-
-def test_of_a_hub_id_the_revision_in_the_adapters_config_counts(pair, tmp_path, monkeypatch):
-    repo = tmp_path / "models--some-org--some-model"
-    (repo / "refs").mkdir(parents=True)
-    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
-        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
-        (repo / "refs" / ref).write_text(str(place) * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = packed(pair[1], PackedLinear)
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = "some-org/some-model"
-    for revision, folder in zip((None, "v2"), pair, strict=True):
-        config.revision = revision
-        adapter = find_adapter(model)
-        expected = open_checkpoint(folder).fingerprint(adapter.layers)
-        assert weights_under(adapter).fingerprint(adapter.layers) == expected
