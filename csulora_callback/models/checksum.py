@@ -88,8 +88,9 @@ def weights_besides(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str,
         >>> list(weights_besides(layer, [layer.bias]))
         ['weight']
     """
+    # First, as bitsandbytes undoes here what it packed again for the CPU, and FSDP2 gathering.
+    state = model.state_dict(keep_vars=True)
     left_out = {id(parameter) for parameter in parameters}
-    state = model.state_dict(keep_vars=True)  # first, as bitsandbytes undoes here what it packed again for the CPU
     held = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
     known = {id(tensor) for tensor in held.values()}
     held |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
