@@ -23,12 +23,13 @@ from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.presets import Family
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_file import check_metadata
-from csulora_callback.subspace_origin import check_origin
+from csulora_callback.subspace_origin import check_origin, check_under
 from csulora_callback.target import Target, held_back
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
@@ -55,7 +56,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
 
     Args:
         base_model: the unaligned base checkpoint \\( W_{base} \\): a folder, a Hub id, or a module in memory.
-        aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on.
+        aligned_model: \\( W_{aligned} \\), likewise. By default the weights that the adapter sits on: those in memory,
+            or the files that they were loaded from, where any adapted layer is quantized. Needed where these are, too.
         subspace: a :class:`SafetySubspace` or the path of a saved one, instead of ``base_model``.
         rank: \\( k \\), the number of singular vectors on each side. By default a thirty-second of each module's
             smaller side (64 at 2048), at least 4.
@@ -217,8 +219,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started, processes = time.perf_counter(), Processes.all()
         adapter = find_adapter(model)
-        aligned = _weights_below(adapter, model) if self.aligned_model is None else self.aligned_model
-        subspace = self._subspace_for(adapter, aligned, verbose, processes)
+        subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
         penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
@@ -227,7 +228,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         corrector = SafetyCorrector(model, subspace, penalty, activations)
         corrector.notes |= self.budget.begin()
         if self.subspace is not None:
-            check_origin(subspace, aligned, processes, self.cache_dir)
+            self._check_origin(adapter, subspace, processes)
         if verbose:
             print_start(corrector, time.perf_counter() - started, probes, self.target)
         return corrector
@@ -251,13 +252,20 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._behaviour = Behaviour(measured)
         return probes
 
-    def _subspace_for(
-        self, adapter: Adapter, aligned: str | os.PathLike | nn.Module, progress: bool, processes: Processes
-    ) -> SafetySubspace:
+    def _check_origin(self, adapter: Adapter, subspace: SafetySubspace, processes: Processes) -> None:
+        if self.aligned_model is None:
+            check_under(subspace, adapter, processes, self.cache_dir)
+        else:
+            check_origin(subspace, self.aligned_model, processes, self.cache_dir)
+
+    def _subspace_for(self, adapter: Adapter, progress: bool, processes: Processes) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
         if self.subspace is not None:
             return processes.together(lambda: SafetySubspace.load(self.subspace))
+        aligned = self.aligned_model
+        if aligned is None:
+            aligned = processes.together(lambda: weights_under(adapter))
         return SafetySubspace.estimate(
             self.base_model,
             aligned,
@@ -268,9 +276,3 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             cache_dir=self.cache_dir,
             processes=processes,
         )
-
-
-def _weights_below(adapter: Adapter, model: nn.Module) -> nn.Module | str:
-    """The weights that the adapter sits on: those in memory, or their checkpoint where those are quantized."""
-    weight = next(iter(adapter.layers.values())).module.get_base_layer().weight
-    return model if weight.is_floating_point() else adapter.config.base_model_name_or_path

@@ -20,7 +20,7 @@ from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows, read_task
 from csulora_callback.refused_rows import RefusedRows
 from csulora_callback.subspace import SafetySubspace
-from csulora_callback.subspace_origin import check_origin
+from csulora_callback.subspace_origin import check_under
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ def load_of_subspace(
 ) -> Adapter:
     """The adapter in its model, as :func:`load_with_adapter`; a subspace of another model is refused first."""
     adapter = load_with_adapter(saved, aligned_model)
-    if next(iter(adapter.layers.values())).module.get_base_layer().weight.is_floating_point():
-        check_origin(subspace, adapter.model, Processes())  # of a quantized model nothing can be said
+    check_under(subspace, adapter, Processes())
     return adapter
 
 

@@ -6,8 +6,10 @@ import logging
 import os
 
 from csulora_callback.fingerprints import Fingerprints
+from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checkpoint import Source, open_checkpoint
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.under_adapter import NoFullPrecision, weights_under
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 
@@ -46,3 +48,25 @@ def check_origin(
             f"`subspace`: expected one of the aligned model in use ({checkpoint.source}), but the fingerprint of the "
             f"weights it was estimated from ({origin['source']}) is another. Estimate it again, from this model."
         )
+
+
+def check_under(
+    subspace: SafetySubspace, adapter: Adapter, processes: Processes, cache_dir: str | os.PathLike | None = None
+) -> None:
+    """As :func:`check_origin`, of the weights that an adapter sits on.
+
+    Where they are quantized and their files, too, they cannot be compared, and this costs a warning.
+    """
+    aligned, why = processes.together(lambda: _under(adapter))
+    reasons = [each for each in processes.gather(why) if each is not None]
+    if reasons:
+        logger.warning("Whether the subspace is one of the model in use cannot be checked. %s", reasons[0])
+    else:
+        check_origin(subspace, aligned, processes, cache_dir)
+
+
+def _under(adapter: Adapter) -> tuple[Source | None, str | None]:
+    try:
+        return weights_under(adapter), None
+    except NoFullPrecision as error:
+        return None, str(error)

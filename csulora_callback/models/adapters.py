@@ -57,8 +57,9 @@ class AdaptedLayer:
 
     @property
     def stored_transposed(self) -> bool:
-        """Whether the wrapped weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does."""
-        return isinstance(self.module.get_base_layer(), Conv1D)
+        """Whether checkpoints store the wrapped weight as ``(d_in, d_out)``, as transformers' Conv1D does."""
+        layer = self.module.get_base_layer()
+        return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.quantized import storage
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
 from csulora_callback.models.through_transformers import load_through_transformers
-from csulora_callback.models.weight_files import Files, Readers, Shapes, fetch_folder, read_folder
+from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,13 @@ class Checkpoint:
         readers: Readers,
         shapes: Shapes,
         files: Files | None = None,
+        quantized: Quantized | None = None,
         folder: Path | None = None,
         collective: bool = False,
     ) -> None:
         self.source = source
         self.collective = collective
+        self._quantized = quantized or {}
         self._readers = readers
         self._shapes = shapes
         self._files = files or {}
@@ -76,6 +79,7 @@ class Checkpoint:
         names = list(names)
         missing = [name for name in names if name not in self._shapes]
         if missing and self._folder is not None:
+            self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
             logger.warning(
                 "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which "
                 "renames on load. This holds the whole model in memory.",
@@ -129,12 +133,12 @@ class Checkpoint:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
         self._check(name)
         weight = self._readers[name]()
-        if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # float8 needs scales that lie elsewhere
-            raise ValueError(
-                f"{self.source}: the weight of '{name}' is quantized ({weight.dtype}), expected floating point. "
-                "Pass the path or Hub id of the unquantized checkpoint instead."
-            )
+        self._refuse(name, self._quantized.get(name) or storage(weight))
         return weight
+
+    def storage(self, name: str) -> str | None:
+        """How a module's weight is quantized; ``None`` if it is not, or not there."""
+        return self._quantized.get(name) or (storage(self._readers[name]()) if name in self._shapes else None)
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """Of name, dtype, shape and bytes of these modules' weights.
@@ -172,6 +176,13 @@ class Checkpoint:
             if name == own:
                 taken = weight
         return taken
+
+    def _refuse(self, name: str, stored: str | None) -> None:
+        if stored is not None:
+            raise ValueError(
+                f"{self.source}: the weight of '{name}' is quantized ({stored}), expected floating point. "
+                "Pass the path or Hub id of the unquantized checkpoint instead."
+            )
 
     def _check(self, name: str) -> None:
         if name not in self._shapes:
@@ -274,7 +285,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes, collective = {}, {}, False
+    readers, shapes, quantized, collective = {}, {}, {}, False
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
         prefix, _, kind = raw.rpartition(".")
         if kind == "weight" and ".lora_" not in raw and raw not in invented:
@@ -284,4 +295,6 @@ def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoi
             )
             shapes[name] = full_shape(parameter)
             collective |= is_sharded(parameter)
-    return Checkpoint(source, readers, shapes, collective=collective)
+            if (found := storage(parameter)) is not None:
+                quantized[name] = found
+    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective)

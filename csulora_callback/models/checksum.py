@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from csulora_callback.models.sharding import gather, is_sharded
 
@@ -72,25 +73,36 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         False
     """
     return combine(
-        {name: digest(gather([tensor])[0] if is_sharded(tensor) else tensor) for name, tensor in tensors.items()}
+        {name: _digest_of(gather([tensor])[0] if is_sharded(tensor) else tensor) for name, tensor in tensors.items()}
     )
 
 
 def weights_besides(model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers of a model by name, without some of them.
+    """Parameters and buffers of a model by name, without some of them, and what else its state dict has in tensors.
+
+    That is what libraries that quantize keep beside packed numbers: bitsandbytes the scales, without which they say
+    nothing.
 
     Example:
         >>> layer = nn.Linear(2, 2)
         >>> list(weights_besides(layer, [layer.bias]))
         ['weight']
     """
+    # First, as bitsandbytes undoes here what it packed again for the CPU, and FSDP2 gathering.
+    state = model.state_dict(keep_vars=True)
     left_out = {id(parameter) for parameter in parameters}
-    return {
-        name: tensor
-        for named in (model.named_parameters(), model.named_buffers())
-        for name, tensor in named
-        if id(tensor) not in left_out
-    }
+    held = {name: tensor for named in (model.named_parameters(), model.named_buffers()) for name, tensor in named}
+    known = {id(tensor) for tensor in held.values()}
+    held |= {name: value for name, value in state.items() if isinstance(value, Tensor) and id(value) not in known}
+    return {name: tensor for name, tensor in held.items() if id(tensor) not in left_out}
+
+
+def _digest_of(tensor: Tensor) -> str:
+    """Of a plain tensor its :func:`digest`; of one that is made of others, as torchao's, of its class and of these."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return digest(tensor)
+    parts = {name: _digest_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]}
+    return combine({f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}": "", **parts})
 
 
 @lru_cache

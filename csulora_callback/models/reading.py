@@ -25,6 +25,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    for module in modes:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' 4-bit layers, in which nothing else depends on the mode. In that of evaluation they pack
+            # themselves anew on some CPUs, round their scales for good, and let no gradient through any more.
+            module.training = True
     try:
         yield
     finally:

@@ -41,6 +41,16 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.ds_shape if _is_zero_3(parameter) else parameter.shape)
 
 
+def own_part(parameter: Tensor) -> Tensor:
+    """What lies in this process of a DTensor, of the class that it has there; any other parameter itself.
+
+    Example:
+        >>> own_part(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
 def gather(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Copies of the whole parameters, on this process's device.
 
@@ -178,7 +188,7 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
 
 def _local(parameter: Tensor) -> Tensor:
     """The part of a parameter that lies in this process, sharing its memory."""
-    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+    return own_part(parameter).detach()
 
 
 def _is_zero_3(parameter: Tensor) -> bool:
