@@ -21,6 +21,8 @@ from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.presets import Family
@@ -217,7 +219,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started, processes = time.perf_counter(), Processes.all()
         adapter = find_adapter(model)
-        aligned = _weights_below(adapter, model) if self.aligned_model is None else self.aligned_model
+        aligned = _weights_below(adapter, adapter.holder) if self.aligned_model is None else self.aligned_model
         subspace = self._subspace_for(adapter, aligned, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
@@ -258,10 +260,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             return self.subspace
         if self.subspace is not None:
             return processes.together(lambda: SafetySubspace.load(self.subspace))
+        names, layout = list(adapter.layers), Layout.of(adapter.holder)
+        pair = (
+            processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
+            for source in (self.base_model, aligned)
+        )
         return SafetySubspace.estimate(
-            self.base_model,
-            aligned,
-            target_modules=list(adapter.layers),
+            *pair,
+            target_modules=names,
             rank=self.rank,
             energy=self.energy,
             progress=progress,
