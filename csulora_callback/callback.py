@@ -21,6 +21,8 @@ from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import weights_under
@@ -266,10 +268,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         aligned = self.aligned_model
         if aligned is None:
             aligned = processes.together(lambda: weights_under(adapter))
+        names, layout = list(adapter.layers), Layout.of(adapter.holder)
+        pair = (
+            processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
+            for source in (self.base_model, aligned)
+        )
         return SafetySubspace.estimate(
-            self.base_model,
-            aligned,
-            target_modules=list(adapter.layers),
+            *pair,
+            target_modules=names,
             rank=self.rank,
             energy=self.energy,
             progress=progress,

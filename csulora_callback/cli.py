@@ -31,7 +31,7 @@ from csulora_callback.cli_screen import screen
 from csulora_callback.inspection import inspect_adapter
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.checkpoint import checkpoint_named, model_named
+from csulora_callback.models.named import checkpoint_named, model_named
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
@@ -286,7 +286,7 @@ def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPa
     aligned = aligned or _named_by(adapter)
     if not aligned:
         raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
-    return CheckpointPair.open(checkpoint_named(base), checkpoint_named(aligned), list(adapter.factors))
+    return CheckpointPair.of_modules(checkpoint_named(base), checkpoint_named(aligned), sorted(adapter.factors))
 
 
 def _named_by(adapter: SavedAdapter) -> str | None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from csulora_callback.cli_options import JsonOption, examples
-from csulora_callback.models.checkpoint import model_named
+from csulora_callback.models.named import model_named
 from csulora_callback.reporting.screening import print_screened, screened_json
 from csulora_callback.reporting.streams import demand, show, working
 from csulora_callback.screening import screen_data

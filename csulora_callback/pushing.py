@@ -74,7 +74,8 @@ def card_of_push() -> ModelCard | None:
 
 
 def _push_of_model() -> FrameType | None:
-    return _running(PushToHubMixin.push_to_hub)
+    frame, sentences = _running(PushToHubMixin.push_to_hub), sys.modules.get("sentence_transformers.base.model")
+    return frame if frame is not None or sentences is None else _running(sentences.BaseModel.push_to_hub)
 
 
 def _push_of_trainer() -> FrameType | None:

@@ -85,6 +85,7 @@ class Adapter:
     layers: dict[str, AdaptedLayer]
     config: PeftConfig
     model: nn.Module
+    holder: nn.Module  # in `model`: what the adapter was put into, and where the layers have their names
 
     @property
     def is_sharded(self) -> bool:
@@ -174,15 +175,11 @@ def find_adapter(model: nn.Module) -> Adapter:
             any part of what is trained is of a kind that the correction cannot see (the message names module and
             kind).
     """
-    adapted_model = _adapted(model)
-    configs = {} if adapted_model is None else adapted_model.peft_config
+    holder = holder_of(model)
+    configs = holder.peft_config if hasattr(holder, "peft_config") else {}
     for config in configs.values():
         check_tuner(config)
-    layers = {
-        n: m
-        for n, m in (model if adapted_model is None else adapted_model).named_modules()
-        if isinstance(m, BaseTunerLayer)
-    }
+    layers = {n: m for n, m in holder.named_modules() if isinstance(m, BaseTunerLayer)}
     if not layers:
         raise ValueError(
             "`model`: expected a model with LoRA layers, but found none. Wrap it with peft.get_peft_model(model, "
@@ -200,11 +197,22 @@ def find_adapter(model: nn.Module) -> Adapter:
         check_layer(name, module, adapter)
         adapted[module_name(name)] = AdaptedLayer(module, adapter)
     check_nothing_else_trains(model, {id(p) for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)})
-    return Adapter(adapter, adapted, configs[adapter], model)
+    return Adapter(adapter, adapted, configs[adapter], model, holder)
 
 
-def _adapted(model: nn.Module) -> nn.Module | None:
-    """The outermost module in ``model`` that has adapters; of several, as a teacher and a student, the trained one."""
+def holder_of(model: nn.Module) -> nn.Module:
+    """The outermost module in ``model`` that has adapters; of several, as a teacher and a student, the trained one.
+
+    Where none has any it is the model.
+
+    Raises:
+        ValueError: if of several not exactly one trains.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> holder_of(model) is model
+        True
+    """
     found = []
     for module in model.modules():
         if hasattr(module, "peft_config") and not any(module is inner for outer in found for inner in outer.modules()):
@@ -215,7 +223,7 @@ def _adapted(model: nn.Module) -> nn.Module | None:
             f"`model`: expected one model with adapters that trains, but got {len(trained)} of {len(found)}. Freeze "
             "the others with requires_grad_(False)."
         )
-    return next(iter(trained if len(found) > 1 else found), None)
+    return next(iter(trained if len(found) > 1 else found), model)
 
 
 def _in_pairs(names: Iterable[str], tensors: list[Tensor]) -> Factors:

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.layout import Layout, by_stored_name
 from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
-from csulora_callback.models.through_transformers import load_through_transformers
+from csulora_callback.models.through_transformers import load_through_transformers, stored_names
 from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -35,6 +38,7 @@ class Checkpoint:
     Attributes:
         source: where the weights come from, for messages.
         collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
+        layout: where transformers' models sit in a module in memory; None for files.
 
     Example:
         >>> from torch import nn
@@ -54,42 +58,59 @@ class Checkpoint:
         quantized: Quantized | None = None,
         folder: Path | None = None,
         collective: bool = False,
+        layout: Layout | None = None,
     ) -> None:
-        self.source = source
-        self.collective = collective
-        self._quantized = quantized or {}
-        self._readers = readers
-        self._shapes = shapes
-        self._files = files or {}
+        self.source, self.collective, self.layout = source, collective, layout
+        self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
         self._folder = folder  # where the files lie; None for a module in memory
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
         return [name for name, shape in self._shapes.items() if len(shape) == 2]
 
-    def require(self, names: Iterable[str]) -> Checkpoint:
-        """This checkpoint if it has all these modules, or the same one under the names that transformers gives.
+    def require(self, names: Iterable[str], trained: Layout | None = None) -> Checkpoint:
+        """This checkpoint if it has all these modules, or the same one under the names that are asked for.
 
-        transformers renames and fuses on load. Where the files lack a name, the whole checkpoint is loaded through it
-        on the CPU, and a warning says so.
+        Where :meth:`named_as` finds none, since weights are joined or split on load, the whole checkpoint is loaded
+        through transformers on the CPU, and a warning says so.
+
+        Args:
+            names: of modules.
+            trained: where they are, if in a module in memory: names are mapped and weights loaded through its classes.
 
         Raises:
-            ValueError: if a module is missing even then; the nearest names are given.
+            ValueError: if a module is missing even then, the nearest names are given; or several may be meant.
         """
-        names = list(names)
-        missing = [name for name in names if name not in self._shapes]
+        found = self.named_as(names := list(names), trained)
+        missing = [name for name in names if name not in found._shapes]
         if missing and self._folder is not None:
             self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
-            logger.warning(
-                "%s: the files have no weight named '%s', so the checkpoint is loaded through transformers, which "
-                "renames on load. This holds the whole model in memory.",
-                self.source,
-                missing[0],
-            )
-            return self._through_transformers(missing[0]).require(names)
-        for name in missing:
-            self._check(name)
-        return self
+            why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
+            logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
+            return self._through_transformers(missing[0], trained).require(names, trained)
+        if missing:
+            raise ValueError(self._lacks(missing[0]))
+        return found
+
+    def named_as(self, names: Iterable[str], trained: Layout | None = None) -> Checkpoint:
+        """This checkpoint with modules that are called otherwise here under these names; no weight is read.
+
+        Names differ where transformers renames on load, and where a side holds more or less than the other: a head, a
+        vision model, whatever the transformer sits in.
+
+        Raises:
+            ValueError: if several modules may be meant by a name; two of them are given.
+        """
+        asked = set(names)
+        called = by_stored_name(self._candidates(sorted(asked - self._shapes.keys()), trained), asked, self.source)
+        if not called:
+            return self
+
+        def renamed(entries: dict[str, T]) -> dict[str, T]:
+            return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
+
+        stored = map(renamed, (self._readers, self._shapes, self._files, self._quantized))
+        return Checkpoint(self.source, *stored, self._folder, self.collective, self.layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -101,7 +122,7 @@ class Checkpoint:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a module's weight; of one in a file its bytes are not read. Raises as :meth:`weight` does."""
+        """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
         return self.stored(name).dtype
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
@@ -195,10 +216,19 @@ class Checkpoint:
             f"{f'; nearest names: {nearest}' if nearest else ''}."
         )
 
-    def _through_transformers(self, missing: str) -> Checkpoint:
+    def _candidates(self, names: list[str], trained: Layout | None) -> dict[str, set[str]]:
+        """Of each what it may be called here."""
+        if self.layout is not None:
+            return self.layout.meant(names, self._shapes, trained)
+        try:
+            return stored_names(self._folder, names, self._shapes, trained) if names and self._folder else {}
+        except Exception:  # of a config that is missing or broken in one of many ways: what loading it says is raised
+            return {}
+
+    def _through_transformers(self, missing: str, trained: Layout | None) -> Checkpoint:
         """Of the same files, with the names that transformers gives on loading."""
         try:
-            model, invented = load_through_transformers(self._folder)
+            model, invented = load_through_transformers(self._folder, trained)
         except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
                 f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "
@@ -215,6 +245,7 @@ def open_checkpoint(
     required: Iterable[str] = (),
     *,
     revision: str | None = None,
+    trained: Layout | None = None,
 ) -> Checkpoint:
     """Open a checkpoint without reading its weights.
 
@@ -223,6 +254,7 @@ def open_checkpoint(
             memory (a ``PeftModel`` counts as the model below its adapters).
         required: module names that must be found, see :meth:`Checkpoint.require`.
         revision: branch, tag or commit of a Hub id; nothing else has one.
+        trained: where these modules are.
 
     Raises:
         FileNotFoundError: if the folder or the Hub id cannot be had, or holds no weights.
@@ -240,48 +272,13 @@ def open_checkpoint(
             f"`revision`: expected None, since only a Hub id has revisions, but got {revision!r}. Leave it out."
         )
     if isinstance(source, Checkpoint):
-        return source.require(required)
+        return source.require(required, trained)
     if isinstance(source, nn.Module):
-        return _from_module(source, set(), f"{type(source).__name__} in memory").require(required)
+        return _from_module(source, set(), f"{type(source).__name__} in memory").require(required, trained)
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     name = str(source) if revision is None else f"{source}@{revision}"
-    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required)
-
-
-def checkpoint_named(name: str) -> Checkpoint:
-    """Of what stands in a command line: a folder, or a Hub id that may end in ``@revision``.
-
-    Raises:
-        FileNotFoundError: as :func:`open_checkpoint` does.
-        ValueError: likewise.
-
-    Example:
-        >>> checkpoint_named("no/such/model@v1")
-        Traceback (most recent call last):
-        FileNotFoundError: no/such/model: expected a folder with a checkpoint or a Hub id, but it is neither.
-    """
-    source, revision = _split(name)
-    return open_checkpoint(source, revision=revision)
-
-
-def model_named(name: str) -> str:
-    """What transformers loads of what :func:`checkpoint_named` takes: of a revision the folder it was downloaded to.
-
-    Raises:
-        FileNotFoundError: if the Hub does not give the revision.
-
-    Example:
-        >>> model_named("org/model")
-        'org/model'
-    """
-    source, revision = _split(name)
-    return source if revision is None else str(fetch_folder(source, revision, "*.json", "*.jinja", "*.model", "*.txt"))
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    source, at, revision = name.rpartition("@")
-    return (source, revision) if at and not os.path.isdir(name) else (name, None)
+    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
@@ -297,4 +294,4 @@ def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoi
             collective |= is_sharded(parameter)
             if (found := storage(parameter)) is not None:
                 quantized[name] = found
-    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective)
+    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective, layout=Layout.of(module))

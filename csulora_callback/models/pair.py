@@ -36,8 +36,18 @@ class CheckpointPair:
             FileNotFoundError: if a checkpoint is not there.
         """
         base, aligned = open_checkpoint(base), open_checkpoint(aligned)
-        names = _targets(base, aligned, target_modules)
-        base, aligned = base.require(names), aligned.require(names)
+        if target_modules is None and aligned.layout is not None:
+            base = base.named_as(aligned.names(), aligned.layout)
+        return cls.of_modules(base, aligned, _targets(base, aligned, target_modules))
+
+    @classmethod
+    def of_modules(cls, base: Checkpoint, aligned: Checkpoint, names: list[str]) -> CheckpointPair:
+        """Of these modules, by their full names in a model that is trained or an adapter.
+
+        Raises:
+            ValueError: as :meth:`open` does.
+        """
+        base, aligned = base.require(names, aligned.layout), aligned.require(names, base.layout)
         for name in names:
             if base.shape(name) != aligned.shape(name):
                 base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are

@@ -186,6 +186,16 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before FSDP2 gave it one of its own.
+
+    Example:
+        >>> unsharded_class(nn.Linear(2, 2)).__name__
+        'Linear'
+    """
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def _local(parameter: Tensor) -> Tensor:
     """The part of a parameter that lies in this process, sharing its memory."""
     return own_part(parameter).detach()

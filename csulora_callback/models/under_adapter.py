@@ -8,6 +8,7 @@ from torch import nn
 
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checkpoint import Checkpoint, open_checkpoint
+from csulora_callback.models.layout import Layout
 from csulora_callback.models.quantized import layer_storage
 
 
@@ -34,20 +35,22 @@ def weights_under(adapter: Adapter) -> nn.Module | Checkpoint:
     """
     stored = quantized_layers(adapter)
     if not stored:
-        return adapter.model
+        return adapter.holder
     source = adapter.config.base_model_name_or_path
     if not source:
         raise _unavailable(adapter, stored, "the adapter's config names no checkpoint")
     try:
         # transformers does not keep which revision it loaded; PEFT takes this one, too, when it loads the adapter.
-        checkpoint = open_checkpoint(source, revision=None if os.path.isdir(source) else adapter.config.revision)
+        files = open_checkpoint(source, revision=None if os.path.isdir(source) else adapter.config.revision)
     except FileNotFoundError as error:
         raise _unavailable(adapter, stored, f"its files cannot be had ({error})") from error
+    layout = Layout.of(adapter.holder)
+    checkpoint = files.named_as(adapter.layers, layout)
     for name in adapter.layers:
         found = checkpoint.storage(name)
         if found is not None:
             raise _unavailable(adapter, stored, f"so are the files in {checkpoint.source} ({found})")
-    return checkpoint.require(adapter.layers)
+    return checkpoint.require(adapter.layers, layout)
 
 
 def quantized_layers(adapter: Adapter) -> dict[str, str]:

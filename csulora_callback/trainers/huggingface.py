@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from csulora_callback import sidecar
@@ -18,6 +17,7 @@ from csulora_callback.trainers.huggingface_run import HuggingFaceRun
 from csulora_callback.trainers.patches import calling, run_of
 from csulora_callback.trainers.publishing import follow_pushes, refuse_pushes
 from csulora_callback.trainers.recorder import ActivationRecorder
+from csulora_callback.trainers.save_pretrained import saver_of
 from csulora_callback.trainers.tracker_images import of_callbacks, warn_if_unseen
 
 
@@ -49,7 +49,13 @@ class HuggingFaceEvents(TrainerCallback):
         from transformers import Trainer  # costs a second, which those who use Lightning are spared
 
         trainer, handler = calling(Trainer), calling(CallbackHandler)
-        for earlier in (self._run, run_of(model, "save_pretrained")):
+        saver = saver_of(model)
+        if saver is None:
+            raise ValueError(
+                f"`model`: expected a PeftModel or a transformers model with an adapter, but got a "
+                f"{type(model).__name__}, whose state dict the Trainer saves without a call that could be corrected."
+            )
+        for earlier in (self._run, run_of(saver, "save_pretrained")):
             if earlier is not None:
                 if earlier.trainer is not trainer and earlier.is_training:
                     raise ValueError(
@@ -63,11 +69,6 @@ class HuggingFaceEvents(TrainerCallback):
             raise ValueError(
                 "`callbacks`: expected one CSULoRACallback, but got several. Combine them into one penalty."
             )
-        if not isinstance(model, (PeftModel, PreTrainedModel)):
-            raise ValueError(
-                f"`model`: expected a PeftModel or a transformers model with an adapter, but got a "
-                f"{type(model).__name__}, whose state dict the Trainer saves without a call that could be corrected."
-            )
         self._corrector = self._prepare(model, verbose=state.is_world_process_zero)
         if self._corrector.adapter.name == sidecar.FOLDER:
             raise ValueError(
@@ -78,7 +79,7 @@ class HuggingFaceEvents(TrainerCallback):
         if state.global_step > 0:
             self._run.restore_raw(self.resume_from)
         self._run.renew()
-        self._run.open(model, self.evaluate_corrected)
+        self._run.open(saver, self.evaluate_corrected)
         follow_pushes(trainer, self.push_raw)
         if self.heat_maps and state.is_world_process_zero:
             warn_if_unseen(of_callbacks(handler.callbacks), args.eval_strategy != "no" or args.eval_on_start)

@@ -84,13 +84,15 @@ class HuggingFaceRun:
         return self.trainer.state
 
     def open(self, model: nn.Module, evaluate_corrected: bool) -> None:
-        """Replace what has to be replaced; ``model`` is the one whose ``save_pretrained`` the Trainer calls."""
+        """Replace what has to be replaced; ``model`` is the one whose ``save_pretrained`` writes the adapter."""
         forget(self.corrector.adapter.config)
         self._patches.replace(model, "save_pretrained", saving_corrected(self, model))
         self._surround(self.trainer, "_maybe_log_save_evaluate", self.stopping.look)
         self._surround(self.trainer, "_save_checkpoint", self._checkpoint)
         if evaluate_corrected:
             self._surround(self.trainer, "prediction_step", self._corrected)
+            if callable(vars(self.trainer).get("evaluator")):  # of sentence-transformers: it runs the model by itself
+                self._surround(self.trainer, "evaluator", self._corrected)
         if self.recorder is not None:
             self._surround(self.trainer, "training_step", self._looking)
         if self.behaviour is not None or self.callback.heat_maps:
@@ -267,7 +269,7 @@ class HuggingFaceRun:
         return control
 
     def _remember(self) -> None:
-        if isinstance(self.corrector.adapter.model, PeftModel):  # others save the config before the weights
+        if isinstance(self.corrector.adapter.holder, PeftModel):  # others save the config before the weights
             remember(self.corrector.adapter.config, self.corrector.compute())
 
     def _switch(self, original: Callable, *args: object, **kwargs: object) -> object:

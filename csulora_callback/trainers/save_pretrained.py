@@ -14,13 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from csulora_callback import sidecar
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.adapters import holder_of
 
 logger = logging.getLogger(__name__)
+
+_SAVING_THEIR_MODULES = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
 
 
 class SavingRun(Protocol):
@@ -35,6 +40,20 @@ class SavingRun(Protocol):
     def record(self, adapter: CorrectedAdapter) -> None: ...
 
     def checkpoint_folder(self) -> Path | None: ...
+
+
+def saver_of(model: nn.Module) -> nn.Module | None:
+    """The model whose ``save_pretrained`` writes the adapter when a Trainer saves ``model``; None where none does.
+
+    Those of sentence-transformers save each of their modules, the transformer among them.
+
+    Example:
+        >>> saver_of(nn.Linear(2, 2)) is None
+        True
+    """
+    if any(kind.__name__ in _SAVING_THEIR_MODULES for kind in type(model).__mro__):
+        return holder_of(model)
+    return model if isinstance(model, PeftModel | PreTrainedModel) else None
 
 
 def saving_corrected(run: SavingRun, model: nn.Module) -> Callable[[Callable], Callable]:

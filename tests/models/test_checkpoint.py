@@ -116,7 +116,7 @@ def test_estimating_holds_one_pair_of_tensors(storages, tmp_path, monkeypatch):
     assert most <= 4  # the pair of this module, and the one that is read ahead
 
 
-def test_names_that_differ_on_disk_are_loaded_through_transformers_and_it_says_so(tmp_path, caplog):
+def test_names_that_differ_on_disk_are_those_that_transformers_gives(tmp_path, caplog):
     config = GPT2Config(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=16)
     torch.manual_seed(0)
     GPT2Model(config).save_pretrained(tmp_path / "headless")  # names have no "transformer." prefix
@@ -129,7 +129,7 @@ def test_names_that_differ_on_disk_are_loaded_through_transformers_and_it_says_s
     with caplog.at_level(logging.WARNING):
         checkpoint = open_checkpoint(tmp_path / "headless", [name])
     assert torch.equal(checkpoint.weight(name), expected.get_submodule(name).weight)
-    assert "loaded through transformers" in caplog.text
+    assert "loaded through transformers" not in caplog.text
     with pytest.raises(ValueError, match=r"expected a weight for the module 'transformer\.h\.7.*nearest names"):
         open_checkpoint(tmp_path / "headless", ["transformer.h.7.attn.c_attn"])
 
