@@ -29,6 +29,7 @@ from csulora_callback.models.saved_adapter import SavedLayer
 from csulora_callback.subspace_cache import SubspaceCache
 
 logger = logging.getLogger(__name__)
+
 Method = Literal["auto", "krylov", "exact"]
 
 
@@ -144,7 +145,7 @@ class SafetySubspace(Mapping[str, Basis]):
             device: where to compute; by default where the aligned weights are.
             progress: show a progress bar.
             method: ``"krylov"`` or ``"exact"`` for all modules, or ``"auto"`` to choose by size.
-            seed: of the Krylov iteration's random start; with the module's name it fixes the result.
+            seed: of the random start of the Krylov iteration; with the module's name it fixes the result.
             cache_dir: look up and keep the result in this folder, by the content of both checkpoints. Files that look
                 as they did when they were last read (see :class:`~csulora_callback.models.file_state.FileState`) are
                 not read for that. A cache that cannot be used costs a warning.
@@ -178,8 +179,6 @@ class SafetySubspace(Mapping[str, Basis]):
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
             metadata = processes.from_first(cached and cached.metadata)
-            for side, checkpoint in pair.sides.items():
-                metadata[side]["source"] = checkpoint.source  # it may have been kept of a copy elsewhere
             return cls(bases, metadata, from_cache=True) if cached is None else cached
 
         subspace = cls._estimate(pair, rule, device, progress, processes)
@@ -291,7 +290,8 @@ def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | Sa
         )
     basis = subspace[name]
     U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
-    expected, got = layer.shape[::2], (len(U), len(V))
+    (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
+    expected = d_out, d_in
     if expected != got:
         raise ValueError(
             f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "

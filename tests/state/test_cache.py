@@ -79,14 +79,6 @@ def shared():
 # What is found.
 
 
-def test_what_was_kept_of_a_copy_names_the_checkpoints_that_were_asked_for(pair, tmp_path):
-    estimate(tmp_path / "cache", *pair, target_modules=TARGETS)
-    copies = [shutil.copytree(side, tmp_path / f"copy of {name}") for name, side in zip("ab", pair, strict=True)]
-    found = estimate(tmp_path / "cache", *copies, target_modules=TARGETS)
-    assert found.from_cache
-    assert [found.metadata[side]["source"] for side in ("base", "aligned")] == list(map(str, copies))
-
-
 def test_is_keyed_by_both_checkpoints_by_the_rule_and_by_the_format(pair, tmp_path, caplog, monkeypatch):
     cache, moved = tmp_path / "cache", [tmp_path / "base", tmp_path / "aligned"]
     for folder, copy in zip(pair, moved, strict=True):
