@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from csulora_callback.method.basis import displacement
 from csulora_callback.method.measure import Drift, along_displacement, measure, measure_kept, total
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.names import layer_and_kind
@@ -140,7 +140,5 @@ def inspect_adapter(
 
 def _displacement(pair: CheckpointPair, name: str, stored_transposed: bool) -> Tensor:
     """``D (d_out, d_in)``."""
-    base, aligned = pair.weights_for(name, [name])
-    wide = torch.promote_types(torch.promote_types(base.dtype, aligned.dtype), torch.float32)
-    D = aligned.to(wide) - base.to(aligned.device, wide)
+    D = displacement(pair.weights_for(name, [name]))
     return D.T if stored_transposed else D

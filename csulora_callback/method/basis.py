@@ -96,12 +96,13 @@ def basis_of(
     """
     space = space or Reused()
     D = displacement(weights, device, space)
-    unit = _unit(name, D)
+    norms = _row_norms(D)
+    unit = _unit(name, D, norms)
     if unit == 0.0:
         return Basis(*(torch.zeros(size, device="cpu") for size in ((D.shape[0], 0), (D.shape[1], 0), (0,))), 0.0)
     if unit != 1.0:
-        D.div_(unit)
-    scaled_norm = _row_norms(D).norm().item()
+        norms = _row_norms(D.div_(unit))
+    scaled_norm = norms.norm().item()
     norm = scaled_norm * unit
     _check_size(name, norm)
     if rule["energy"] is None:
@@ -138,9 +139,8 @@ def _minus(aligned: Tensor, base: Tensor) -> Tensor:
     return base
 
 
-def _unit(name: str, D: Tensor) -> float:
+def _unit(name: str, D: Tensor, norms: Tensor) -> float:
     """A power of two to divide by, which rounds nothing: squares of 1e30 overflow, of 1e-30 vanish. 0 for zero."""
-    norms = _row_norms(D)
     if len(norms) and _SAFE[0] < norms.max() < _SAFE[1]:
         return 1.0
     largest = torch.linalg.vector_norm(D, torch.inf).item() if D.numel() else 0.0

@@ -97,7 +97,7 @@ def measure(
         lora_B: ``(d_out, r)``.
         U: ``(d_out, k)``, orthonormal columns, output side of the safety subspace.
         V: ``(d_in, k')``, orthonormal columns, input side.
-        along: ``⟨Δ, D⟩``, of :func:`along_kept` or :func:`along_displacement`.
+        along: ``⟨Δ, D⟩``, as of :func:`along_displacement`.
         displacement: ``‖D‖²`` of the same ``D``.
         scaling: PEFT's ``scaling`` of the layer.
 
@@ -156,20 +156,6 @@ def chance_shares(output_side: tuple[int, int], input_side: tuple[int, int]) -> 
         "input": input_ - aligned,
         "off": (1 - output) * (1 - input_),
     }
-
-
-def along_kept(
-    lora_A: Tensor, lora_B: Tensor, U: Tensor, V: Tensor, singular_values: Tensor, scaling: float = 1.0
-) -> float:
-    """``⟨Δ, D_k⟩`` with the part ``D_k = U S Vᵀ`` of the displacement that a subspace keeps.
-
-    Example:
-        >>> import torch
-        >>> U, V = torch.eye(3)[:, :1], torch.eye(2)[:, :1]
-        >>> along_kept(torch.ones(1, 2), torch.ones(3, 1), U, V, torch.tensor([5.0]), scaling=2.0)
-        10.0
-    """
-    return scaling * _grams(lora_A, lora_B, U, V, singular_values).along().item()
 
 
 def along_displacement(lora_A: Tensor, lora_B: Tensor, D: Tensor, scaling: float = 1.0) -> float:

@@ -9,7 +9,6 @@ about another machine. The model is a Llama with random weights, as times do not
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -29,6 +28,7 @@ from csulora_callback.models.processes import Processes
 from csulora_callback.models.teacher_forcing import greedy_answers
 from csulora_callback.models.training_rows import ROWS, fixed_sample
 from csulora_callback.trainers.recorder import ActivationRecorder
+from recipes.benchmarks.timing import timed
 
 
 @dataclass
@@ -150,14 +150,8 @@ def watched_behaviour(adapter: Adapter, probes: list[list[int]]) -> tuple[float,
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes, until the accelerator is done."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    started = time.perf_counter()
-    work()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - started
+    """On the clock."""
+    return timed(work)["seconds"]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,7 @@ from recipes.benchmarks.goals import added_by_the_callback, seconds
 from recipes.benchmarks.growth import AXES
 from recipes.benchmarks.timing import spread
 from recipes.benchmarks.training import EVALUATED, EVENTS
+from recipes.files.markdown import markdown_table
 
 COUNTED = "of one module of each size, counted as often as the model has it"
 
@@ -149,16 +150,16 @@ def to_markdown(results: Mapping) -> str:
         f"{met} of {len(results['goals'])} goals are met. Times are medians, in brackets the least and the largest of "
         f"{results['benchmark']['repeats']} rounds in which everything took its turn; the run took "
         f"{results['seconds'] / 60:.1f} minutes.",
-        lines(GOALS, goal_rows(results)),
+        markdown_table(GOALS, goal_rows(results)),
         "![Seconds of a start and of a correction beside what else one could do, and how they grow](benchmark.png)",
-        lines(TIMES, time_rows(results), texts=(0, 2)),
-        lines(MEMORY, memory_rows(results), texts=(0, 2)),
+        markdown_table(TIMES, time_rows(results), texts=(0, 2)),
+        markdown_table(MEMORY, memory_rows(results), texts=(0, 2)),
         f"{errors}; *energy lost* is a share of what the best subspace of the rank holds, errors are over `‖Δ‖`:",
-        lines(QUALITY, quality_rows(results)),
+        markdown_table(QUALITY, quality_rows(results)),
         _grown(results),
-        lines(SLOPES, slope_rows(results)),
+        markdown_table(SLOPES, slope_rows(results)),
         _COMPUTED,
-        lines(COMPUTED, computed_rows(results)),
+        markdown_table(COMPUTED, computed_rows(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -167,11 +168,11 @@ def readme_section(results: Mapping) -> str:
     """What stands between the marks in the library's own page."""
     parts = [
         _measured_on(results),
-        lines(GOALS, goal_rows(results)),
-        lines(TIMES, time_rows(results), texts=(0, 2)),
-        lines(MEMORY, memory_rows(results), texts=(0, 2)),
+        markdown_table(GOALS, goal_rows(results)),
+        markdown_table(TIMES, time_rows(results), texts=(0, 2)),
+        markdown_table(MEMORY, memory_rows(results), texts=(0, 2)),
         _COMPUTED,
-        lines(COMPUTED, computed_rows(results)),
+        markdown_table(COMPUTED, computed_rows(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -203,12 +204,6 @@ def _measured_on(results: Mapping) -> str:
         f"{benchmark['name']}: {benchmark['layers']} layers, {model['parameters'] / 1e9:.2f} billion parameters, "
         f"{model['modules']} modules, LoRA of rank {benchmark['lora_rank']} on all of them."
     )
-
-
-def lines(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: Sequence[int] = (0,)) -> str:
-    """A table in Markdown; columns that are not ``texts`` are to the right."""
-    rule = "".join("|---" if place in texts else "|---:" for place in range(len(columns))) + "|"
-    return "\n".join(["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def ranged(values: Mapping[str, float]) -> str:

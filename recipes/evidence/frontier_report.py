@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.evidence.baselines import METHODS
+from recipes.files.markdown import markdown_table
 from recipes.schema import RecipeError
 
 _RESAMPLES = 10_000
@@ -142,7 +143,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     ]
     for poison, target in dict.fromkeys((row["poison"], row["target"]) for row in table):
         lines += [f"Poison {poison:.0%}, attack success ≤ {target:g} on the tuning half:", ""]
-        lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+        rows = []
         for row in table:
             if (row["poison"], row["target"]) != (poison, target):
                 continue
@@ -150,8 +151,8 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
             cells += [percent(row["task_retained"]), percent(row["over_scaling"], signed=True)]
             cells += [percent(row["attack_success"][template]) for template in templates]
             cells += [percent(row["side_effects"][name]) for name in effects]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+            rows.append(cells)
+        lines += [markdown_table(columns, rows), ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
@@ -162,7 +163,7 @@ def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence
         "",
     ]
     columns = ["poison", "model", "task loss", *(f"attack success, {template}" for template in templates), *effects]
-    lines += ["| " + " | ".join(columns) + " |", "|---|---" + "|---:" * (len(columns) - 2) + "|"]
+    rows = []
     for poison, method in dict.fromkeys((point["poison"], point["method"]) for point in points):
         if method not in ("aligned", "none", "benign_only"):
             continue
@@ -173,8 +174,8 @@ def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence
         for template in templates:
             cells.append(percent(with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
         cells += [percent(with_interval([side_effects_of(scores)[name] for scores in there])) for name in effects]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        rows.append(cells)
+    return [*lines, markdown_table(columns, rows, texts=(0, 1)), ""]
 
 
 def print_table(table: Sequence[Mapping]) -> None:

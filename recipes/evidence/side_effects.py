@@ -13,6 +13,7 @@ from csulora_callback.models.factors import Factors
 from recipes.evidence.baselines import METHODS, relative_change
 from recipes.evidence.frontier import Adapters, Setting, to_json, with_updates
 from recipes.evidence.frontier_report import first, percent, retained, side_effects_of, with_interval
+from recipes.files.markdown import markdown_table
 from recipes.files.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Effects, Recipe, RecipeError
 
@@ -134,15 +135,14 @@ def to_markdown(rows: Sequence[Mapping], effects: Effects) -> str:
         "*Attack success after n*: after so many more steps of the same fine-tune, poison included, from the",
         "corrected adapter.",
         "",
-        "| " + " | ".join(columns) + " |",
-        "|---" + "|---:" * (len(columns) - 1) + "|",
     ]
+    cells = []
     for row in rows:
-        cells = [METHODS[row["method"]].label, str(row["seeds"])]
-        cells += [_cell(name, row["effects"][name]) for name in names]
-        cells += [percent(share) for share in row["again"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        own = [METHODS[row["method"]].label, str(row["seeds"])]
+        own += [_cell(name, row["effects"][name]) for name in names]
+        own += [percent(share) for share in row["again"]]
+        cells.append(own)
+    return "\n".join([*lines, markdown_table(columns, cells)]) + "\n"
 
 
 def _cell(name: str, value: Mapping) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from recipes.evidence.frontier_report import first, percent
 from recipes.evidence.target_tables import READINGS, grouped
+from recipes.files.markdown import markdown_table
 
 LABELS = {
     "aligned": "aligned model",
@@ -32,12 +33,12 @@ def to_markdown(results: Mapping) -> str:
         "",
     ]
     for (poison,), rows in grouped(results["strengths"], "poison").items():
-        parts += [f"Fixed strengths, poison {poison:.0%}:", "", *_strength_lines(rows), ""]
+        parts += [f"Fixed strengths, poison {poison:.0%}:", "", _strength_table(rows), ""]
     parts += [
         "Correlation of what the probes read with attack success, over the raw model and those strengths, all poison",
         "shares and seeds; in brackets Spearman's of each seed by itself; – where nothing varies:",
         "",
-        *_correlation_lines(results["correlations"]),
+        _correlation_table(results["correlations"]),
         "",
     ]
     for (poison,), rows in grouped(results["found"], "poison").items():
@@ -47,7 +48,7 @@ def to_markdown(results: Mapping) -> str:
             f"hindsight: the least task loss with at most {100 * target['margin']:g} points more attack success than",
             f"the aligned model of the seed; poison {poison:.0%}:",
             "",
-            *_found_lines(rows),
+            _found_table(rows),
             "",
         ]
     for (poison,), rows in grouped(results["bounded"], "poison").items():
@@ -56,19 +57,13 @@ def to_markdown(results: Mapping) -> str:
             "of the rows that a data-aware correction reads as its task, over all seeds, how many are poison, how",
             f"many the aligned model refuses, and how many are both; poison {poison:.0%}:",
             "",
-            *_bounded_lines(rows),
+            _bounded_table(rows),
             "",
         ]
     return "\n".join(parts[:-1]) + "\n"
 
 
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> list[str]:
-    """A table whose first columns are texts."""
-    rule = "|---" * texts + "|---:" * (len(columns) - texts) + "|"
-    return ["| " + " | ".join(columns) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def _strength_lines(rows: Sequence[Mapping]) -> list[str]:
+def _strength_table(rows: Sequence[Mapping]) -> str:
     sets, names = list(rows[0]["refusing"]), [name for name in rows[0]["outcome"] if name != "over the aligned model"]
     columns = ["method", "strength"]
     for probes in sets:
@@ -79,10 +74,10 @@ def _strength_lines(rows: Sequence[Mapping]) -> list[str]:
         for probes in sets:
             own += [percent(row["refusing"][probes]["kept"]), _number(row["refusing"][probes]["logprob"])]
         cells.append([*own, *(percent(row["outcome"][name]) for name in names)])
-    return _lines([*columns, *names], cells)
+    return markdown_table([*columns, *names], cells)
 
 
-def _correlation_lines(rows: Sequence[Mapping]) -> list[str]:
+def _correlation_table(rows: Sequence[Mapping]) -> str:
     columns = ["probes", "over", "points", "seeds"]
     for name in ("refusals kept", "log-likelihood", "likelihood"):
         columns += [f"{name}: Spearman", "Pearson"]
@@ -93,7 +88,7 @@ def _correlation_lines(rows: Sequence[Mapping]) -> list[str]:
         for name in READINGS:
             own += [coefficient(row[name]), _two(row[name]["pearson"])]
         cells.append(own)
-    return _lines(columns, cells, texts=2)
+    return markdown_table(columns, cells, texts=(0, 1))
 
 
 def coefficient(of: Mapping) -> str:
@@ -102,7 +97,7 @@ def coefficient(of: Mapping) -> str:
     return _two(of["spearman"]) + (f" [{_two(min(seeds))}, {_two(max(seeds))}]" if seeds else "")
 
 
-def _found_lines(rows: Sequence[Mapping]) -> list[str]:
+def _found_table(rows: Sequence[Mapping]) -> str:
     names = list(rows[0]["outcome"])
     cells = [
         [
@@ -116,8 +111,8 @@ def _found_lines(rows: Sequence[Mapping]) -> list[str]:
         ]
         for row in rows
     ]
-    return _lines(
-        ["method", "by", "reached", "strength by seed", "refusals kept", "likelihood", *names], cells, texts=2
+    return markdown_table(
+        ["method", "by", "reached", "strength by seed", "refusals kept", "likelihood", *names], cells, texts=(0, 1)
     )
 
 
@@ -134,7 +129,7 @@ def strengths_of(row: Mapping) -> str:
     )
 
 
-def _bounded_lines(rows: Sequence[Mapping]) -> list[str]:
+def _bounded_table(rows: Sequence[Mapping]) -> str:
     cells = []
     for row in rows:
         counts = [
@@ -144,7 +139,7 @@ def _bounded_lines(rows: Sequence[Mapping]) -> list[str]:
         shares = [percent(row["outcome"][name]) for name in ("task retained", "attack success")]
         cells.append([LABELS[row["method"]], f"{100 * row['qualified']:.0f}", strengths_of(row), *shares, *counts])
     columns = ["method", "reached", "strength by seed", "task retained", "attack success"]
-    return _lines([*columns, "rows", "poison", "refused", "both"], cells)
+    return markdown_table([*columns, "rows", "poison", "refused", "both"], cells)
 
 
 def _number(value: Mapping) -> str:

@@ -7,15 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csulora_callback.method.basis import basis_of
+from csulora_callback.method.basis import Basis, basis_of
 from csulora_callback.method.measure import (
     Drift,
     along_displacement,
-    along_kept,
     block_energies,
     chance_shares,
-    kept_displacement,
     measure,
+    measure_kept,
     total,
 )
 from tests.helpers.updates import BLOCKS, DOUBLE, SINGLE, make_update, projectors, updates
@@ -57,7 +56,8 @@ def test_the_way_an_update_points_is_that_of_the_dense_product(update, seed):
     k = min(update.U.shape[1], update.V.shape[1])
     U, V, sigma = update.U[:, :k], update.V[:, :k], torch.rand(k, dtype=torch.float64)
     kept = (update.delta * (U * sigma @ V.T)).sum().item()
-    assert math.isclose(along_kept(update.A, update.B, U, V, sigma, update.scaling), kept, abs_tol=1e-12 * size)
+    found = measure_kept(update.A, update.B, U, V, Basis(U, V, sigma, 1.0), update.scaling).along
+    assert math.isclose(found, kept, abs_tol=1e-12 * size)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -88,8 +88,7 @@ def test_an_update_that_takes_the_alignment_back_undoes_all_of_it():
     A, B = right, -left * sigma  # B·A = −D
     exact = along_displacement(A, B, D)
     assert math.isclose(-exact / D.square().sum().item(), 1.0, rel_tol=1e-9)
-    kept = along_kept(A, B, basis.U, basis.V, basis.singular_values)
-    drift = measure(A, B, basis.U, basis.V, kept, kept_displacement(basis))
+    drift = measure_kept(A, B, basis.U, basis.V, basis)
     assert math.isclose(drift.undone, 1.0, rel_tol=1e-5)
     assert math.isclose(drift.shares["aligned"], basis.energy, rel_tol=1e-5)
 
