@@ -2,7 +2,7 @@
 
 Singular vectors are kept in float32: 0.16 GB for Llama-3.2-1B's linear layers at the relative rank, 1.2 GB (computed)
 for Llama-3.1-8B's, 7 to 8 % of a checkpoint. Two bytes would halve that, at an error that is not nothing. Against
-vectors in float64, on matrices of 1B's shapes and updates in and beside the subspace, for guard and csulora alike:
+vectors in float64, on matrices of 1B's shapes and updates in and beside the subspace, the worse of guard and csulora:
 
 | kept in | largest error of X*, over ‖Δ‖ | of a relative energy | entry of UᵀU − I |
 |---|---|---|---|

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from csulora_callback import CSULoRACallback, SafetySubspace, subspace_file
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct, subspace_file
 from csulora_callback.method.basis import Basis
 
 
@@ -296,3 +296,24 @@ def test_metadata_of_an_object_are_asked_for_before_they_are_needed(path):
 def test_a_subspace_of_nothing_keeps_all_of_it():
     still = Basis(torch.zeros(8, 0), torch.zeros(6, 0), torch.zeros(0), 0.0)
     assert SafetySubspace({"q_proj": still}, SUBSPACE.metadata).energy_kept == 1.0
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.float32, 4e-8), (torch.float16, 1.4e-4), (torch.bfloat16, 1.1e-3)])
+def test_corrections_by_vectors_of_a_narrower_dtype_are_wrong_by_what_the_table_says(dtype, said):
+    """Of an update of which a half leans into the subspace; the table has the largest of many."""
+    assert f"| {str(dtype).removeprefix('torch.')} | {said:.1e} |".replace("e-0", "e-").replace(".0e", "e") in (
+        subspace_file.__doc__
+    )
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.randn(size, 16 + 12, generator=generator, dtype=torch.float64) for size in (512, 384)]
+    (U, B), (V, A) = ((torch.linalg.qr(side[:, 16:])[0], side[:, :16] / len(side) ** 0.5) for side in sides)
+    B[:, :8], A[:, :8] = B[:, :8] + 0.5 * U[:, :8], A[:, :8] + 0.5 * V[:, :8]
+    errors = []
+    for penalty in (Penalty.guard(10.0), Penalty.csulora(10.0)):
+        exact, kept = (
+            correct(A.T, B, *bases, penalty, rank="expand")
+            for bases in ((U, V), (U.to(dtype).double(), V.to(dtype).double()))
+        )
+        difference = exact.lora_B @ exact.lora_A - kept.lora_B @ kept.lora_A
+        errors.append((difference.norm() / (B @ A.T).norm()).item())
+    assert said / 5 < max(errors) <= said
