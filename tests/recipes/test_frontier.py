@@ -104,7 +104,7 @@ def test_each_adapter_is_trained_once(uninterrupted):
     assert subject.scored == 2 * len(frontier.grid(GRID))
 
 
-@pytest.mark.parametrize("scores", [0, 57, 233])
+@pytest.mark.parametrize("scores", [57, *(pytest.param(scores, marks=pytest.mark.slow) for scores in (0, 233))])
 def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path, uninterrupted, scores):
     whole, folder = uninterrupted
     first = Formula(scores)

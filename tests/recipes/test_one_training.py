@@ -64,7 +64,7 @@ def place(folder: Path, step: int) -> Path:
 @pytest.mark.parametrize(
     ("trainer", "names"),
     [
-        ("huggingface", ["csulora", "guard"]),
+        pytest.param("huggingface", ["csulora", "guard"], marks=pytest.mark.slow),
         pytest.param("huggingface", list(ALL), marks=pytest.mark.slow),
         pytest.param("lightning", list(ALL), marks=pytest.mark.slow),
     ],

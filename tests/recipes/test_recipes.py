@@ -84,7 +84,8 @@ def check_output(folder: Path, runs: list[str]) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("name", ["quickstart", pytest.param("quickstart_lightning", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_lightning"])
 def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
     assert main([f"recipes/{name}.yaml", *overrides]) == 0

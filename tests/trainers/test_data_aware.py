@@ -172,6 +172,7 @@ def test_only_what_is_trained_on_counts_as_the_task(pair, tmp_path):
     assert sorted(texts.task) == sorted(Tokens().tokens.tolist())
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoints_texts_do_not_stay_in_a_folder(pair, tmp_path):
     train(pair, tmp_path, [callback(pair)])
     assert (tmp_path / "checkpoint-8/csulora/texts.json").exists()

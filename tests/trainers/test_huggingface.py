@@ -36,7 +36,12 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+SLOW = "epoch", "accumulation", "total limit"
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STRATEGIES]
+)
 def test_checkpoints_are_corrected_and_training_is_bit_identical(pair, subspace, tmp_path, strategy):
     arguments = STRATEGIES[strategy]
     without = train(pair, tmp_path / "without", [], **arguments)
@@ -90,7 +95,7 @@ def test_evaluation_sees_what_ships(pair, tmp_path):
     assert eval_losses(raw_eval) == eval_losses(without) != eval_losses(trainer)
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
+@pytest.mark.parametrize("step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6))])
 def test_resume_is_exact_from_any_checkpoint(pair, tmp_path, step):
     arguments = {"save_steps": 2, **EVAL}
     whole = train(pair, tmp_path / "whole", [callback(pair)], **arguments)

@@ -125,6 +125,7 @@ def test_a_second_run_on_the_same_model_corrects_once(pair, subspace, tmp_path):
         assert_same(saved(folder), corrected_by_hand(raw(folder), subspace))
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_goes_on_from_what_ships(pair, tmp_path):
     """It is not a resume: the raw factors that lie there are not looked for."""
     model, twin = fresh_model(pair), fresh_model(pair)

@@ -147,7 +147,7 @@ def test_an_exception_inside_a_forward_pass_of_an_evaluation(pair, raw_at_4, tmp
     assert_same(live(trainer.model), raw_at_4)
 
 
-@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_trainer_takes_the_model_of_one_that_failed(pair, tmp_path, again):
     model = failed(pair, tmp_path / "failed", "on_evaluate").model
     twin = fresh_model(pair)

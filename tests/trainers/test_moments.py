@@ -25,7 +25,7 @@ OTHERS = {
     "average back on evaluate": (lambda: [MovingAverage("on_evaluate")], {}),
     "schedule-free": (lambda: [], {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"}),
 }
-SLOW = [("average back on save", "last"), ("average back on evaluate", "first")]
+SLOW = [("average back on save", "last"), ("average back on evaluate", "first"), ("average back on evaluate", "last")]
 CASES = [
     pytest.param(*case, marks=pytest.mark.slow if case in SLOW else (), id=" ".join(case))
     for case in ((n, o) for n in OTHERS for o in (("first", "last") if "average" in n else ("first",)))

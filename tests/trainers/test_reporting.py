@@ -87,6 +87,7 @@ def test_tensorboard(pair, tmp_path, monkeypatch):
         assert [value for _, value in written] == pytest.approx([d[key] for d in curve(history).values()], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_wandb(pair, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
@@ -108,6 +109,7 @@ def test_wandb(pair, tmp_path, monkeypatch):
     assert len(rows) == len(written) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_mlflow(pair, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
