@@ -100,8 +100,7 @@ def _answers(
 ) -> tuple[list[list[int]], bool]:
     cache = None
     if cache_dir is not None:
-        factors = (factor for layer in adapter.layers.values() for factor in (layer.lora_A, layer.lora_B))
-        weights = checksum(weights_besides(running_model(adapter), factors))
+        weights = checksum(weights_besides(running_model(adapter), adapter.parameters))
         cache = CachedAnswers(cache_dir, f"{weights} {end_tokens(running_model(adapter))}", prompts, ANSWER)
     is_first = processes.rank == 0
     found = processes.from_first(processes.together(lambda: cache.read() if cache and is_first else None))

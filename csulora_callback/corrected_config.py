@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from csulora_callback import model_card
 from csulora_callback.corrected import CorrectedAdapter
-from csulora_callback.models.factors import Factors, digest, factor_keys, from_peft_state_dict, is_cast
+from csulora_callback.models.factors import Factors, digest, from_peft_state_dict, is_cast
 from csulora_callback.models.peft_folder import read_adapter
 from csulora_callback.sidecar import Sidecar
 
@@ -33,9 +33,10 @@ class CorrectedLoraConfig(LoraConfig):
         if self.sidecar is None:
             return
         state, names = read_adapter(save_directory), list(self.corrected)
-        if not {(name, factor) for name in names for factor in "AB"} <= factor_keys(state).keys():
+        try:
+            written = from_peft_state_dict(state, names, str(save_directory))
+        except ValueError:  # the weights come after it, or are of other modules
             return
-        written = from_peft_state_dict(state, names, str(save_directory))
         folder = Path(save_directory)
         if self.sidecar.record["adapter"] != "default":  # PEFT gives other names a subfolder; csulora/ lies beside it
             folder = folder.parent
@@ -63,4 +64,4 @@ def forget(config: LoraConfig) -> None:
 
 
 def _on_cpu(factors: Factors) -> Factors:
-    return {name: (A.cpu(), B.cpu()) for name, (A, B) in factors.items()}
+    return {name: tuple(tensor.cpu() for tensor in tensors) for name, tensors in factors.items()}

@@ -20,9 +20,8 @@ from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.precision import width_of_logs, width_on
 from csulora_callback.method.token_space import InputGain, TokenSystem, gains_of, input_gain, token_systems
 from csulora_callback.models.activations import Activations, Texts
-from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.factors import Factors
-from csulora_callback.models.saved_adapter import SavedLayer
+from csulora_callback.models.parts import Layer
 from csulora_callback.stacks import Stack, Stacks
 from csulora_callback.subspace import SafetySubspace, oriented_basis
 
@@ -61,7 +60,7 @@ class Correcting:
     def __init__(
         self,
         adapter: str,
-        layers: Mapping[str, AdaptedLayer | SavedLayer],
+        layers: Mapping[str, Layer],
         subspace: SafetySubspace,
         penalty: Penalty,
         rank: Rank = "truncate",

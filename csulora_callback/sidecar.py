@@ -18,7 +18,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from peft import PeftConfig
 
 from csulora_callback import model_card
 from csulora_callback.models.activations import Texts
-from csulora_callback.models.factors import Factors, digest, factor_keys, from_peft_state_dict
+from csulora_callback.models.factors import Factors, digest, from_peft_state_dict
 from csulora_callback.models.peft_folder import WEIGHTS, adapter_folder, read_adapter, write_with_factors
+from csulora_callback.models.slots import Slot, slots_in
 from csulora_callback.models.whole_files import discard_folder, put_folder
 from csulora_callback.pushing import card_of_push, uploads_all
 from csulora_callback.record import checked, seal
@@ -56,7 +57,13 @@ class Sidecar:
     texts: Texts | None = None
     corrected: Factors | None = None
 
-    def save(self, folder: str | os.PathLike, config: PeftConfig, source: Path | None = None) -> None:
+    def save(
+        self,
+        folder: str | os.PathLike,
+        config: PeftConfig,
+        source: Path | None = None,
+        slots: Sequence[Slot] | None = None,
+    ) -> None:
         """Write ``folder/csulora/`` beside the adapter that was just saved into ``folder``.
 
         Where that is not the one that the record describes, because someone else has written there meanwhile, nothing
@@ -67,6 +74,7 @@ class Sidecar:
             config: the adapter's, for where no config lies beside.
             source: the folder that the raw adapter's config and whatever else it holds are copied from, where they
                 are not those of the adapter beside it: one that was expanded has other ranks.
+            slots: of the adapter, for where none lies beside.
         """
         folder = Path(folder)
         beside = adapter_folder(folder, self.record["adapter"])
@@ -80,7 +88,7 @@ class Sidecar:
             )
             model_card.renew(folder, None, beside)
             return
-        put_folder(folder / FOLDER, lambda target: self._write(source or beside, target, config))
+        put_folder(folder / FOLDER, lambda target: self._write(source or beside, target, config, slots))
         if found is not None:
             model_card.renew(folder, self.record, beside)
             if (pushed := card_of_push()) is not None:
@@ -91,8 +99,8 @@ class Sidecar:
                 "folder of yours too, or keep a checkpoint: the correction can be undone with these only."
             )
 
-    def _write(self, source: Path, target: Path, config: PeftConfig) -> None:
-        write_with_factors(source, self.raw, target / RAW, config)
+    def _write(self, source: Path, target: Path, config: PeftConfig, slots: Sequence[Slot] | None) -> None:
+        write_with_factors(source, self.raw, target / RAW, config, slots)
         if self.texts is not None:
             (target / TEXTS).write_text(json.dumps(asdict(self.texts)), encoding="utf-8")
         (target / RECORD).write_text(seal(self.record, _files_in(target)), encoding="utf-8")
@@ -233,7 +241,7 @@ def _is_raw(file: str) -> bool:
 def _factors_beside(folder: Path, names: list[str]) -> Factors | None:
     """The factors in the adapter that lies in a folder; ``None`` where it holds none."""
     state = read_adapter(folder)
-    return from_peft_state_dict(state, names, str(folder)) if factor_keys(state) else None
+    return from_peft_state_dict(state, names, str(folder)) if slots_in(state) else None
 
 
 def _read_texts(path: Path) -> Texts | None:

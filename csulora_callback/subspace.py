@@ -19,13 +19,12 @@ from tqdm.auto import tqdm
 from csulora_callback import subspace_file
 from csulora_callback.fingerprints import Fingerprints
 from csulora_callback.method.basis import Basis, Reused, basis_of, check_basis, check_rank_rule
-from csulora_callback.models.adapters import AdaptedLayer
 from csulora_callback.models.checkpoint import Source
 from csulora_callback.models.checksum import fingerprint
 from csulora_callback.models.pair import CheckpointPair
+from csulora_callback.models.parts import Layer
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading_ahead import Seen, reading_ahead
-from csulora_callback.models.saved_adapter import SavedLayer
 from csulora_callback.subspace_cache import SubspaceCache
 
 logger = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
         del weight  # which has to be out of memory before the next is read
 
 
-def oriented_basis(subspace: SafetySubspace, name: str, layer: AdaptedLayer | SavedLayer) -> tuple[Tensor, Tensor]:
+def oriented_basis(subspace: SafetySubspace, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
     """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
 
     Raises:

@@ -134,7 +134,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         raise ValueError(
             "`penalty`: a data-aware one needs a decoder-only model, but this one has an encoder. Use another penalty."
         )
-    device = next(iter(adapter.layers.values())).lora_A.device
+    device = adapter.device
     drawn = _draw(rows, tokens, cut=_is_causal(model))
     listener = _Listener(sum(len(text.places) for text in drawn))
     most, no_logits = _BATCH_TOKENS_WITH_LOGITS, {}
@@ -195,7 +195,7 @@ def _reads_without_logits(model: nn.Module, adapter: Adapter) -> bool:
 
 def running_model(adapter: Adapter) -> nn.Module:
     """The module whose forward pass is the model's: a LightningModule only holds it, maybe beside others."""
-    own = next(iter(adapter.layers.values())).module
+    own = adapter.parts[0].module
     models = (module for module in adapter.model.modules() if isinstance(module, (PeftModel, PreTrainedModel)))
     return next(model for model in models if any(module is own for module in model.modules()))
 

@@ -6,19 +6,20 @@ checkpoint untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from csulora_callback.models import sharding
-from csulora_callback.models.factors import Factors
-from csulora_callback.models.names import module_name
+from csulora_callback.models.parts import Layer, Part, parts_of
+from csulora_callback.models.slots import Factors, Slot, join_all, split_all
 from csulora_callback.models.supported import (
     check_config,
     check_kind,
@@ -29,42 +30,8 @@ from csulora_callback.models.supported import (
 
 
 @dataclass(frozen=True)
-class AdaptedLayer:
-    """One LoRA layer of a live model, seen through one of its adapters."""
-
-    module: LoraLayer
-    adapter: str
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        """``(r, d_in)``."""
-        return self.module.lora_A[self.adapter].weight
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        """``(d_out, r)``."""
-        return self.module.lora_B[self.adapter].weight
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``(d_out, r, d_in)``, also where this process holds only a part of the factors."""
-        return sharding.full_shape(self.lora_B)[0], *sharding.full_shape(self.lora_A)
-
-    @property
-    def scaling(self) -> float:
-        """PEFT's factor ``s`` in ``Δ = s·B·A``, with rsLoRA and per-module patterns already in it."""
-        return self.module.scaling[self.adapter]
-
-    @property
-    def stored_transposed(self) -> bool:
-        """Whether checkpoints store the wrapped weight as ``(d_in, d_out)``, as transformers' Conv1D does."""
-        layer = self.module.get_base_layer()
-        return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
-
-
-@dataclass(frozen=True)
 class Adapter:
-    """The LoRA adapter of a model that is being trained: its layers by the module's name in the model without PEFT.
+    """The LoRA adapter of a model that is being trained.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -82,55 +49,75 @@ class Adapter:
     """
 
     name: str
-    layers: dict[str, AdaptedLayer]
+    parts: tuple[Part, ...]
     config: PeftConfig
     model: nn.Module
     holder: nn.Module  # in `model`: what the adapter was put into, and where the layers have their names
 
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """What has factors, by the module's name in the model without PEFT."""
+        return {name: layer for part in self.parts for name, layer in part.layers.items()}
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Where PEFT keeps the factors."""
+        return [part.slot for part in self.parts]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What holds the factors, slot by slot."""
+        return [parameter for part in self.parts for parameter in part.parameters]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first factor lies."""
+        return self.parameters[0].device
+
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds only a part of the factors."""
-        return any(sharding.is_sharded(layer.lora_A) for layer in self.layers.values())
+        return any(map(sharding.is_sharded, self.parameters))
 
     def read(self) -> Factors:
         """Copies of the factors, in the parameters' dtype and on their device.
 
         This and the methods below are collective where the parameters are sharded.
         """
-        return _in_pairs(self.layers, sharding.gather(self._parameters()))
+        return split_all(self.slots, sharding.gather(self._in_place()))
 
     def read_trained(self) -> Factors:
         """Like :meth:`read`, of what the optimizer steps: under DeepSpeed that is a float32 copy."""
-        return _in_pairs(self.layers, sharding.gather_trained(self._parameters()))
+        return split_all(self.slots, sharding.gather_trained(self._in_place()))
 
     def write(self, factors: Factors) -> None:
         """Copy ``factors`` into the live parameters in place: optimizers keep their references and moments."""
-        sharding.write(self._parameters(), _flat(self.layers, factors))
+        sharding.write(self._in_place(), join_all(self.slots, factors))
 
     def write_trained(self, factors: Factors) -> None:
         """Like :meth:`write`, so that training goes on from there: into the optimizer's copies as well."""
-        sharding.write_trained(self._parameters(), _flat(self.layers, factors))
+        sharding.write_trained(self._in_place(), join_all(self.slots, factors))
 
     def held(self) -> list[Tensor]:
         """What this process holds of the factors, sharing their memory, see :func:`sharding.held`."""
-        return sharding.held(self._parameters())
+        return sharding.held(self._in_place())
 
     def as_held(self, factors: Factors) -> list[Tensor]:
         """What this process would hold of ``factors``, see :func:`sharding.as_held`."""
-        return sharding.as_held(self._parameters(), _flat(self.layers, factors))
+        return sharding.as_held(self._in_place(), join_all(self.slots, factors))
 
     def hold(self, values: list[Tensor]) -> None:
         """Write what :meth:`held` or :meth:`as_held` returned, see :func:`sharding.hold`."""
-        sharding.hold(self._parameters(), values)
+        sharding.hold(self._in_place(), values)
 
     def whole(self, held: list[Tensor]) -> Factors:
         """The factors of which this process holds ``held``, without a copy if it holds them all. Collective if not."""
-        return self.read() if self.is_sharded else _in_pairs(self.layers, held)
+        return self.read() if self.is_sharded else split_all(self.slots, held)
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0."""
-        scalings = [layer.module.scaling for layer in self.layers.values()]
+        scalings = [part.module.scaling for part in self.parts]
         kept = [scaling[self.name] for scaling in scalings]
         for scaling in scalings:
             scaling[self.name] = 0.0
@@ -146,22 +133,23 @@ class Adapter:
         Not collective.
         """
         keys = self._keys(module)
-        if any(key not in state_dict for pair in keys.values() for key in pair):
+        if any(key not in state_dict for key in keys):
             return None
-        return {name: (state_dict[keys[name][0]], state_dict[keys[name][1]]) for name in self.layers}
+        return split_all(self.slots, [state_dict[key] for key in keys])
 
     def to_state_dict(self, factors: Factors, module: nn.Module) -> dict[str, Tensor]:
         """Copies of ``factors`` under the names that they have in a state dict of ``module``."""
-        keys = self._keys(module)
-        return {key: factor.clone() for name in factors for key, factor in zip(keys[name], factors[name], strict=True)}
+        joined = join_all(self.slots, factors)
+        return {key: tensor.clone() for key, tensor in zip(self._keys(module), joined, strict=True)}
 
-    def _keys(self, module: nn.Module) -> dict[str, tuple[str, str]]:
+    def _keys(self, module: nn.Module) -> list[str]:
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        return {name: (names[id(layer.lora_A)], names[id(layer.lora_B)]) for name, layer in self.layers.items()}
+        return [names[id(parameter)] for parameter in self.parameters]
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def _in_place(self) -> list[nn.Parameter]:
+        """The parameters, brought back into the model where the engine had put whole ones there."""
         sharding.reshard(sharding.fsdp_modules(self.model))
-        return [factor for layer in self.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+        return self.parameters
 
 
 def find_adapter(model: nn.Module) -> Adapter:
@@ -190,14 +178,14 @@ def find_adapter(model: nn.Module) -> Adapter:
     adapter = _active_adapter(layers)
     check_config(configs[adapter])
 
-    adapted = {}
+    parts: list[Part] = []
     for name, module in layers.items():
         if not _has_adapter(module, adapter):
             continue
         check_layer(name, module, adapter)
-        adapted[module_name(name)] = AdaptedLayer(module, adapter)
-    check_nothing_else_trains(model, {id(p) for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)})
-    return Adapter(adapter, adapted, configs[adapter], model, holder)
+        parts += parts_of(name, module, adapter)
+    check_nothing_else_trains(model, {id(parameter) for part in parts for parameter in part.parameters})
+    return Adapter(adapter, tuple(parts), configs[adapter], model, holder)
 
 
 def holder_of(model: nn.Module) -> nn.Module:
@@ -224,14 +212,6 @@ def holder_of(model: nn.Module) -> nn.Module:
             "the others with requires_grad_(False)."
         )
     return next(iter(trained if len(found) > 1 else found), model)
-
-
-def _in_pairs(names: Iterable[str], tensors: list[Tensor]) -> Factors:
-    return dict(zip(names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
-
-
-def _flat(names: Iterable[str], factors: Factors) -> list[Tensor]:
-    return [factor for name in names for factor in factors[name]]
 
 
 def _has_adapter(module: LoraLayer, adapter: str) -> bool:

@@ -8,13 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from csulora_callback.models.names import module_name
-
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""``(lora_A, lora_B)`` by module name, shapes ``(r, d_in)`` and ``(d_out, r)``."""
-
-# PEFT's key of a factor inside an adapter file, fixed by its documented checkpoint format.
-_PEFT_KEY = "base_model.model.{name}.lora_{factor}.weight"
+from csulora_callback.models.slots import Factors, Slot, join_all, slots_in, split_all
 
 
 def digest(factors: Factors) -> str:
@@ -105,51 +99,36 @@ def is_cast(factors: Factors, original: Factors) -> bool:
     return cast_alike(factors, original, original) is not None
 
 
-def to_peft_state_dict(factors: Factors) -> dict[str, Tensor]:
-    """Factors under the keys of a PEFT adapter file (``adapter_model.safetensors``), contiguous and on the CPU."""
-    state = {}
-    for name, (lora_A, lora_B) in factors.items():
-        state[_PEFT_KEY.format(name=name, factor="A")] = lora_A.cpu().contiguous()
-        state[_PEFT_KEY.format(name=name, factor="B")] = lora_B.cpu().contiguous()
-    return state
+def to_peft_state_dict(factors: Factors, slots: Sequence[Slot] | None = None) -> dict[str, Tensor]:
+    """Factors under the keys of a PEFT adapter file (``adapter_model.safetensors``), contiguous and on the CPU.
+
+    Args:
+        factors: by module.
+        slots: where PEFT keeps them; by default as of LoRA on layers.
+    """
+    slots = [Slot.of_linear(name) for name in factors] if slots is None else slots
+    keys = (key for slot in slots for key in slot.keys)
+    return {key: tensor.cpu().contiguous() for key, tensor in zip(keys, join_all(slots, factors), strict=True)}
 
 
-def from_peft_state_dict(state: Mapping[str, Tensor], names: list[str], source: str) -> Factors:
+def from_peft_state_dict(state: Mapping[str, Tensor], names: Sequence[str], source: str) -> Factors:
     """The factors of the modules ``names`` out of a PEFT adapter state dict.
 
     Raises:
-        ValueError: if a factor of one of the modules is missing; ``source`` names the file in the message.
+        ValueError: if one of the modules' is missing; ``source`` names the file in the message.
     """
-    keys, factors = factor_keys(state), {}
+    slots = {name: slot for slot in slots_in(state, names) for name in slot.names}
     for name in names:
-        for factor in "AB":
-            if (name, factor) not in keys:
-                raise ValueError(
-                    f"{source}: expected the LoRA factor '{_PEFT_KEY.format(name=name, factor=factor)}', but the file "
-                    "does not hold it."
-                )
-        factors[name] = (state[keys[name, "A"]], state[keys[name, "B"]])
-    return factors
-
-
-def factor_keys(state: Mapping[str, Tensor]) -> dict[tuple[str, str], str]:
-    """Keys of a PEFT adapter state dict by module name and factor, ``"A"`` or ``"B"``.
-
-    Example:
-        >>> factor_keys({"base_model.model.q_proj.lora_A.weight": torch.ones(1, 2)})
-        {('q_proj', 'A'): 'base_model.model.q_proj.lora_A.weight'}
-    """
-    found = {}
-    for key in state:
-        for factor in "AB":
-            prefix, end, rest = key.partition(f".lora_{factor}.weight")
-            if end and not rest:
-                found[module_name(prefix), factor] = key
-    return found
+        for key in slots.get(name, Slot.of_linear(name)).keys:
+            if key not in state:
+                raise ValueError(f"{source}: expected the LoRA factor '{key}', but the file does not hold it.")
+    held = list(dict.fromkeys(slots.values()))
+    factors = split_all(held, [state[key] for slot in held for key in slot.keys])
+    return {name: factors[name] for name in names}
 
 
 def _cast(original: Factors, like: Factors, narrow: torch.dtype | None) -> Factors:
     def one(value: Tensor, target: Tensor) -> Tensor:
         return (value if narrow is None else value.to(narrow)).to(target.device, target.dtype)
 
-    return {n: (one(A, like[n][0]), one(B, like[n][1])) for n, (A, B) in original.items()}
+    return {n: tuple(map(one, tensors, like[n])) for n, tensors in original.items()}

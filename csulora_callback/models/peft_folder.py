@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from csulora_callback.models.factors import Factors, factor_keys, to_peft_state_dict
+from csulora_callback.models.factors import to_peft_state_dict
+from csulora_callback.models.slots import Factors, Slot, slots_in
 
 WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 
@@ -68,11 +70,13 @@ def read_adapter(folder: str | os.PathLike) -> dict[str, Tensor]:
     return {}
 
 
-def write_with_factors(source: Path, factors: Factors, target: Path, config: PeftConfig) -> None:
+def write_with_factors(
+    source: Path, factors: Factors, target: Path, config: PeftConfig, slots: Sequence[Slot] | None = None
+) -> None:
     """Write what lies in the adapter folder ``source`` into ``target``, with other factors in it.
 
     Whatever else PEFT saved (resized embeddings, a config with its ``auto_mapping``) is taken along. Where ``source``
-    holds no adapter, as beside shards, ``target`` gets the factors and ``config``.
+    holds no adapter, as beside shards, ``target`` gets the factors in these ``slots`` and ``config``.
     """
     target.mkdir(parents=True, exist_ok=True)
     state = {}
@@ -83,8 +87,5 @@ def write_with_factors(source: Path, factors: Factors, target: Path, config: Pef
         config = copy.copy(config)
         config.inference_mode = True
         config.save_pretrained(target)
-    keys = factor_keys(state)
-    for key, factor in to_peft_state_dict(factors).items():
-        (which,) = factor_keys({key: factor})
-        state[keys.get(which, key)] = factor
+    state |= to_peft_state_dict(factors, slots_in(state, factors) or slots)
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})

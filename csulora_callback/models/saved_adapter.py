@@ -17,9 +17,10 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from csulora_callback.models.factors import Factors, factor_keys, from_peft_state_dict
+from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.peft_folder import read_adapter
+from csulora_callback.models.slots import slots_in
 from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One LoRA layer as far as a correction has to know it, see :class:`~.adapters.AdaptedLayer`."""
+    """One LoRA layer as far as a correction has to know it, see :class:`~.parts.Layer`."""
 
     shape: tuple[int, int, int]  # (d_out, r, d_in)
     scaling: float
@@ -76,15 +77,15 @@ class SavedAdapter:
         check_options(options)
         check_config(config, "adapter")
         state = read_adapter(folder)
-        keys = factor_keys(state)
-        if not keys:
+        slots = slots_in(state)
+        if not slots:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
             )
-        beside = check_tensors(state, keys.values(), str(folder))
+        beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        factors = from_peft_state_dict(state, list(dict.fromkeys(name for name, _ in keys)), str(folder))
+        factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
         scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
         return cls(folder, options, config, factors, scalings)
 

@@ -168,7 +168,7 @@ def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: s
         ['lm_head.weight']
     """
     factors = set(factors)
-    for key in factors:
+    for key in factors & state.keys():
         if state[key].ndim != 2:
             raise _unsupported(key.partition(".lora_")[0], "LoRA on a convolution", "Leave it out of target_modules.")
     others = [key for key in state if key not in factors]

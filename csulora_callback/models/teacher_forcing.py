@@ -59,7 +59,7 @@ class Batch:
 
         In evaluation mode; neither weights nor any random generator change. Collective where parameters are sharded.
         """
-        model, device = running_model(adapter), next(iter(adapter.layers.values())).lora_A.device
+        model, device = running_model(adapter), adapter.device
         ids, mask = (tensor.to(device) for tensor in padded(self.rows))
         with evaluating(model):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -230,7 +230,8 @@ class HuggingFaceRun:
             result = original(*args, **kwargs)
         self.stopping.saved()
         if beside_shards:
-            adapter.sidecar_of_checkpoint.save(self.checkpoint_folder(), self.corrector.adapter.config)
+            own = self.corrector.adapter
+            adapter.sidecar_of_checkpoint.save(self.checkpoint_folder(), own.config, slots=own.slots)
             self.record(adapter)
         return result
 

@@ -71,7 +71,7 @@ def put_into(
         if key in state:
             state[key] = sharding.like(state[key], factor)
     checkpoint["state_dict"] = state
-    raw = to_peft_state_dict(adapter.raw)
+    raw = to_peft_state_dict(adapter.raw, corrector.adapter.slots)
     keys = dict(zip(raw, corrected, strict=True))
     checkpoint[CHECKPOINT_KEY] = {"raw": raw, "keys": keys, "record": adapter.record}
     if adapter.texts is not None:
