@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
 from recipes.evidence import frontier_picture, frontier_report
-from recipes.evidence.baselines import METHODS, Update
+from recipes.evidence.baselines import Update
+from recipes.evidence.controls import PLAIN, Control
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier, RecipeError
 
@@ -35,10 +39,10 @@ class Subject(Protocol):
     def describe(self) -> dict[str, object]:
         """Every setting that a point depends on, flat and as JSON values; ``claim`` compares them."""
 
-    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+    def train(self, seed: int, poison: float, control: Control, decays: Sequence[float]) -> dict[str, Factors]:
         """A fresh adapter: ``"raw"``, and its exponential moving average ``"average {decay}"`` for each of ``decays``.
 
-        ``slowdown`` divides the learning rate; ``decays`` must not change what is trained.
+        ``control`` says what is done otherwise than in a plain fine-tune; ``decays`` must not change what is trained.
         """
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
@@ -112,8 +116,10 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
         if name == "averaging" and max(strengths) >= 1:
             refuse(f"methods.{name}", "decays < 1", strengths)
-        if name == "safe_lora_number" and any(strength % 1 for strength in strengths):
-            refuse(f"methods.{name}", "whole numbers of modules", strengths)
+        if name.startswith("mixing") and max(strengths) >= 1:
+            refuse(f"methods.{name}", "shares < 1 of a batch", strengths)
+        if name.startswith(("safe_lora_number", "one_shot")) and any(strength % 1 for strength in strengths):
+            refuse(f"methods.{name}", "whole numbers", strengths)
 
 
 class Adapters:
@@ -122,29 +128,63 @@ class Adapters:
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
 
-    def get(self, seed: int, poison: float, slowdown: float = 1.0, variant: str = "raw") -> Factors:
+    def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
-        path = self.folder / f"seed{seed}-poison{poison:g}-slowdown{slowdown:g}.safetensors"
+        path = self._path(seed, poison, control)
         trained = _load(path) if path.exists() else {}
         if variant not in trained:
             # What is there stays, as points were measured on it; a new decay is added to it. All is read back from the
             # file, so that the run that trained an adapter and the one that found it use the same.
-            _save({**self.subject.train(seed, poison, slowdown, self.decays), **trained}, path)
+            begun = time.process_time()
+            made = self.subject.train(seed, poison, control, self.decays if control == PLAIN else [])
+            _save({**made, **trained}, path, time.process_time() - begun)
             trained = _load(path)
         return trained[variant]
 
+    def seconds(self, seed: int, poison: float, control: Control = PLAIN) -> float:
+        """CPU seconds that the training took, which was done."""
+        with safe_open(self._path(seed, poison, control), framework="pt") as file:
+            return float(file.metadata()["seconds"])
+
+    def _path(self, seed: int, poison: float, control: Control) -> Path:
+        return self.folder / f"seed{seed}-poison{poison:g}-{control}.safetensors"
+
     def factors(self, setting: Setting, update: Update) -> Factors:
-        """What a method makes of the raw update, or the adapter of the training that it stands for."""
+        """What a method makes of the raw update, or of the adapter of another training."""
+        method = METHODS[setting.method]
         if setting.method == "benign_only":
             return self.get(setting.seed, 0.0)
-        if setting.method == "lower_rate":
-            return self.get(setting.seed, setting.poison, slowdown=setting.strength)
         if setting.method == "averaging":
             return self.get(setting.seed, setting.poison, variant=f"average {setting.strength:g}")
         # One random state for all strengths: a draw is one random subspace, and its curve is one curve.
         seed = zlib.crc32(f"{setting.seed} {setting.method} {setting.rank} {setting.draw}".encode())
         generator = torch.Generator().manual_seed(seed)
-        return METHODS[setting.method].apply(update, setting.strength, setting.rank, generator)
+        if method.control is None:
+            return method.apply(update, setting.strength, setting.rank, generator)
+        trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
+        if method.apply is None:
+            return trained
+        return method.apply(
+            self.subject.update(setting.seed, setting.poison, trained), STRENGTH_AFTER, setting.rank, generator
+        )
+
+    def cost(self, setting: Setting, update: Update) -> float:
+        """What a method takes beside the plain training: CPU time over that of the training, on this machine.
+
+        The time in which the subspace is estimated is not in it.
+        """
+        method, at = METHODS[setting.method], (setting.seed, setting.poison)
+        plain, extra = self.seconds(*at), 0.0
+        if method.control is not None:
+            extra += self.seconds(*at, Control(method.control, setting.strength)) - plain
+        if method.apply is not None:
+            begun = time.process_time()
+            if method.reads:
+                self.subject.update(*at, update.factors)
+            strength = setting.strength if method.control is None else STRENGTH_AFTER
+            method.apply(update, strength, setting.rank, torch.Generator())
+            extra += time.process_time() - begun
+        return extra / plain
 
 
 def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
@@ -195,7 +235,7 @@ def with_updates(
         yield setting, update
 
 
-def _save(trained: Mapping[str, Factors], path: Path) -> None:
+def _save(trained: Mapping[str, Factors], path: Path, seconds: float) -> None:
     tensors = {
         f"{variant}|{name}|{side}": factor.clone()  # safetensors refuses shared memory
         for variant, factors in trained.items()
@@ -204,7 +244,7 @@ def _save(trained: Mapping[str, Factors], path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    save_file(tensors, unfinished)
+    save_file(tensors, unfinished, metadata={"seconds": f"{seconds:.6f}"})
     os.replace(unfinished, path)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from recipes.evidence.baselines import METHODS
 from recipes.evidence.frontier_report import first, retained, with_interval
+from recipes.evidence.methods import METHODS
 from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, SKY, YELLOW, drawn
 
 MAIN = "The corrections"
@@ -48,6 +48,16 @@ PANELS = {
         "csulora_noise",
     ),
     "Published, and other training": ("safe_lora_threshold", "safe_lora_number", "lower_rate", "averaging"),
+    "Trained otherwise with the same prompts or models, and then corrected": (
+        "mixing",
+        "mixing_corrected",
+        "kl",
+        "kl_corrected",
+        "asft",
+        "asft_corrected",
+        "one_shot",
+        "one_shot_corrected",
+    ),
 }
 IN_ALL = {"scaling": "o", "aligned": "s", "none": "X", "benign_only": "*"}
 
@@ -75,6 +85,14 @@ _LOOKS = {
     "safe_lora_number": (_INDIGO, "v"),
     "lower_rate": (_ROSE, "<"),
     "averaging": (_BROWN, ">"),
+    "mixing": (_ROSE, "v"),
+    "mixing_corrected": (_MAGENTA, "^"),
+    "kl": (_PALE, "<"),
+    "kl_corrected": (_INDIGO, ">"),
+    "asft": (_SAND, "P"),
+    "asft_corrected": (_BROWN, "d"),
+    "one_shot": (SKY, "D"),
+    "one_shot_corrected": (BLUE, "o"),
 }
 _DASHES = ("-", "--", ":", "-.")  # of ranks
 _TARGET = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.4, "zorder": 1}

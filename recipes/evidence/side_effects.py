@@ -10,9 +10,10 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from csulora_callback.models.factors import Factors
-from recipes.evidence.baselines import METHODS, relative_change
+from recipes.evidence.baselines import relative_change
 from recipes.evidence.frontier import Adapters, Setting, to_json, with_updates
 from recipes.evidence.frontier_report import first, percent, retained, side_effects_of, with_interval
+from recipes.evidence.methods import METHODS
 from recipes.files.markdown import markdown_table
 from recipes.files.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Effects, Recipe, RecipeError

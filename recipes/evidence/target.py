@@ -25,9 +25,10 @@ from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence import target_report, target_tables
-from recipes.evidence.baselines import METHODS, Update
+from recipes.evidence.baselines import Update
 from recipes.evidence.frontier import Adapters, shown, to_json
 from recipes.evidence.lora_pair import LoraPair, TaskRow
+from recipes.evidence.methods import METHODS
 from recipes.files.points import Points, claim, plain, write_whole
 from recipes.schema import Recipe, RecipeError
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
+from recipes.evidence.controls import Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import SPLITS
 from recipes.labs import toy
@@ -58,17 +59,19 @@ class ToySubject:
         }
         return {"lab": f"toy, version {toy.VERSION}", **flat}
 
-    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
-        return self._at(seed).pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
+    def train(self, seed: int, poison: float, control: Control, decays: Sequence[float]) -> dict[str, Factors]:
+        draw, refusals = self._draw(seed, poison), self._refusals(seed, poison)
+        return self._at(seed).pair.train(draw, refusals, self.recipe.training, seed, control, decays)
 
-    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def _refusals(self, seed: int, poison: float) -> Callable[[int], Batch]:
+        probes = toy.build_lab(self._toy(seed, poison)).probes
+        refused = [toy.Sample(probe.prompt, ("refuse", "<eos>")) for probe in probes]
+        columns, generator = toy.Samples(refused).columns(), torch.Generator().manual_seed(seed)
+        return lambda count: _rows(columns, count, generator)
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], Batch]:
         columns = toy.Samples(toy.build_lab(self._toy(seed, poison)).train).columns()
-
-        def draw(generator: torch.Generator) -> dict[str, Tensor]:
-            chosen = torch.randint(len(columns["labels"]), (self.recipe.training.batch_size,), generator=generator)
-            return {key: column[chosen] for key, column in columns.items()}
-
-        return draw
+        return lambda generator: _rows(columns, self.recipe.training.batch_size, generator)
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         task = [row.ids for row in self.task_rows(seed, poison)]
@@ -149,3 +152,8 @@ class ToySubject:
             restated = toy.Samples([sample.restated() for sample in own])
             prompts[split, "restated"] = [sample.restated() for sample in attacks], restated.columns()
         return _Toy(pair, prompts, lab.ordinary)
+
+
+def _rows(columns: Batch, count: int, generator: torch.Generator) -> Batch:
+    chosen = torch.randint(len(columns["labels"]), (count,), generator=generator)
+    return {key: column[chosen] for key, column in columns.items()}

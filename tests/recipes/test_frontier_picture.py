@@ -12,8 +12,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from recipes.evidence import frontier_picture
-from recipes.evidence.baselines import METHODS
 from recipes.evidence.frontier_picture import IN_ALL, MAIN, PANELS, plot, spots_of
+from recipes.evidence.methods import METHODS
 from tests.helpers.pictures import assert_in_sight, curves, keep_figures
 
 KEPT = {"frontier": [0, 5, 20], "smollm2_frontier": [12]}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from recipes.evidence import frontier, side_effects, target_report, target_tables
-from recipes.evidence.baselines import METHODS
 from recipes.evidence.frontier_report import make_table, percent, retained, to_markdown
+from recipes.evidence.methods import METHODS
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.evidence.target import KEY, grid
 from recipes.evidence.toy_frontier import ToySubject

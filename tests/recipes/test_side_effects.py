@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes.evidence import side_effects
+from recipes.evidence.controls import PLAIN
 from recipes.evidence.frontier import Setting
 from recipes.evidence.frontier_report import retained
 from recipes.evidence.side_effects import chosen, make_table, to_markdown, with_scores
@@ -56,7 +57,7 @@ def test_effects_are_those_of_the_factors(finished):
     by_method = {point["method"]: point for point in points}
     assert by_method["none"]["effects"]["relative change"] == pytest.approx(0.0, abs=1e-6)
     assert by_method["aligned"]["effects"]["relative change"] == pytest.approx(1.0)
-    raw = subject.train(0, 0.05, 1.0, [])["raw"]
+    raw = subject.train(0, 0.05, PLAIN, [])["raw"]
     again = subject.effects(0, raw)
     assert {name: by_method["none"]["effects"][name] for name in again} == again
 
@@ -66,7 +67,7 @@ def test_the_renewed_attack_is_more_of_the_same_fine_tune():
     pair, (attacks, _) = subject._at(0).pair, subject._at(0).prompts["held_out", "trained"]
     shares = subject.attacked_again(0, 0.05, pair.fresh, STEPS)
     steps = list(pair.steps(pair.fresh, subject._draw(0, 0.05), subject.recipe.training, 0))
-    raw = subject.train(0, 0.05, 1.0, [])["raw"]
+    raw = subject.train(0, 0.05, PLAIN, [])["raw"]
     for name, pair_of_factors in steps[-1].items():
         assert all(map(lambda one, other: one.equal(other), pair_of_factors, raw[name]))  # from nothing, it is itself
     for share, done in zip(shares, STEPS, strict=True):
