@@ -268,7 +268,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         aligned = self.aligned_model
         if aligned is None:
             aligned = processes.together(lambda: weights_under(adapter))
-        names, layout = sorted(adapter.layers), Layout.of(adapter.holder)
+        names, layout = sorted(adapter.matrices), Layout.of(adapter.holder)
         pair = (
             processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
             for source in (self.base_model, aligned)

@@ -286,7 +286,7 @@ def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPa
     aligned = aligned or _named_by(adapter)
     if not aligned:
         raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
-    return CheckpointPair.of_modules(checkpoint_named(base), checkpoint_named(aligned), sorted(adapter.factors))
+    return CheckpointPair.of_modules(checkpoint_named(base), checkpoint_named(aligned), sorted(adapter.matrices))
 
 
 def _named_by(adapter: SavedAdapter) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Literal
 
@@ -16,16 +16,21 @@ from csulora_callback.method.drift import Effect, drift_metrics
 from csulora_callback.method.forecast import foresee
 from csulora_callback.method.grams import Grams
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement
+from csulora_callback.method.one_hot import OneHotGain, OneHotSystem, input_gains_of, input_systems
 from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.precision import width_of_logs, width_on
-from csulora_callback.method.token_space import InputGain, TokenSystem, gains_of, input_gain, token_systems
+from csulora_callback.method.token_space import InputGain, TokenSystem, input_gain
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.factors import Factors
+from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.parts import Layer
+from csulora_callback.models.slots import bias_of
 from csulora_callback.stacks import Stack, Stacks
-from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_sides import oriented_basis
 
 Rank = Literal["truncate", "expand"]
+Gains = Mapping[str, InputGain | OneHotGain]
 STRENGTH = "csulora/strength"
 """The metric that says which strength was found, where one was looked for."""
 
@@ -50,6 +55,7 @@ class Correcting:
         >>> from csulora_callback import Penalty, SafetySubspace
         >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+        >>> from csulora_callback.models.saved_adapter import SavedLayer
         >>> layers = {"0": SavedLayer(shape=(6, 1, 8), scaling=2.0, stored_transposed=False)}
         >>> correcting = Correcting("default", layers, subspace, Penalty.projection())
         >>> done = correcting.correct({"0": (torch.ones(1, 8), torch.ones(6, 1))})
@@ -69,25 +75,22 @@ class Correcting:
     ) -> None:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
         self.chosen, self._notes = chosen, {} if notes is None else notes
-        sides = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
-        self._bases = {name: replace(subspace[name], U=U, V=V) for name, (U, V) in sides.items()}
+        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
         self._stacks = Stacks({name: (own.U, own.V, own.singular_values) for name, own in self._bases.items()})
         self._chances = {name: chance_shares(own.U.shape, own.V.shape) for name, own in self._bases.items()}
         self._displacements = {name: kept_displacement(own) for name, own in self._bases.items()}
-        self._systems: tuple[Activations, dict[str, TokenSystem]] | None = None
+        self._systems: tuple[Activations, dict[str, TokenSystem | OneHotSystem]] | None = None
 
-    def gains(self, activations: Activations | None, device: torch.device | str) -> dict[str, InputGain] | None:
+    def gains(self, activations: Activations | None, device: torch.device | str) -> Gains | None:
         """What a data-aware penalty makes of the activations; ``None`` for every other penalty."""
         if self.penalty.on_probes is None:
             return None
         if self._systems is None or self._systems[0] is not activations:  # another strength solves nothing anew
             self._systems = None  # let go of the old ones first: they are large
-            self._systems = activations, token_systems(activations.task, activations.probes, device=device)
-        return gains_of(self._systems[1], self.penalty.on_probes, device)
+            self._systems = activations, input_systems(activations.task, activations.probes, device=device)
+        return input_gains_of(self._systems[1], self.penalty.on_probes, device)
 
-    def correct(
-        self, raw: Factors, gains: Mapping[str, InputGain] | None = None, texts: Texts | None = None
-    ) -> CorrectedAdapter:
+    def correct(self, raw: Factors, gains: Gains | None = None, texts: Texts | None = None) -> CorrectedAdapter:
         """The correction of ``raw``, on the factors' device and in their dtype.
 
         Args:
@@ -105,10 +108,11 @@ class Correcting:
         effects = {name: Effect.of(correction, self._bases[name]) for name, correction in corrections.items()}
         metrics = self._metrics(effects)
         corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
+        corrected |= {name: bias_of(*pair) for name, pair in corrected.items() if owner_of_bias(name) is not None}
         record = self._recorder(raw, corrected, corrections, effects, metrics, "corrected", texts)
         return CorrectedAdapter(raw, corrected, metrics, record, texts)
 
-    def measure(self, raw: Factors, gains: Mapping[str, InputGain] | None = None) -> dict[str, float] | None:
+    def measure(self, raw: Factors, gains: Gains | None = None) -> dict[str, float] | None:
         """The metrics of :meth:`correct`, without the correction, from products in float32.
 
         They are right to 1e-4 and usually 1e-6; roots where they are nearly 0 to less, ``csulora/relative_change`` to
@@ -158,13 +162,13 @@ class Correcting:
                 drifts[name] = drift_of(energy, chance, s * along, displacement)
         return {name: drifts[name] for name in self.layers}
 
-    def _correct(self, stack: Stack, gains: Mapping[str, InputGain] | None) -> list[Correction]:
+    def _correct(self, stack: Stack, gains: Gains | None) -> list[Correction]:
         scalings = [self.layers[name].scaling for name in stack.names]
         factors, sides = (stack.lora_A, stack.lora_B), (stack.U, stack.V)
         by, wide = self._input_gains(stack, gains), width_on(stack.lora_A.device)
         return correct_each(*factors, *sides, self.penalty, scalings, self.rank, by, stack.names, wide)
 
-    def _input_gains(self, stack: Stack, gains: Mapping[str, InputGain] | None) -> list[InputGain] | None:
+    def _input_gains(self, stack: Stack, gains: Gains | None) -> list[InputGain | OneHotGain] | None:
         if gains is None:
             return None
         unread = torch.empty(0, stack.lora_A.shape[-1])  # nothing to attenuate by
@@ -219,9 +223,9 @@ class Correcting:
         return {
             name: {
                 "subspace": {
-                    "rank": len(self.subspace[name].singular_values),
-                    "displacement": self.subspace[name].displacement,
-                    "energy_kept": self.subspace[name].energy,
+                    "rank": self._bases[name].U.shape[1],
+                    "displacement": self._bases[name].displacement,
+                    "energy_kept": self._bases[name].energy,
                 },
                 "drift": {"raw": asdict(effect.raw), "corrected": asdict(after[name])},
             }

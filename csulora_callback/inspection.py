@@ -13,7 +13,8 @@ from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
-from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_sides import oriented_basis
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,16 @@ def inspect_adapter(
     stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
     for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
-        U, V = oriented_basis(subspace, name, layer)
-        D = None if pair is None else _displacement(pair, name, layer.stored_transposed)
+        basis = oriented_basis(subspace, name, layer)
+        U, V = basis.U, basis.V
+        D = None if pair is None or name not in pair.names else _displacement(pair, name, layer.stored_transposed)
         for state, factors in states.items():
             A, B = factors[name]
             if D is None:
-                drift = measure_kept(A, B, U, V, subspace[name], layer.scaling)
+                drift = measure_kept(A, B, U, V, basis, layer.scaling)
             else:
                 along = along_displacement(A, B, D, layer.scaling)
-                drift = measure(A, B, U, V, along, subspace[name].displacement ** 2, layer.scaling)
+                drift = measure(A, B, U, V, along, basis.displacement**2, layer.scaling)
             measured[state][name] = drift
     return {state: Inspection(modules) for state, modules in measured.items()}
 

@@ -260,5 +260,5 @@ def _copy_card(card: Path, folder: Path) -> None:
 
 
 def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:
-    ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
+    ranks = {name: len(factors[name][0]) for name in saved.matrices}
     return options_for_ranks(ranks, saved.scalings, bool(saved.config.use_rslora))

@@ -24,7 +24,7 @@ FILES = {
     **dict.fromkeys(("presets", "refused_rows", "rereading", "screening", "searching"), STATE),
     **dict.fromkeys(("sidecar", "stacks", "swap", "target"), STATE),
     **dict.fromkeys(("fingerprints", "kept_json"), STATE),
-    **dict.fromkeys(("subspace", "subspace_cache", "subspace_file", "subspace_origin"), STATE),
+    **dict.fromkeys(("subspace", "subspace_cache", "subspace_file", "subspace_origin", "subspace_sides"), STATE),
     **dict.fromkeys(
         ("__init__", "__main__", "arguments", "callback", "cli", "cli_options", "cli_screen"), FRONT_DOORS
     ),

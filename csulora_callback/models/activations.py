@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.known_inputs import known_inputs
+from csulora_callback.models.parts import AdaptedLayer
 from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
@@ -28,7 +30,10 @@ _BATCH_TOKENS_WITH_LOGITS = 1024  # they take this many times the vocabulary
 _TRANSFER = 2**26  # bytes of vectors that wait on a device, at most about, before they are moved to the host
 
 TokenVectors = dict[str, Tensor]
-"""Token vectors ``(n, d_in)`` by module name, bfloat16, on the CPU; modules that share an input share the tensor."""
+"""Token vectors ``(n, d_in)`` by module name, bfloat16, on the CPU; modules that share an input share the tensor.
+
+Of an embedding, whose inputs are one-hot, how often each token was read ``(num_embeddings,)``, float32.
+"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     Runs the model as it stands, in evaluation mode; neither its weights nor any random generator change. The same rows
     give the same sample. Only what it needs is read: no text out of which no token was drawn, in a causal model none
     of a text's tokens after the last drawn one, and no logits where no adapted module comes after the model's body.
-    Collective where parameters are sharded.
+    Collective where parameters are sharded. Of inputs that follow from the texts alone, see :func:`.known_inputs`.
 
     Args:
         adapter: of a model that takes ``input_ids`` and ``attention_mask``.
@@ -134,20 +139,24 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         raise ValueError(
             "`penalty`: a data-aware one needs a decoder-only model, but this one has an encoder. Use another penalty."
         )
+    known = known_inputs(adapter, model.get_input_embeddings(), rows)
+    layers = {name: layer for name, layer in adapter.layers.items() if name not in known}
+    if not layers:
+        return known
     device = adapter.device
     drawn = _draw(rows, tokens, cut=_is_causal(model))
     listener = _Listener(sum(len(text.places) for text in drawn))
     most, no_logits = _BATCH_TOKENS_WITH_LOGITS, {}
-    if _reads_without_logits(model, adapter):
+    if _reads_without_logits(model, layers):
         most, no_logits = _BATCH_TOKENS, {"logits_to_keep": 1}  # of the last token, as 0 means all
-    with evaluating(model), listener.hooked(adapter):
+    with evaluating(model), listener.hooked(layers):
         for batch in batches_of_lengths([len(text.ids) for text in drawn], most):
             texts = [drawn[place] for place in batch]
             ids, mask = padded([text.ids for text in texts])
             listener.begin(ids.shape, texts)
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **no_logits)
             listener.end()
-    return listener.vectors(adapter)
+    return listener.vectors(layers) | known
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def _is_causal(model: nn.Module) -> bool:
     return bool(said) and all(said)
 
 
-def _reads_without_logits(model: nn.Module, adapter: Adapter) -> bool:
+def _reads_without_logits(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> bool:
     """Whether a model can leave logits out, and no adapted module would miss tokens by that.
 
     It goes through the model's own forward all the same: that is where engines gather weights and precision is set.
@@ -189,7 +198,7 @@ def _reads_without_logits(model: nn.Module, adapter: Adapter) -> bool:
         return False
     body = set(inner.base_model.modules())
     return "logits_to_keep" in signature(inner.forward).parameters and all(
-        layer.module in body for layer in adapter.layers.values()
+        layer.module in body for layer in layers.values()
     )
 
 
@@ -216,8 +225,8 @@ class _Listener:
         self._waiting: list[tuple[str, int, Tensor]] = []  # a module, its call, and vectors on the module's device
 
     @contextmanager
-    def hooked(self, adapter: Adapter) -> Iterator[None]:
-        hooks = [layer.module.register_forward_pre_hook(self._hook(n)) for n, layer in adapter.layers.items()]
+    def hooked(self, layers: Mapping[str, AdaptedLayer]) -> Iterator[None]:
+        hooks = [layer.module.register_forward_pre_hook(self._hook(n)) for n, layer in layers.items()]
         try:
             yield
         finally:
@@ -236,15 +245,15 @@ class _Listener:
         self._last = None
         self._move()
 
-    def vectors(self, adapter: Adapter) -> TokenVectors:
-        for name in adapter.layers:
+    def vectors(self, layers: Mapping[str, AdaptedLayer]) -> TokenVectors:
+        for name in layers:
             if name not in self._same:
                 raise _not_all_tokens(name, "none")
         for name, calls in self._kept.items():
             if self._filled[name] != len(calls) * self._vectors:  # some pass left it out
                 raise _not_all_tokens(name, f"{self._filled[name]} in {len(calls)} times {self._vectors}")
         whole = {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in self._kept.items()}
-        return {name: whole[self._same[name]] for name in adapter.layers}
+        return {name: whole[self._same[name]] for name in layers}
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
         def before(module: nn.Module, args: tuple) -> None:

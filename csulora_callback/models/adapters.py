@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from csulora_callback.models import sharding
+from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.parts import Layer, Part, parts_of
 from csulora_callback.models.slots import Factors, Slot, join_all, split_all
 from csulora_callback.models.supported import (
@@ -58,6 +59,11 @@ class Adapter:
     def layers(self) -> dict[str, Layer]:
         """What has factors, by the module's name in the model without PEFT."""
         return {name: layer for part in self.parts for name, layer in part.layers.items()}
+
+    @cached_property
+    def matrices(self) -> dict[str, Layer]:
+        """Of these the layers whose weights changed in alignment: all but biases, which belong to one of them."""
+        return {name: layer for name, layer in self.layers.items() if owner_of_bias(name) is None}
 
     @cached_property
     def slots(self) -> list[Slot]:

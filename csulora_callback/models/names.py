@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_BIAS = ".bias"
 _DDP = re.compile(r"^(?:_orig_mod\.)?module\.")  # compiled or not
 _NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))[0-9]+(?=\.|$)")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)")
@@ -21,6 +22,26 @@ def module_name(raw: str) -> str:
     name = _WRAPPERS.sub("", _DDP.sub("", raw)).rstrip(".")
     # A PeftModel may itself sit inside another module (a LightningModule, say): its inside is what has the name.
     return name.rpartition("base_model.model.")[2]
+
+
+def bias_name(module: str) -> str:
+    """What the update of a module's bias is called, which has factors of its own.
+
+    Example:
+        >>> bias_name("model.layers.0.self_attn.q_proj")
+        'model.layers.0.self_attn.q_proj.bias'
+    """
+    return f"{module}{_BIAS}"
+
+
+def owner_of_bias(name: str) -> str | None:
+    """The module whose bias that is; ``None`` where it is the name of a module.
+
+    Example:
+        >>> owner_of_bias("q_proj.bias"), owner_of_bias("q_proj")
+        ('q_proj', None)
+    """
+    return name.removesuffix(_BIAS) if name.endswith(_BIAS) else None
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import read_adapter
-from csulora_callback.models.slots import slots_in
-from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
+from csulora_callback.models.slots import EmbeddingSlot, slots_in
+from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner, tied
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class SavedAdapter:
         config: the same as the PEFT that is installed reads it.
         factors: on the CPU, as stored.
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
+        embeddings: those of the modules that are embeddings.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class SavedAdapter:
     config: LoraConfig
     factors: Factors
     scalings: dict[str, float]
+    embeddings: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, folder: Path) -> SavedAdapter:
@@ -86,18 +89,27 @@ class SavedAdapter:
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
         factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
+        _check_biases(config, factors, folder)
         scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
-        return cls(folder, options, config, factors, scalings)
+        embeddings = frozenset(slot.names[0] for slot in slots if isinstance(slot, EmbeddingSlot))
+        if embeddings and config.ensure_weight_tying:
+            raise tied("adapter")
+        return cls(folder, options, config, factors, scalings, embeddings)
+
+    @property
+    def matrices(self) -> Factors:
+        """The factors of modules, without those of their biases: what changed in alignment."""
+        return {name: pair for name, pair in self.factors.items() if owner_of_bias(name) is None}
 
     def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
         """Its layers, with the orientation that each weight is stored in."""
         return {
-            name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[name])
+            name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[owner_of_bias(name) or name])
             for name, (A, B) in self.factors.items()
         }
 
     def stored_transposed(self, stored: Mapping[str, tuple[int, int]]) -> dict[str, bool]:
-        """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does.
+        """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D and embeddings do.
 
         The shape in which it is stored tells, unless the matrix is square. Of these the config's ``fan_in_fan_out``
         tells: PEFT writes there what it found, but of the module that it came to last. So it is not believed where
@@ -110,7 +122,9 @@ class SavedAdapter:
             ValueError: if that of a square module cannot be told.
         """
         said, shown, square = bool(self.config.fan_in_fan_out), {}, []
-        for name, (A, B) in self.factors.items():
+        for name, (A, B) in self.matrices.items():
+            if name in self.embeddings:
+                continue
             if len(B) == A.shape[1]:
                 square.append(name)
             elif name in stored:
@@ -123,7 +137,7 @@ class SavedAdapter:
                 f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
                 "SafetyCorrector(model, subspace, penalty).apply()."
             )
-        return {**dict.fromkeys(self.factors, said), **shown}
+        return {**dict.fromkeys(self.matrices, said), **shown, **dict.fromkeys(self.embeddings, True)}
 
 
 def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
@@ -187,6 +201,9 @@ def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
 
 
 def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> float:
+    owner = owner_of_bias(name)
+    if owner is not None:
+        return scaling_of(config, owner)[1]
     r, scaling = scaling_of(config, name)
     if not len(lora_A) == lora_B.shape[1] == r:
         raise ValueError(
@@ -194,6 +211,18 @@ def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> f
             f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}. Take config and weights from one copy."
         )
     return scaling
+
+
+def _check_biases(config: LoraConfig, factors: Factors, folder: Path) -> None:
+    """PEFT reads biases where the config says so, and passes over them where not."""
+    with_bias = {owner_of_bias(name) for name in factors} - {None}
+    expected = {name for name in factors if owner_of_bias(name) is None} if config.lora_bias else set()
+    for name in sorted(with_bias ^ expected):
+        raise ValueError(
+            f"{folder}: expected {'a' if config.lora_bias else 'no'} bias of lora_B for module '{name}', as "
+            f"{CONFIG_NAME} says lora_bias={config.lora_bias}, but got {'one' if name in with_bias else 'none'}. Take "
+            "config and weights from one copy."
+        )
 
 
 def _most_common(values: Iterable[float]) -> float:

@@ -7,17 +7,21 @@ one module. Where PEFT stores something else, a slot says how factors are made o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from csulora_callback.models.names import module_name
+from csulora_callback.models.names import bias_name, module_name, owner_of_bias
 
 Factors = dict[str, tuple[Tensor, ...]]
 """By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``."""
 
-# PEFT's key of a factor inside an adapter file, fixed by its documented checkpoint format.
-_KEY = "base_model.model.{name}.lora_{factor}.weight"
+# PEFT's keys inside an adapter file, fixed by its documented checkpoint format.
+_PREFIX = "base_model.model."
+_LINEAR = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING = ".lora_embedding_A", ".lora_embedding_B"
+_BIAS = (".lora_B.bias",)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Slot:
     @classmethod
     def of_linear(cls, name: str) -> Slot:
         """That of LoRA on a layer, by the module's name."""
-        return cls((name,), tuple(_KEY.format(name=name, factor=factor) for factor in "AB"))
+        return cls((name,), tuple(f"{_PREFIX}{name}{end}" for end in _LINEAR))
 
     def split(self, tensors: Sequence[Tensor]) -> Factors:
         """The factors of its modules out of its tensors; without copies where that goes."""
@@ -48,6 +52,68 @@ class Slot:
     def join(self, factors: Factors) -> list[Tensor]:
         """Its tensors out of the factors of its modules, with the values that :meth:`split` would make them of."""
         return list(factors[self.names[0]])
+
+
+class EmbeddingSlot(Slot):
+    """LoRA on an embedding: two matrices too, though in no modules. The weight is stored as ``(d_in, d_out)``.
+
+    Example:
+        >>> EmbeddingSlot.of("embed_tokens").keys
+        ('base_model.model.embed_tokens.lora_embedding_A', 'base_model.model.embed_tokens.lora_embedding_B')
+    """
+
+    @classmethod
+    def of(cls, name: str) -> EmbeddingSlot:
+        """That of LoRA on an embedding, by the module's name."""
+        return cls((name,), tuple(f"{_PREFIX}{name}{end}" for end in _EMBEDDING))
+
+
+class BiasSlot(Slot):
+    """With ``lora_bias=True`` the bias ``β (d_out,)`` of ``lora_B``: the module's own bias is changed by ``s·β``.
+
+    Its factors are ``A = [[1]]`` and ``B = β``, as a column: the weight of an input that is always one.
+
+    Example:
+        >>> slot = BiasSlot.of("q_proj")
+        >>> slot.keys, slot.split([torch.ones(2)])
+        (('base_model.model.q_proj.lora_B.bias',), {'q_proj.bias': (tensor([[1.]]), tensor([[1.],
+                [1.]]))})
+    """
+
+    @classmethod
+    def of(cls, module: str) -> BiasSlot:
+        """That of a module's bias, by the module's name."""
+        return cls((bias_name(module),), tuple(f"{_PREFIX}{module}{end}" for end in _BIAS))
+
+    def split(self, tensors: Sequence[Tensor]) -> Factors:
+        """See :class:`Slot`."""
+        (beta,) = tensors
+        return {self.names[0]: (beta.new_ones(1, 1), beta[:, None])}
+
+    def join(self, factors: Factors) -> list[Tensor]:
+        """See :class:`Slot`."""
+        return [bias_of(*factors[self.names[0]])[1][:, 0]]
+
+
+def bias_of(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of a bias's update as they are kept: all of it in ``B (d_out, 1)``, and ``A = [[1]]``.
+
+    Example:
+        >>> bias_of(torch.tensor([[2.0]]), torch.tensor([[3.0]]))
+        (tensor([[1.]]), tensor([[6.]]))
+    """
+    return torch.ones_like(lora_A), lora_B * lora_A
+
+
+def slot_named(name: str) -> Slot:
+    """Where LoRA on a layer keeps the factors of that name.
+
+    Example:
+        >>> slot_named("q_proj.bias").keys
+        ('base_model.model.q_proj.lora_B.bias',)
+    """
+    owner = owner_of_bias(name)
+    return Slot.of_linear(name) if owner is None else BiasSlot.of(owner)
 
 
 def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[Slot]:
@@ -61,16 +127,17 @@ def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[
         >>> slots_in([f"base_model.model.q_proj.lora_{factor}.weight" for factor in "AB"])[0].names
         ('q_proj',)
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[Slot, dict[str, str]] = {}  # of each the keys that it has in the file, by those that it would have
     for key in keys:
-        for factor in "AB":
-            prefix, end, rest = key.partition(f".lora_{factor}.weight")
-            if end and not rest:
-                found.setdefault(module_name(prefix), {})[factor] = key
+        for ends, kind in (_LINEAR, Slot.of_linear), (_EMBEDDING, EmbeddingSlot.of), (_BIAS, BiasSlot.of):
+            for place, end in enumerate(ends):
+                if key.endswith(end):
+                    slot = kind(module_name(key.removesuffix(end)))
+                    found.setdefault(slot, {})[slot.keys[place]] = key
     return [
-        Slot((name,), tuple(pair.get(factor, _KEY.format(name=name, factor=factor)) for factor in "AB"))
-        for name, pair in found.items()
-        if names is None or name in names
+        replace(slot, keys=tuple(there.get(key, key) for key in slot.keys))
+        for slot, there in found.items()
+        if names is None or slot.names[0] in names
     ]
 
 

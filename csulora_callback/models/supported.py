@@ -19,6 +19,9 @@ from csulora_callback.models.names import module_name
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
+# Of those, what PEFT converts to plain LoRA when it saves.
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+
 # What to do about each, where a user need not have set it.
 _TRAINABLE_TOKENS = (
     "Leave that option out. TRL sets it by itself, with modules_to_save=['lm_head'], where `chat_template_path` names "
@@ -32,8 +35,7 @@ _MODULES_TO_SAVE = (
 
 # Options of a LoraConfig whose update is not s·B·A of the modules that it names, and what to do about each.
 _OPTIONS = {
-    "use_dora": "Train with use_dora=False.",
-    "lora_bias": "Train with lora_bias=False.",
+    "use_dora": "DoRA scales each row of the whole weight to a trained length. Train with use_dora=False.",
     "modules_to_save": _MODULES_TO_SAVE,
     "trainable_token_indices": _TRAINABLE_TOKENS,
     "target_parameters": "Leave that option out, and name modules in target_modules.",
@@ -79,8 +81,10 @@ def check_config(config: PeftConfig, argument: str = "model") -> None:
         raise ValueError(
             f"`{argument}`: LoRA with init_lora_weights={start!r} is not supported: a part of the base "
             "weight lives in the factors, so they are not the update of the aligned model. "
-            f"Use one of {_PLAIN_INITIALIZATIONS}."
+            f"Use one of {_PLAIN_INITIALIZATIONS}.{_conversion(start)}"
         )
+    if config.ensure_weight_tying and getattr(config, "target_modules_to_tie", None):
+        raise tied(argument)
     if config.layer_replication:
         raise ValueError(
             f"`{argument}`: LoRA with layer_replication is not supported: the names of replicated layers no longer "
@@ -88,23 +92,45 @@ def check_config(config: PeftConfig, argument: str = "model") -> None:
         )
 
 
+def _conversion(start: str) -> str:
+    """Where PEFT can make plain LoRA of an initialization, the lines that do."""
+    if not start.lower().startswith(_CONVERTED):
+        return ""
+    return (
+        " Or correct it after training, as plain LoRA of twice the rank, which PEFT makes of it: "
+        "model.save_pretrained('start') before training, model.save_pretrained('plain', "
+        "path_initial_model_for_weight_conversion='start') after it, and csulora correct plain -o safe."
+    )
+
+
+def tied(argument: str) -> ValueError:
+    """What to raise where PEFT trains LoRA of an embedding and of the output layer in the same memory."""
+    return ValueError(
+        f"`{argument}`: LoRA on an embedding with ensure_weight_tying=True is not supported: the output layer trains "
+        "in the memory of the embedding's factors, and each would undo the other's correction. Set "
+        "ensure_weight_tying=False, which adapts the embedding alone."
+    )
+
+
 def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
     """Raise ``ValueError`` unless the layer's update is ``s·B·A`` and nothing else, with a finite ``s``."""
-    leave_out = "Leave it out of target_modules: Linear and Conv1D layers are those whose LoRA can be corrected."
+    leave_out = (
+        "Leave it out of target_modules: Linear, Conv1D and Embedding layers are those whose LoRA can be corrected."
+    )
     if module.merged:
         raise ValueError(f"module '{module_name(name)}': its adapter is merged. Call model.unmerge_adapter() first.")
     if module.use_dora.get(adapter):
-        raise _unsupported(name, "DoRA (use_dora=True)", "Set use_dora=False.")
+        raise _unsupported(name, "DoRA (use_dora=True)", _OPTIONS["use_dora"])
     if adapter in module.lora_variant:
         kind = f"a variant of LoRA ({type(module.lora_variant[adapter]).__name__})"
         raise _unsupported(name, kind, "Leave out the option of the LoraConfig that asks for it.")
-    if module.lora_bias.get(adapter):
-        raise _unsupported(name, "lora_bias=True", "Set lora_bias=False.")
     if adapter in module.lora_embedding_A:
-        raise _unsupported(name, "LoRA on an embedding", leave_out)
-    if isinstance(module, ParamWrapper):
+        if module.get_base_layer().max_norm is not None:
+            kind = "LoRA on an embedding with max_norm, which rescales weight and factors in every forward pass,"
+            raise _unsupported(name, kind, "Leave it out of target_modules, or make it with max_norm=None.")
+    elif isinstance(module, ParamWrapper):
         raise _unsupported(name, "target_parameters", "Leave that option out, and name modules in target_modules.")
-    if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
+    elif adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
     if isinstance(module, MultiheadAttention):
         raise _unsupported(name, "LoRA on nn.MultiheadAttention", leave_out)
@@ -169,7 +195,7 @@ def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: s
     """
     factors = set(factors)
     for key in factors & state.keys():
-        if state[key].ndim != 2:
+        if state[key].ndim != (1 if key.endswith(".bias") else 2):
             raise _unsupported(key.partition(".lora_")[0], "LoRA on a convolution", "Leave it out of target_modules.")
     others = [key for key in state if key not in factors]
     for key in others:
@@ -194,9 +220,7 @@ def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: s
 
 
 _TENSORS = {
-    ".lora_magnitude_vector": ("DoRA (use_dora=True)", "Train with use_dora=False."),
-    ".lora_embedding_": ("LoRA on an embedding", "Leave it out of target_modules."),
-    ".lora_B.bias": ("lora_bias=True", "Train with lora_bias=False."),
+    ".lora_magnitude_vector": ("DoRA (use_dora=True)", _OPTIONS["use_dora"]),
     ".token_adapter": ("the option trainable_token_indices", _TRAINABLE_TOKENS),
     ".modules_to_save": ("modules_to_save", _MODULES_TO_SAVE),
     ".lora_": ("a variant of LoRA", "Train with plain peft.LoraConfig instead."),

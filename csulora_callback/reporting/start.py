@@ -30,11 +30,12 @@ def start_table(
         probes: that are measured by.
         target: the share of their refusals for which the penalty's strength is looked for.
     """
-    subspace, layers = corrector.subspace, corrector.adapter.layers
-    lora_ranks = [layer.shape[1] for layer in layers.values()]
-    ranks = [subspace[name].U.shape[1] for name in layers]
+    subspace, layers, matrices = corrector.subspace, corrector.adapter.layers, corrector.adapter.matrices
+    biases = " with their biases" if len(layers) > len(matrices) else ""
+    lora_ranks = [layer.shape[1] for layer in matrices.values()]
+    ranks = [subspace[name].U.shape[1] for name in matrices]
     rows = {
-        "adapter": f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {span(lora_ranks)}",
+        "adapter": f"{corrector.adapter.name}, {len(matrices)} modules{biases}, LoRA rank {span(lora_ranks)}",
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
@@ -63,7 +64,7 @@ def print_start(
 ) -> None:
     """Print :func:`start_table`, and warn of modules that have no safety subspace."""
     Console().print(start_table(corrector, seconds, probes, target))
-    layers = corrector.adapter.layers
+    layers = corrector.adapter.matrices
     still = [name for name in layers if corrector.subspace[name].U.shape[1] == 0]
     if still:
         logger.warning(
