@@ -3,6 +3,7 @@
 Each is compared with a dense float64 computation on what PEFT merges.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def test_an_expanded_adapter_is_the_closest_safe_update_whole_as_peft_merges_it(
     subspace = SafetySubspace.estimate(*pair, sorted(modules), rank=RANK, progress=False)
     done = correct_adapter(trained, subspace, tmp_path / "safe", PENALTY, rank="expand")
     assert done.metrics["csulora/truncation_error"] == 0.0
+    config = json.loads((tmp_path / "safe/adapter_config.json").read_text())
+    assert not any("bias" in name for pattern in ("rank_pattern", "alpha_pattern") for name in config[pattern])
     base, aligned = (matrices(side) for side in pair)
     before, after = updates(pair[1], trained), merged(pair[1], tmp_path / "safe")
     for name, update in before.items():

@@ -164,6 +164,7 @@ def test_resuming_is_exact_and_the_corrected_adapter_is_the_posthoc_one(trained,
     for source, from_raw in ((run.folder / "without/checkpoint-8", False), (whole, True)):
         done = correct_adapter(source, subspace, tmp_path / f"out-{from_raw}", PENALTY)
         assert done.from_raw is from_raw
+        assert done.record["modules"] == Sidecar.load(whole).record["modules"]
         assert_same(saved(done.output), saved(whole))
         assert (done.output / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
