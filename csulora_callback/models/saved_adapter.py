@@ -88,7 +88,14 @@ class SavedAdapter:
         beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
+        names = [name for slot in slots for name in slot.names]
+        twice = sorted(name for name in set(names) if names.count(name) > 1)
+        if twice:
+            raise ValueError(
+                f"{folder}: expected a module to be a layer or an embedding, but '{twice[0]}' has LoRA factors of both. "
+                "Take the folder from a copy."
+            )
+        factors = from_peft_state_dict(state, names, str(folder))
         _check_biases(config, factors, folder)
         scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
         embeddings = frozenset(slot.names[0] for slot in slots if isinstance(slot, EmbeddingSlot))

@@ -83,7 +83,7 @@ def check_config(config: PeftConfig, argument: str = "model") -> None:
             "weight lives in the factors, so they are not the update of the aligned model. "
             f"Use one of {_PLAIN_INITIALIZATIONS}.{_conversion(start)}"
         )
-    if config.ensure_weight_tying and getattr(config, "target_modules_to_tie", None):
+    if config.ensure_weight_tying and config.target_modules_to_tie:
         raise tied(argument)
     if config.layer_replication:
         raise ValueError(

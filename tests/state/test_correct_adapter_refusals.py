@@ -107,6 +107,11 @@ def test_tensors_that_are_no_factors(copy, subspace, tmp_path, key):
     refusal(copy, subspace, tmp_path, message)
 
 
+def test_factors_of_a_layer_and_of_an_embedding_under_one_name(copy, subspace, tmp_path):
+    put(copy, **{f"{Q}.lora_embedding_A": torch.ones(4, 32), f"{Q}.lora_embedding_B": torch.ones(16, 4)})
+    refusal(copy, subspace, tmp_path, "q_proj' has LoRA factors of both")
+
+
 def test_three_matrices_or_two_of_different_shapes_are_not_embeddings(copy, subspace, tmp_path):
     head = "base_model.model.lm_head"
     put(copy, **{f"{head}.weight": torch.ones(32, 16), f"{head}.bias": torch.ones(32)})

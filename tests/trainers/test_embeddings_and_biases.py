@@ -132,6 +132,9 @@ def test_a_checkpoint_is_the_closest_safe_update_and_training_is_what_it_was(tra
             assert (after[name] - expected).norm() < (5e-3 if narrow else 1e-5) * expected.norm(), name
             assert (after[name] - update).norm() > 0.1 * update.norm(), name
     assert_same(live_of(run.runs["with"].model), saved_factors(with_))
+    (logged,) = (r for r in run.runs["with"].state.log_history if r["step"] == 8 and "loss" in r)
+    for key, value in Sidecar.load(with_).record["metrics"].items():
+        assert logged[key] == pytest.approx(value, rel=1e-3, abs=1e-2 if "truncation" in key else 1e-4), key
 
 
 def live_of(model) -> dict[str, torch.Tensor]:
