@@ -90,7 +90,11 @@ def test_an_option_that_only_a_newer_peft_knows_is_judged_by_its_tensors(copy, s
 TENSORS = {
     f"{Q}.lora_magnitude_vector": (torch.ones(16), r"q_proj': DoRA \(use_dora=True\) is not supported"),
     f"{Q}.lora_B.bias": (torch.ones(16), "expected no bias of lora_B for module '.*q_proj', as .*lora_bias=False"),
-    f"{Q}.lora_embedding_A": (torch.ones(4, 32), "expected the LoRA factor '.*q_proj.lora_embedding_B'"),
+    f"{Q}.lora_embedding_A": (torch.ones(4, 32), "q_proj' has LoRA factors of both"),
+    "base_model.model.model.embed_tokens.lora_embedding_A": (
+        torch.ones(4, 32),
+        "expected the LoRA factor '.*embed_tokens.lora_embedding_B'",
+    ),
     f"{Q}.bias": (torch.ones(16), "at most the model's embeddings beside them, but got '.*q_proj.bias'"),
     f"{Q}.weight": (torch.ones(16, 16), "at most the model's embeddings beside them, but got '.*q_proj.weight'"),
     "base_model.model.model.norm.weight": (torch.ones(16), "but got 'base_model.model.model.norm.weight'"),
@@ -105,11 +109,6 @@ def test_tensors_that_are_no_factors(copy, subspace, tmp_path, key):
     tensor, message = TENSORS[key]
     put(copy, **{key: tensor})
     refusal(copy, subspace, tmp_path, message)
-
-
-def test_factors_of_a_layer_and_of_an_embedding_under_one_name(copy, subspace, tmp_path):
-    put(copy, **{f"{Q}.lora_embedding_A": torch.ones(4, 32), f"{Q}.lora_embedding_B": torch.ones(16, 4)})
-    refusal(copy, subspace, tmp_path, "q_proj' has LoRA factors of both")
 
 
 def test_three_matrices_or_two_of_different_shapes_are_not_embeddings(copy, subspace, tmp_path):
