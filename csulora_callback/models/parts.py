@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from csulora_callback.models import sharding
+from csulora_callback.models.fused_experts import Expert, names_of_parameter
 from csulora_callback.models.names import module_name
+from csulora_callback.models.quantized import layer_storage
 from csulora_callback.models.slots import Slot
 
 
@@ -67,6 +70,11 @@ class AdaptedLayer:
         layer = self.module.get_base_layer()
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
 
+    @property
+    def storage(self) -> str | None:
+        """How the weight under it is quantized, ``None`` if it is not."""
+        return layer_storage(self.module.get_base_layer(), (self.shape[0], self.shape[2]))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -100,4 +108,8 @@ def parts_of(path: str, module: LoraLayer, adapter: str) -> Iterator[Part]:
         [('0',)]
     """
     name, paths = module_name(path), tuple(f"lora_{factor}.{adapter}.weight" for factor in "AB")
+    if isinstance(module, ParamWrapper):
+        names = names_of_parameter(path, module)
+        yield Part(Slot.of_parameter(names, path), dict.fromkeys(names, Expert(module, adapter)), module, paths)
+        return
     yield Part(Slot.of_linear(name), {name: AdaptedLayer(module, adapter)}, module, paths)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from csulora_callback.models.names import module_name
+from csulora_callback.models.fused_experts import by_parameter, join_experts, split_experts
+from csulora_callback.models.names import fused_parameter, module_name
 
 Factors = dict[str, tuple[Tensor, ...]]
 """By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``."""
@@ -41,6 +42,19 @@ class Slot:
         """That of LoRA on a layer, by the module's name."""
         return cls((name,), tuple(_KEY.format(name=name, factor=factor) for factor in "AB"))
 
+    @classmethod
+    def of_parameter(cls, names: Sequence[str], path: str) -> Slot:
+        """That of LoRA on a parameter, by the names of its modules and the path of PEFT's wrapper in a model.
+
+        Example:
+            >>> Slot.of_parameter(["up[0]", "up[1]"], "base_model.model.base_layer").keys[0]
+            'base_model.model.base_layer.lora_A.weight'
+        """
+        kind = cls if fused_parameter(names[0])[1] is None else FusedSlot
+        wrapped = ".base_layer" * path.split(".").count("base_layer")
+        name = f"{module_name(path)}{wrapped}".lstrip(".")
+        return kind(tuple(names), tuple(_KEY.format(name=name, factor=factor) for factor in "AB"))
+
     def split(self, tensors: Sequence[Tensor]) -> Factors:
         """The factors of its modules out of its tensors; without copies where that goes."""
         return {self.names[0]: tuple(tensors)}
@@ -50,12 +64,36 @@ class Slot:
         return list(factors[self.names[0]])
 
 
+class FusedSlot(Slot):
+    """The two factors of all experts of a fused weight, see :mod:`~csulora_callback.models.fused_experts`.
+
+    Example:
+        >>> import torch
+        >>> slot = FusedSlot(("up[0]", "up[1]"), ("A", "B"))
+        >>> factors = slot.split([torch.arange(4.0)[:, None], torch.arange(4.0)[None]])
+        >>> factors["up[1]"]
+        (tensor([[2.],
+                [3.]]), tensor([[1., 3.]]))
+        >>> [tensor.flatten().tolist() for tensor in slot.join(factors)]
+        [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
+    """
+
+    def split(self, tensors: Sequence[Tensor]) -> Factors:
+        """See :class:`Slot`: views."""
+        return dict(zip(self.names, split_experts(*tensors, experts=len(self.names)), strict=True))
+
+    def join(self, factors: Factors) -> list[Tensor]:
+        """See :class:`Slot`; where ranks differ, all get the largest."""
+        return list(join_experts([factors[name] for name in self.names]))
+
+
 def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[Slot]:
     """The slots of a PEFT adapter file that hold factors, by the keys in it. Of a damaged file not all may be there.
 
     Args:
         keys: all of the file.
-        names: of the modules whose factors are looked for, in the order of the model that they are of; all by default.
+        names: of the modules whose factors are looked for, in the order of the model that they are of; by default all
+            but experts of fused weights, whose names the keys do not tell.
 
     Example:
         >>> slots_in([f"base_model.model.q_proj.lora_{factor}.weight" for factor in "AB"])[0].names
@@ -66,12 +104,32 @@ def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[
         for factor in "AB":
             prefix, end, rest = key.partition(f".lora_{factor}.weight")
             if end and not rest:
-                found.setdefault(module_name(prefix), {})[factor] = key
+                found.setdefault(prefix, {})[factor] = key
+    held = {prefix: (module_name(prefix),) for prefix in found} if names is None else _held(list(found), names)
     return [
-        Slot((name,), tuple(pair.get(factor, _KEY.format(name=name, factor=factor)) for factor in "AB"))
-        for name, pair in found.items()
-        if names is None or name in names
+        (Slot if fused_parameter(own[0])[1] is None else FusedSlot)(
+            own, tuple(pair.get(factor, f"{prefix}.lora_{factor}.weight") for factor in "AB")
+        )
+        for prefix, pair in found.items()
+        if (own := held.get(prefix))
     ]
+
+
+def _held(prefixes: Sequence[str], names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Of each prefix of keys the modules whose factors lie there.
+
+    PEFT wraps a module anew for each of its parameters, the last one outermost. So does the order of names go, which
+    is that of a live model, or of a record that was written of one.
+    """
+    nested: dict[str, list[str]] = {}
+    for prefix in sorted(prefixes, key=len):
+        nested.setdefault(module_name(prefix), []).append(prefix)
+    held: dict[str, tuple[str, ...]] = {}
+    for parameter, own in by_parameter(names).items():
+        path = parameter if parameter in nested else parameter.rpartition(".")[0]
+        if nested.get(path):
+            held[nested[path].pop(0)] = own
+    return held
 
 
 def split_all(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> Factors:

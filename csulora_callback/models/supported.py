@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from csulora_callback.models.names import module_name
+from csulora_callback.models.sharding import full_shape, is_sharded
 
 # Initializations that leave the base weights alone, so that s·B·A is the update relative to the aligned model. The
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
@@ -36,7 +37,6 @@ _OPTIONS = {
     "lora_bias": "Train with lora_bias=False.",
     "modules_to_save": _MODULES_TO_SAVE,
     "trainable_token_indices": _TRAINABLE_TOKENS,
-    "target_parameters": "Leave that option out, and name modules in target_modules.",
     **dict.fromkeys(
         (
             "alora_invocation_tokens",
@@ -102,8 +102,9 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise _unsupported(name, "lora_bias=True", "Set lora_bias=False.")
     if adapter in module.lora_embedding_A:
         raise _unsupported(name, "LoRA on an embedding", leave_out)
-    if isinstance(module, ParamWrapper):
-        raise _unsupported(name, "target_parameters", "Leave that option out, and name modules in target_modules.")
+    if isinstance(module, ParamWrapper) and (why := _unnamed(module)) is not None:
+        kind = f"LoRA on its parameter '{module.parameter_name}', {why},"
+        raise _unsupported(name, kind, "Leave it out of the LoraConfig's target_parameters.")
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
     if isinstance(module, MultiheadAttention):
@@ -114,6 +115,15 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             f"{module.lora_alpha[adapter]!r}, which makes the scaling of its update {module.scaling[adapter]}. "
             "Set another lora_alpha or alpha_pattern in the LoraConfig."
         )
+
+
+def _unnamed(module: ParamWrapper) -> str | None:
+    """Why a parameter that LoRA is put on has no modules that it is the weight of; ``None`` if it has some."""
+    if len(full_shape(module.get_param())) == 2 and module.parameter_name != "weight":
+        return "a matrix that is not its weight"
+    if is_sharded(module.lora_A[module.active_adapters[0]].weight) or is_sharded(module.get_param()):
+        return "divided over processes by FSDP or ZeRO-3"
+    return None
 
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
