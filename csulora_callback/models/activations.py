@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
@@ -126,6 +127,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         >>> query.shape, query is key  # they get the same input
         (torch.Size([5, 8]), True)
     """
+    check_inputs(adapter.layers)
     rows = [row for row in rows if len(row)]
     if not rows:
         return {}

@@ -8,37 +8,26 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from functools import reduce
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
-from csulora_callback.models.fused_experts import by_parameter, parameter_name
-from csulora_callback.models.fused_files import Fused
-from csulora_callback.models.fused_reading import ExpertInFiles, experts_in_files
+from csulora_callback.models.fused_reading import with_all_experts, with_experts
+from csulora_callback.models.in_memory import is_divided, weights_in
 from csulora_callback.models.layout import Layout, by_stored_name
-from csulora_callback.models.names import expert_name, fused_parameter, module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
-from csulora_callback.models.sharding import full_shape, gather, is_sharded
-from csulora_callback.models.through_transformers import (
-    all_experts,
-    load_through_transformers,
-    stored_experts,
-    stored_names,
-)
-from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
+from csulora_callback.models.stored import Reader, Stored
+from csulora_callback.models.through_transformers import load_through_transformers, stored_names
+from csulora_callback.models.weight_files import fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
-Parts = dict[str, list[Callable[[], Tensor]]]
 
 
 class Checkpoint:
@@ -65,19 +54,14 @@ class Checkpoint:
     def __init__(
         self,
         source: str,
-        readers: Readers,
-        shapes: Shapes,
-        files: Files | None = None,
-        quantized: Quantized | None = None,
+        stored: Stored,
         folder: Path | None = None,
         collective: bool = False,
         layout: Layout | None = None,
-        parts: Parts | None = None,
     ) -> None:
         self.source, self.collective, self.layout = source, collective, layout
-        self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
+        self._stored, self._shapes = stored, stored.shapes
         self._folder = folder  # where the files lie; None for a module in memory
-        self._parts = parts or {}
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
@@ -99,9 +83,7 @@ class Checkpoint:
         found = self.named_as(names := list(names), trained)
         missing = [name for name in names if name not in found._shapes]
         if missing and self._folder is not None:
-            parameter, _ = fused_parameter(missing[0])
-            for held in (parameter, parameter.rpartition(".")[0]):  # loading would not give it, either
-                self._refuse(missing[0], self._quantized.get(held))
+            self._refuse(missing[0], self._stored.packed(missing[0]))  # loading would not give it, either
             why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
             return self._through_transformers(missing[0], trained).require(names, trained)
@@ -118,98 +100,20 @@ class Checkpoint:
         Raises:
             ValueError: if several modules may be meant by a name; two of them are given.
         """
-        asked = set(names)
-        found = self._with_experts(asked - self._shapes.keys(), trained)
-        called = by_stored_name(found._candidates(sorted(asked - found._shapes.keys()), trained), asked, self.source)
-        return found._renamed(called) if called else found
+        asked, here = set(names), self
+        if self._folder is not None:
+            others = asked - self._shapes.keys()
+            here = self._holding(with_experts(self._stored, self._folder, others, trained, self.source))
+        called = by_stored_name(here._candidates(sorted(asked - here._shapes.keys()), trained), asked, self.source)
+        return here._holding(here._stored.renamed(called)) if called else here
 
-    def with_experts(self) -> Checkpoint:
-        """This checkpoint with all experts that transformers would fuse on load, in place of what they are made of.
+    def with_all_experts(self) -> Checkpoint:
+        """This checkpoint with all experts that transformers fuses on load, in place of what they are made of."""
+        return self if self._folder is None else self._holding(with_all_experts(self._stored, self._folder))
 
-        A module in memory has them anyway.
-        """
-        # Modules that are numbered within a layer, or three-dimensional tensors: others are no experts.
-        if self._folder is None or not any(
-            len(shape) == 3 or sum(part.isdigit() for part in name.split(".")) > 1
-            for name, shape in self._shapes.items()
-        ):
-            return self
-        try:
-            found = all_experts(self._folder, self._shapes)
-        except Exception:  # of a config that is missing or broken in one of many ways
-            return self
-        told = {parameter: fused for parameter, fused in found.items() if fused is not None}
-        whole = self._with({
-            name: expert
-            for parameter, fused in told.items()
-            for name, expert in experts_in_files(fused, parameter, range(fused.experts), self._shapes).items()
-        })
-        sources = {key for fused in told.values() for held in fused.sources.values() for key in held}
-        return whole._renamed(dict.fromkeys(sources, []))
-
-    def _renamed(self, called: Mapping[str, list[str]]) -> Checkpoint:
-        def renamed(entries: dict[str, T]) -> dict[str, T]:
-            return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
-
-        *stored, parts = map(renamed, (self._readers, self._shapes, self._files, self._quantized, self._parts))
-        return Checkpoint(self.source, *stored, self._folder, self.collective, self.layout, parts)
-
-    def _with_experts(self, names: Iterable[str], trained: Layout | None) -> Checkpoint:
-        """This checkpoint with those of these experts of which names tell how its files hold them."""
-        wanted = by_parameter(name for name in names if fused_parameter(name)[1] is not None)
-        if self._folder is None or not wanted:
-            return self
-        try:
-            found = stored_experts(self._folder, wanted, self._shapes, trained)
-        except Exception:  # of a config that is missing or broken in one of many ways
-            found = {}
-        experts: dict[str, ExpertInFiles] = {}
-        for parameter, own in wanted.items():
-            fused = self._only(parameter, found.get(parameter, []))
-            numbers = [fused_parameter(name)[1] for name in own]
-            if fused is not None:
-                experts |= experts_in_files(fused, parameter, numbers, self._shapes)
-            elif parameter not in found and len(self._shapes.get(parameter, ())) == 3:  # of no model of transformers
-                held, *shape = self._shapes[parameter]
-                for number in numbers:
-                    if number < held:
-                        experts[expert_name(parameter, number)] = ExpertInFiles([(parameter, number)], tuple(shape))
-        return self._with(experts)
-
-    def _only(self, parameter: str, candidates: list[Fused | None]) -> Fused | None:
-        """That of several which is meant, if names tell."""
-        if not candidates or None in candidates:
-            return None
-        first, *others = ({key for held in fused.sources.values() for key in held} for fused in candidates)
-        for other in others:
-            if other != first:
-                by_stored_name({parameter: {min(first), min(other)}}, set(), self.source)
-        return candidates[0]
-
-    def _with(self, experts: Mapping[str, ExpertInFiles]) -> Checkpoint:
-        if not experts:
-            return self
-        after: dict[str, list[str]] = {}
-        for name, expert in experts.items():
-            after.setdefault(expert.sources[0][0], []).append(name)
-        shapes: Shapes = {}
-        for key, shape in self._shapes.items():  # in the order in which they lie in the files
-            shapes |= {key: shape, **{name: experts[name].shape for name in after.get(key, ())}}
-        parts = {name: expert.parts(self._readers) for name, expert in experts.items()}
-        readers = {name: expert.reader(parts[name]) for name, expert in experts.items()}
-        files = {name: expert.of_sources(self._files) for name, expert in experts.items()}
-        packed = {name: expert.of_sources(self._quantized) for name, expert in experts.items()}
-        return Checkpoint(
-            self.source,
-            {**self._readers, **readers},
-            shapes,
-            {**self._files, **{name: tuple(dict.fromkeys(sum(states, ()))) for name, states in files.items()}},
-            {**self._quantized, **{name: how[0] for name, how in packed.items() if how}},
-            self._folder,
-            self.collective,
-            self.layout,
-            {**self._parts, **parts},
-        )
+    def _holding(self, stored: Stored) -> Checkpoint:
+        same = stored is self._stored
+        return self if same else Checkpoint(self.source, stored, self._folder, self.collective, self.layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -220,24 +124,25 @@ class Checkpoint:
         self._check(name)
         return self._shapes[name]
 
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes as stored, of those of these modules that there are by names alone."""
+        found = self.named_as(names := list(names))
+        return {name: found._shapes[name] for name in names if name in found._shapes}
+
     def dtype(self, name: str) -> torch.dtype:
         """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
         return reduce(torch.promote_types, (part().dtype for part in self.parts(name)))
 
-    def parts(self, name: str) -> list[Callable[[], Tensor]]:
-        """Readers of the tensors that a module's weight is made of; of what lies in a file nothing is read until used.
-
-        Raises:
-            ValueError: as :meth:`shape` does.
-        """
+    def parts(self, name: str) -> list[Reader]:
+        """Readers of the tensors that a module's weight is made of. Raises as :meth:`shape` does."""
         self._check(name)
-        return self._parts.get(name) or [self._readers[name]]
+        return self._stored.parts.get(name) or [self._stored.readers[name]]
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
         """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
         found: dict[FileState, list[str]] = {}
         for name in sorted(names):
-            for state in self._files.get(name, ()):
+            for state in self._stored.files.get(name, ()):
                 found.setdefault(state, []).append(name)
         return found
 
@@ -261,13 +166,15 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
         self._check(name)
-        weight = self._readers[name]()
-        self._refuse(name, self._quantized.get(name) or storage(weight))
+        weight = self._stored.readers[name]()
+        self._refuse(name, self._stored.quantized.get(name) or storage(weight))
         return weight
 
     def storage(self, name: str) -> str | None:
         """How a module's weight is quantized; ``None`` if it is not, or not there."""
-        return self._quantized.get(name) or (storage(self._readers[name]()) if name in self._shapes else None)
+        return self._stored.quantized.get(name) or (
+            storage(self._stored.readers[name]()) if name in self._shapes else None
+        )
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """Of name, dtype, shape and bytes of these modules' weights.
@@ -386,33 +293,8 @@ def open_checkpoint(
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     name = str(source) if revision is None else f"{source}@{revision}"
-    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
+    return Checkpoint(name, read_folder(folder, name), folder).require(required, trained)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes, quantized, collective = {}, {}, {}, False
-    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
-        prefix, _, kind = raw.rpartition(".")
-        if ".lora_" in raw or raw in invented:
-            continue
-        shape, name = full_shape(parameter), parameter_name(module_name(prefix), kind)
-        entries = {name: (_reader(parameter), shape)} if kind == "weight" else {}
-        if len(shape) == 3 and not isinstance(module.get_submodule(prefix), _ConvNd):
-            entries |= {
-                expert_name(name, number): (_reader(parameter, number), shape[1:]) for number in range(shape[0])
-            }
-        stored = storage(parameter) if entries else None
-        for entry, (reader, its) in entries.items():
-            readers[entry], shapes[entry] = reader, its
-            if stored is not None:
-                quantized[entry] = stored
-        collective |= bool(entries) and is_sharded(parameter)
-    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective, layout=Layout.of(module))
-
-
-def _reader(parameter: nn.Parameter, number: int | None = None) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        whole = gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
-        return whole if number is None else whole[number]
-
-    return read
+    return Checkpoint(source, weights_in(module, invented), None, is_divided(module), Layout.of(module))

@@ -7,7 +7,7 @@ after expert, and ``lora_B (d_out, r·E)``, in whose columns the experts take tu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,3 +136,24 @@ def by_parameter(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         parameter: tuple(name for _, name in (sorted(held) if len(held) > 1 else held))
         for parameter, held in found.items()
     }
+
+
+def check_inputs(layers: Mapping[str, object]) -> None:
+    """Raise ``ValueError`` if the inputs of a module cannot be read: those of an expert show in no module's forward.
+
+    Args:
+        layers: of an adapter, by the module's name.
+
+    Example:
+        >>> check_inputs({"experts.up[0]": Expert(None, "default")})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: `penalty`: a data-aware one, which is the default with `probes`, measures by ...
+    """
+    name = next((name for name, layer in layers.items() if isinstance(layer, Expert)), None)
+    if name is not None:
+        raise ValueError(
+            "`penalty`: a data-aware one, which is the default with `probes`, measures by what each module reads, but "
+            f"what '{name}' reads is known only inside of its layer: it is not a module but a parameter "
+            "(target_parameters; PEFT makes them of target_modules='all-linear' and of the names of MLP modules). "
+            "Pass penalty=Penalty.guard(10.0), or penalty=Penalty.guard for a target; `probes` can stay."
+        )

@@ -39,7 +39,7 @@ class CheckpointPair:
         base, aligned = open_checkpoint(base), open_checkpoint(aligned)
         full = isinstance(target_modules, Sequence) and set(target_modules) <= set(aligned.names())
         if not full:  # what they are looked for among
-            base, aligned = base.with_experts(), aligned.with_experts()
+            base, aligned = base.with_all_experts(), aligned.with_all_experts()
         if target_modules is None and aligned.layout is not None:
             base = base.named_as(aligned.names(), aligned.layout)
         return cls.of_modules(base, aligned, _targets(base, aligned, target_modules))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.names import fused_parameter
 from csulora_callback.models.peft_folder import read_adapter
-from csulora_callback.models.slots import slots_in
+from csulora_callback.models.saved_names import ShapesOf, targets_in
+from csulora_callback.models.slots import Slot, slots_in
 from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class SavedAdapter:
         config: the same as the PEFT that is installed reads it.
         factors: on the CPU, as stored.
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
+        targets: what the config's rules call each module; of experts their parameter.
+        slots: where PEFT keeps the factors.
     """
 
     folder: Path
@@ -52,10 +56,17 @@ class SavedAdapter:
     config: LoraConfig
     factors: Factors
     scalings: dict[str, float]
+    targets: dict[str, str]
+    slots: list[Slot]
 
     @classmethod
-    def read(cls, folder: Path) -> SavedAdapter:
+    def read(cls, folder: Path, stored: ShapesOf | None = None, names: Collection[str] | None = None) -> SavedAdapter:
         """Read a folder with ``adapter_config.json`` and the weights.
+
+        Args:
+            folder: the folder.
+            stored: asked for shapes of weights where the files do not tell which modules the factors are of.
+            names: of the modules, in the model's order, where a record of a correction knows them.
 
         Raises:
             FileNotFoundError: if one of them is not there.
@@ -72,12 +83,13 @@ class SavedAdapter:
             >>> SavedAdapter.read(folder).scalings
             {'0': 4.0}
         """
-        options, config = _read_config(folder)
+        options, config = read_config(folder)
         check_tuner(config, "adapter")
         check_options(options)
         check_config(config, "adapter")
         state = read_adapter(folder)
-        slots = slots_in(state)
+        targets = targets_in(state, config, lambda config, name: scaling_of(config, name)[0], stored, names)
+        slots = slots_in(state, targets)
         if not slots:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
@@ -85,9 +97,9 @@ class SavedAdapter:
         beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
-        scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
-        return cls(folder, options, config, factors, scalings)
+        factors = from_peft_state_dict(state, list(targets), str(folder))
+        scalings = {name: _scaling(config, target, *factors[name]) for name, target in targets.items()}
+        return cls(folder, options, config, factors, scalings, targets, slots)
 
     def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
         """Its layers, with the orientation that each weight is stored in."""
@@ -109,21 +121,40 @@ class SavedAdapter:
         Raises:
             ValueError: if that of a square module cannot be told.
         """
-        said, shown, square = bool(self.config.fan_in_fan_out), {}, []
-        for name, (A, B) in self.factors.items():
-            if len(B) == A.shape[1]:
-                square.append(name)
-            elif name in stored:
-                shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
-        against = [name for name in shown if shown[name] != said]
-        if square and against:
-            raise ValueError(
-                f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
-                f"transformers' Conv1D does, cannot be told from files: {CONFIG_NAME} says fan_in_fan_out={said}, and "
-                f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
-                "SafetyCorrector(model, subspace, penalty).apply()."
-            )
-        return {**dict.fromkeys(self.factors, said), **shown}
+        said, found = bool(self.config.fan_in_fan_out), {}
+        for module, names in self._stored_alike().items():
+            shown, square = {}, []
+            for name in names:
+                A, B = self.factors[name]
+                if len(B) == A.shape[1]:
+                    square.append(name)
+                elif name in stored:
+                    shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
+            against = [name for name in shown if shown[name] != said]
+            if module is not None and shown:  # PEFT refuses the option for parameters: only shapes tell
+                found |= dict.fromkeys(names, next(iter(shown.values())))
+            elif square and (against or module is not None):
+                why = (
+                    "no other parameter of its module shows it"
+                    if module is not None
+                    else (f"{CONFIG_NAME} says fan_in_fan_out={said}, and '{against[0]}' is stored the other way")
+                )
+                raise ValueError(
+                    f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
+                    f"transformers' Conv1D does, cannot be told from files: {why}. Load the model with the adapter, "
+                    "and correct it by SafetyCorrector(model, subspace, penalty).apply()."
+                )
+            else:
+                found |= {**dict.fromkeys(names, said), **shown}
+        return found
+
+    def _stored_alike(self) -> dict[str | None, list[str]]:
+        """The experts by the module that they are in, which stores all of them alike; all other modules."""
+        groups: dict[str | None, list[str]] = {}
+        for name, target in self.targets.items():
+            is_expert = fused_parameter(name)[1] is not None
+            groups.setdefault(target.rpartition(".")[0] if is_expert else None, []).append(name)
+        return groups
 
 
 def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
@@ -171,7 +202,13 @@ def options_for_ranks(ranks: Mapping[str, int], scalings: Mapping[str, float], u
     }
 
 
-def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
+def read_config(folder: Path) -> tuple[dict, PeftConfig]:
+    """An adapter's config, as it is stored and as the PEFT that is installed reads it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is corrupt.
+    """
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}. Fetch it again."

@@ -84,10 +84,6 @@ ADAPTERS = {
         lora(target_modules=["embed_tokens"]),
         ["module 'model.embed_tokens': LoRA on an embedding is not", "Leave it out of target_modules"],
     ),
-    "parameters": (
-        lora(target_modules=[], target_parameters=["q_proj.weight"]),
-        [f"module '{Q}': target_parameters is not supported", "name modules in target_modules"],
-    ),
     "a norm": (
         with_trained_norm,
         [
