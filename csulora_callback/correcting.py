@@ -48,6 +48,7 @@ class Correcting:
     Example:
         >>> import torch
         >>> from csulora_callback import Penalty, SafetySubspace
+        >>> from csulora_callback.models.saved_adapter import SavedLayer
         >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
         >>> layers = {"0": SavedLayer(shape=(6, 1, 8), scaling=2.0, stored_transposed=False)}

@@ -47,13 +47,14 @@ class Slot:
         """That of LoRA on a parameter, by the names of its modules and the path of PEFT's wrapper in a model.
 
         Example:
-            >>> Slot.of_parameter(["up[0]", "up[1]"], "base_model.model.base_layer").keys[0]
-            'base_model.model.base_layer.lora_A.weight'
+            >>> Slot.of_parameter(["experts.up[0]"], "base_model.model.experts.base_layer").keys[0]
+            'base_model.model.experts.base_layer.lora_A.weight'
         """
         kind = cls if fused_parameter(names[0])[1] is None else FusedSlot
         wrapped = ".base_layer" * path.split(".").count("base_layer")
-        name = f"{module_name(path)}{wrapped}".lstrip(".")
-        return kind(tuple(names), tuple(_KEY.format(name=name, factor=factor) for factor in "AB"))
+        return kind(
+            tuple(names), tuple(_KEY.format(name=module_name(path) + wrapped, factor=factor) for factor in "AB")
+        )
 
     def split(self, tensors: Sequence[Tensor]) -> Factors:
         """The factors of its modules out of its tensors; without copies where that goes."""

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from csulora_callback.models.names import module_name
-from csulora_callback.models.sharding import full_shape, is_sharded
+from csulora_callback.models.sharding import full_shape
 
 # Initializations that leave the base weights alone, so that s·B·A is the update relative to the aligned model. The
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
@@ -102,8 +102,12 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise _unsupported(name, "lora_bias=True", "Set lora_bias=False.")
     if adapter in module.lora_embedding_A:
         raise _unsupported(name, "LoRA on an embedding", leave_out)
-    if isinstance(module, ParamWrapper) and (why := _unnamed(module)) is not None:
-        kind = f"LoRA on its parameter '{module.parameter_name}', {why},"
+    if (
+        isinstance(module, ParamWrapper)
+        and module.parameter_name != "weight"
+        and len(full_shape(module.get_param())) == 2
+    ):
+        kind = f"LoRA on its parameter '{module.parameter_name}', a matrix that is not its weight,"
         raise _unsupported(name, kind, "Leave it out of the LoraConfig's target_parameters.")
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
@@ -115,15 +119,6 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             f"{module.lora_alpha[adapter]!r}, which makes the scaling of its update {module.scaling[adapter]}. "
             "Set another lora_alpha or alpha_pattern in the LoraConfig."
         )
-
-
-def _unnamed(module: ParamWrapper) -> str | None:
-    """Why a parameter that LoRA is put on has no modules that it is the weight of; ``None`` if it has some."""
-    if len(full_shape(module.get_param())) == 2 and module.parameter_name != "weight":
-        return "a matrix that is not its weight"
-    if is_sharded(module.lora_A[module.active_adapters[0]].weight) or is_sharded(module.get_param()):
-        return "divided over processes by FSDP or ZeRO-3"
-    return None
 
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:

@@ -51,7 +51,7 @@ LOW_RANK_ATTENTION = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 4,
 }
-# DeepSeek's first layer has no experts; gpt-oss' matrices are square where only the other ones show how all are stored.
+# DeepSeek's first layer has no experts; gpt-oss' down_proj is square, and only gate_up_proj shows how both are stored.
 FAMILIES = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, moe_intermediate_size=12, num_experts=4)),
@@ -70,14 +70,12 @@ FAMILIES = {
         Llama4TextConfig(**{**SIZES, "num_experts_per_tok": 1}, intermediate_size_mlp=24, num_local_experts=4)
     ),
     "gpt_oss": lambda: GptOssForCausalLM(
-        GptOssConfig(
-            **{**SIZES, "intermediate_size": 16}, num_local_experts=4, layer_types=["full_attention"] * 2
-        )
+        GptOssConfig(**{**SIZES, "intermediate_size": 16}, num_local_experts=4, layer_types=["full_attention"] * 2)
     ),
 }
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "router.weight"]
 LORA = {
-    **dict.fromkeys(FAMILIES, {"target_modules": "all-linear"}),
+    **{name: {"target_modules": "all-linear"} for name in FAMILIES},
     "gpt_oss": {"target_modules": "all-linear", "target_parameters": PARAMETERS},
     "llama4": {"target_modules": ["q_proj", "v_proj"], "target_parameters": PARAMETERS},
 }

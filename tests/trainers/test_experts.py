@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter, restore_adapter
-from csulora_callback.models.adapters import find_adapter
+from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter, restore_adapter
 from csulora_callback.sidecar import read_record
-from tests.helpers.experts import FAMILIES, LORA, PARAMETERS, closest, deltas, experts_pair, load, weights
+from tests.helpers.experts import FAMILIES, LORA, closest, deltas, experts_pair, load, weights
 from tests.helpers.huggingface import losses
 from tests.helpers.lab import PENALTY, RANK, assert_same, make_trainer, raw, saved, with_lora
 
