@@ -149,8 +149,9 @@ def check_inputs(layers: Mapping[str, object]) -> None:
         Traceback (most recent call last):
         ValueError: `penalty`: a data-aware one, which is the default with `probes`, measures by ...
     """
-    name = next((name for name, layer in layers.items() if isinstance(layer, Expert)), None)
-    if name is not None:
+    of_parameters = [name for name, layer in layers.items() if isinstance(layer, Expert)]
+    if of_parameters:
+        name = max(of_parameters, key=lambda name: fused_parameter(name)[1] is not None)  # an expert, if there is one
         raise ValueError(
             "`penalty`: a data-aware one, which is the default with `probes`, measures by what each module reads, but "
             f"what '{name}' reads is known only inside of its layer: it is not a module but a parameter "

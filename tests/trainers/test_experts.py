@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter, restore_adapter
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter, restore_adapter, write_report
 from csulora_callback.sidecar import read_record
+from tests.helpers.command_line import run as run_command
 from tests.helpers.experts import FAMILIES, LORA, closest, deltas, experts_pair, load, weights
 from tests.helpers.huggingface import losses
 from tests.helpers.lab import PENALTY, RANK, assert_same, make_trainer, raw, saved, with_lora
+from tests.helpers.lightning import Module, fit
 
 FAST = "mixtral"
 ALL = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
@@ -144,3 +147,81 @@ def test_peft_alone_loads_it_in_a_new_process_expanded_or_not(trained, name):
         wanted = expected(done, factor)
         assert_close({name: merged[name] - aligned[name] for name in wanted}, wanted)
         assert all(torch.equal(merged[name], aligned[name]) for name in merged.keys() - wanted.keys())
+
+
+@pytest.mark.parametrize("arguments", [{"probes": [[3, 4]] * 8}, {"probes": [[3, 4]] * 8, "target": 0.9}])
+def test_a_data_aware_penalty_is_refused_before_training_with_what_helps(tmp_path, arguments):
+    pair = experts_pair(tmp_path, FAST)
+    with pytest.raises(
+        ValueError, match=r"down_proj\[0\]' reads is known only inside.*Pass penalty=Penalty.guard\(10"
+    ):
+        run(pair, tmp_path / "out", [CSULoRACallback(pair[0], **arguments)])
+    assert not any((tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_probes_measure_and_a_target_is_found_with_weights_alone(tmp_path, target):
+    pair = experts_pair(tmp_path, FAST)
+    probes = [[0, 3 + i, 4 + 2 * i % 20, *range(5, 5 + i % 3)] for i in range(10)]
+    penalty = Penalty.guard(10.0) if target is None else Penalty.guard
+    runs = {}
+    for kind in ("without", "with"):
+        callbacks = [CSULoRACallback(pair[0], rank=RANK, penalty=penalty, probes=probes, target=target)]
+        runs[kind] = run(pair, tmp_path / kind, callbacks if kind == "with" else ())
+    assert losses(runs["with"]) == losses(runs["without"])
+    said = read_record(tmp_path / "with/checkpoint-4")
+    assert said["penalty"]["name"] == "guard"
+    kept = [
+        record["csulora/refusal_kept"] for record in runs["with"].state.log_history if "csulora/refusal_kept" in record
+    ]
+    assert len(kept) == 2
+    assert all(0 <= share <= 1 for share in kept)
+
+
+class InLightning(Module):
+    def build(self) -> None:
+        self.network = with_lora(load(self.aligned), **LORA[FAST])
+
+
+@pytest.mark.slow
+def test_lightnings_checkpoints_hold_the_same_correction_and_go_on_exactly(tmp_path):
+    pair = experts_pair(tmp_path, FAST)
+    seen = {}
+    for kind in ("without", "with", "resumed"):
+        saving = ModelCheckpoint(tmp_path / kind, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        callbacks = [] if kind == "without" else [CSULoRACallback(pair[0], rank=RANK, penalty=PENALTY)]
+        start = tmp_path / "with/step=4.ckpt" if kind == "resumed" else None
+        seen[kind] = fit(pair, tmp_path, [*callbacks, saving], InLightning(pair[1]), ckpt_path=start).losses
+    assert seen["with"] == seen["without"]
+    assert seen["resumed"] == seen["with"][-len(seen["resumed"]) :]
+    for step in (4, 8):
+        adapter = tmp_path / f"with/step={step}.adapter"
+        names = sorted(read_record(adapter)["modules"])
+        subspace = SafetySubspace.estimate(*pair, names, rank=RANK, progress=False)
+        made = correct_adapter(adapter, subspace, tmp_path / f"again at {step}", PENALTY)
+        assert_same(saved(made.output), saved(adapter))
+    assert_same(saved(tmp_path / "resumed/step=8.adapter"), saved(tmp_path / "with/step=8.adapter"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "llama4"])  # of the latter ranks do not tell
+def test_the_command_line_takes_experts_from_both_checkpoints(trained, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = trained(name)
+    adapter, file = done.folder / "without/checkpoint-4", tmp_path / "whole.safetensors"
+    assert run_command("subspace", *done.pair, "-o", file)[0] == 0
+    seen = []
+    for source in (["--base", done.pair[0]], ["--subspace", file]):
+        status, shown, error = run_command("inspect", adapter, *source)
+        assert status == 0, error
+        assert "gate_up_proj[*]" in shown
+        output = tmp_path / source[0].strip("-")
+        status, _, error = run_command("correct", adapter, "-o", output, "--penalty", "guard", *source)
+        assert status == 0, error
+        seen.append(saved(output))
+    assert_same(*seen)
+    status, shown, error = run_command("inspect", output, "--subspace", file)
+    assert status == 0, error
+    write_report(output, tmp_path / "report.html")
+    assert "gate_up_proj[*]" in (tmp_path / "report.html").read_text()
