@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,22 +69,28 @@ def with_experts(stored: Stored, folder: Path, names: Iterable[str], trained: La
 
 
 def with_all_experts(stored: Stored, folder: Path) -> Stored:
-    """What a folder holds with all experts that its model has, in place of what they are made of."""
+    """What a folder holds with all experts that its model has, in place of what they are made of.
+
+    Where there are some, other modules have the names that transformers loads them under, too.
+    """
     # Modules that are numbered within a layer, or three-dimensional tensors: others are no experts.
     if not any(
         len(shape) == 3 or sum(part.isdigit() for part in name.split(".")) > 1 for name, shape in stored.shapes.items()
     ):
         return stored
     try:
-        found = all_experts(folder, stored.shapes)
+        found, loaded = all_experts(folder, stored.shapes)
     except Exception:  # of a config that is missing or broken in one of many ways
         return stored
     told = {parameter: fused for parameter, fused in found.items() if fused is not None}
     experts: dict[str, _Expert] = {}
     for parameter, fused in told.items():
         experts |= _experts(fused, parameter, range(fused.experts), stored)
+    called: dict[str, Collection[str]] = {
+        key: [name] for name, keys in loaded.items() if len(keys) == 1 for key in keys
+    }
     sources = {key for fused in told.values() for held in fused.sources.values() for key in held}
-    return _with(stored, experts).renamed(dict.fromkeys(sources, ()))
+    return _with(stored, experts).renamed(called | dict.fromkeys(sources, ()))
 
 
 def _only(parameter: str, candidates: list[Fused | None], source: str) -> Fused | None:

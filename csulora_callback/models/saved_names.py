@@ -89,6 +89,9 @@ def _parameters_at(
         ]
         if None not in counts and len({count for count in counts if count > 1}) <= 1:
             readings.append([_modules(path, kind, count) for kind, count in zip(chosen, counts, strict=True)])
+    # One expert alone is hardly any mixture: a matrix is its module's weight, where it may be. Without such a module in
+    # the subspace it is refused later on.
+    readings = [reading for reading in readings if path in reading[0]] or readings
     if names is not None:
         order = [name for name in names if any(name in own for reading in readings for own in reading)]
         readings = [reading for reading in readings if [name for own in reading for name in own] == order]
@@ -100,9 +103,9 @@ def _parameters_at(
             if all(_fits(pair, own, there) for pair, own in zip(wrappers, reading, strict=True))
         ]
     if len(readings) != 1:
-        of = " and ".join(map(repr, sorted(targeted))) or "none in target_parameters"
+        of = " or ".join(map(repr, sorted(targeted))) or "none in target_parameters"
         raise ValueError(
-            f"`adapter`: the factors of '{path}' are of its parameters ({of}), and which are whose cannot be told "
+            f"`adapter`: the factors of '{path}' are of parameters of it ({of}), and which are whose cannot be told "
             "from the adapter's files. Pass a subspace or checkpoints with experts of the shapes that the model has, "
             "or load the model with the adapter, and correct it by SafetyCorrector(model, subspace, penalty).apply()."
         )

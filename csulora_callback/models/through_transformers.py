@@ -70,11 +70,19 @@ def stored_experts(
     return {name: its for name, its in found.items() if its}
 
 
-def all_experts(folder: Path, shapes: Shapes) -> dict[str, Fused | None]:
-    """Of every fused parameter of the model that a folder names; raises as :func:`stored_names` does."""
+def all_experts(folder: Path, shapes: Shapes) -> tuple[dict[str, Fused | None], dict[str, set[str]]]:
+    """Of the model that a folder names every fused parameter, and the keys of all modules that are stored as they are.
+
+    Raises:
+        Exception: as :func:`stored_names`.
+    """
     config = _config(folder)
     kind = _architecture(config)
-    return {} if kind is None else fused_parameters(Part("", kind, config).empty, shapes)
+    if kind is None:
+        return {}, {}
+    whole = Part("", kind, config)
+    fused = fused_parameters(whole.empty, shapes)
+    return fused, whole.loaded(shapes) if fused else {}
 
 
 def load_through_transformers(folder: Path, trained: Layout | None = None) -> tuple[nn.Module, set[str]]:

@@ -53,6 +53,13 @@ def test_one_parameter_needs_no_telling(tmp_path):
     assert_told(SavedAdapter.read(tmp_path), adapter)
 
 
+def test_a_matrix_is_the_weight_of_its_module_also_where_other_names_end_alike(tmp_path):
+    adapter = saved(
+        tmp_path, target_modules=[], target_parameters=["up", "down", "linear.weight"], rank_pattern={"up": 4}
+    )
+    assert_told(SavedAdapter.read(tmp_path), adapter)
+
+
 def test_ranks_tell(tmp_path):
     adapter = saved(tmp_path, "gate", "up", rank_pattern={"gate": 4}, alpha_pattern={"up": 5})
     assert_told(SavedAdapter.read(tmp_path), adapter)
@@ -66,7 +73,7 @@ def test_shapes_tell(tmp_path):
 @pytest.mark.parametrize("stored", [None, shapes(Model()), lambda names, config: {}])
 def test_what_cannot_be_told_is_refused_by_name(tmp_path, stored):
     saved(tmp_path, "gate", "up")
-    with pytest.raises(ValueError, match=r"'experts' are of its parameters \('gate' and 'up'\), and which are whose"):
+    with pytest.raises(ValueError, match=r"'experts' are of parameters of it \('gate' or 'up'\), and which are whose"):
         SavedAdapter.read(tmp_path, stored)
 
 
