@@ -89,7 +89,7 @@ def _parameters_at(
         ]
         if None not in counts and len({count for count in counts if count > 1}) <= 1:
             readings.append([_modules(path, kind, count) for kind, count in zip(chosen, counts, strict=True)])
-    # One expert alone is hardly any mixture: a matrix is its module's weight, where it may be. Without such a module in
+    # One expert alone is hardly a mixture: a matrix is its module's weight, where it may be. Without such a module in
     # the subspace it is refused later on.
     readings = [reading for reading in readings if path in reading[0]] or readings
     if names is not None:
