@@ -13,6 +13,7 @@ from csulora_callback.model_card import CARD
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside, adapter_folder
 from csulora_callback.models.saved_adapter import SavedAdapter
+from csulora_callback.models.saved_names import ShapesOf
 from csulora_callback.models.weight_files import fetch_adapter
 from csulora_callback.sidecar import FOLDER, RAW, RECORD, NotPublishedError, Sidecar, read_record
 
@@ -97,12 +98,20 @@ class RawAdapter:
             return cls(folder, folder, None, root / CARD)
         return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar, place / CARD)
 
+    def read(self, stored: ShapesOf | None = None) -> SavedAdapter:
+        """What lies in the folder, see :meth:`SavedAdapter.read`, which raises where it cannot be corrected."""
+        return SavedAdapter.read(self.folder, stored, None if self.sidecar is None else list(self.sidecar.raw))
 
-def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
+
+def read_states(root: Path, stored: ShapesOf | None = None) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
     """What can be looked at of the adapter in a folder: its layers, factors by state, and its record if it has one.
 
     The states are ``adapter`` alone, where it was never corrected; ``raw`` and ``corrected``; or, with a log line,
     ``corrected`` alone, where it was published without its raw adapter.
+
+    Args:
+        root: the folder.
+        stored: see :meth:`SavedAdapter.read`.
 
     Raises:
         FileNotFoundError: as :meth:`RawAdapter.find` and :meth:`SavedAdapter.read` do.
@@ -114,9 +123,9 @@ def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | No
         logger.info("%s", error)
         place = sidecar_place(root)
         record = read_record(place)
-        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]))
+        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]), names=list(record["modules"]))
         return saved, {"corrected": saved.factors}, record
-    saved = SavedAdapter.read(source.folder)
+    saved = source.read(stored)
     if source.sidecar is None:
         return saved, {"adapter": saved.factors}, None
     states = {"raw": saved.factors}

@@ -22,6 +22,7 @@ from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
@@ -221,10 +222,12 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started, processes = time.perf_counter(), Processes.all()
         adapter = find_adapter(model)
+        penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
+        if penalty.on_probes is not None:
+            check_inputs(adapter.layers)
         subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
-        penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
         probes = self._watch(adapter, penalty, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(model, subspace, penalty, activations)

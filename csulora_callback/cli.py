@@ -7,12 +7,14 @@ The exit status is 0, 1 where something failed or a file is not what it should b
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from peft import LoraConfig
 
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder, read_states
 from csulora_callback.cli_options import (
@@ -28,10 +30,10 @@ from csulora_callback.cli_options import (
 )
 from csulora_callback.cli_screen import EXAMPLES as SCREEN_EXAMPLES
 from csulora_callback.cli_screen import screen
-from csulora_callback.inspection import inspect_adapter
+from csulora_callback.inspection import inspect_adapter, stored_shapes
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.named import checkpoint_named, model_named
+from csulora_callback.models.named import aligned_under, checkpoint_named, model_named
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
@@ -142,9 +144,11 @@ def inspect(
         "`--aligned`: expected it beside --base only. Leave it out.",
     )
     with working():
-        saved, states, record = read_states(find_adapter_folder(adapter))
+        found = None if subspace is None else SafetySubspace.load(subspace)
+        stored = partial(_shapes_in, aligned) if found is None else lambda names, config: stored_shapes(found, names)
+        saved, states, record = read_states(find_adapter_folder(adapter), stored)
         pair = None if base is None else _pair(saved, base, aligned)
-        found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
+        found = _estimate(pair) if found is None else found
         seen = inspect_adapter(saved, states, found, pair)
     kept = pair is None
 
@@ -210,8 +214,8 @@ def correct(
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
         if base is not None:
-            raw = RawAdapter.find(find_adapter_folder(adapter)).folder
-            found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
+            raw = RawAdapter.find(find_adapter_folder(adapter))
+            found = _estimate(_pair(raw.read(partial(_shapes_in, aligned)), base, aligned))
         # A subspace that was just estimated from ALIGNED needs no check that it is of it.
         needed = aligned is not None and (base is None or needs_model)
         model = model_named(aligned) if needed else None
@@ -283,16 +287,13 @@ def _check_one_of(subspace: Path | None, base: str | None) -> None:
 
 
 def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
-    aligned = aligned or _named_by(adapter)
-    if not aligned:
-        raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
-    return CheckpointPair.of_modules(checkpoint_named(base), checkpoint_named(aligned), sorted(adapter.matrices))
+    return CheckpointPair.of_modules(
+        checkpoint_named(base), aligned_under(adapter.config, aligned), sorted(adapter.matrices)
+    )
 
 
-def _named_by(adapter: SavedAdapter) -> str | None:
-    """The checkpoint that the adapter's config names, with its revision on the Hub."""
-    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
-    return f"{name}@{revision}" if name and revision and not os.path.isdir(name) else name
+def _shapes_in(aligned: str | None, names: Collection[str], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    return aligned_under(config, aligned).shapes(names)
 
 
 def _estimate(pair: CheckpointPair) -> SafetySubspace:

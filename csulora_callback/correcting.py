@@ -53,6 +53,7 @@ class Correcting:
     Example:
         >>> import torch
         >>> from csulora_callback import Penalty, SafetySubspace
+        >>> from csulora_callback.models.saved_adapter import SavedLayer
         >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
         >>> from csulora_callback.models.saved_adapter import SavedLayer

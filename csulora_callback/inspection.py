@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -86,6 +86,18 @@ def recorded_inspections(record: Mapping) -> dict[str, Inspection]:
     }
 
 
+def stored_shapes(subspace: SafetySubspace, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """The shapes in which checkpoints store the weights of these modules, of those that a subspace has.
+
+    Example:
+        >>> from torch import nn
+        >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+        >>> stored_shapes(SafetySubspace.estimate(base, aligned, progress=False), ["0", "1"])
+        {'0': (6, 8)}
+    """
+    return {name: (len(subspace[name].U), len(subspace[name].V)) for name in names if name in subspace}
+
+
 def inspect_adapter(
     adapter: SavedAdapter,
     states: Mapping[str, Factors],
@@ -123,7 +135,7 @@ def inspect_adapter(
             raise ValueError(
                 f"`adapter`: expected finite factors, but the {state} ones in {adapter.folder} hold NaN or Inf."
             )
-    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
+    stored = stored_shapes(subspace, adapter.factors)
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
     for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
         basis = oriented_basis(subspace, name, layer)

@@ -15,12 +15,14 @@ from csulora_callback import model_card
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting, Rank
+from csulora_callback.inspection import stored_shapes
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
+from csulora_callback.models.slots import join_all, split_all
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder
 from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
@@ -118,7 +120,8 @@ def correct_adapter(
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
-    saved = SavedAdapter.read(source.folder)
+    subspace = _opened(subspace)
+    saved = source.read(lambda names, config: stored_shapes(subspace, names))
     if not all_finite(saved.factors):
         raise ValueError(
             f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an "
@@ -126,7 +129,6 @@ def correct_adapter(
         )
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
-    subspace = _opened(subspace)
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
@@ -147,6 +149,7 @@ def correct_adapter(
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank, chosen)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"), texts)
+    done = done.held_as(split_all(saved.slots, join_all(saved.slots, done.corrected)))  # of experts all of one rank
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 
@@ -240,8 +243,7 @@ def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
 
 
 def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:
-    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
-    return saved.layers(saved.stored_transposed(stored))
+    return saved.layers(saved.stored_transposed(stored_shapes(subspace, saved.factors)))
 
 
 def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:
@@ -260,5 +262,6 @@ def _copy_card(card: Path, folder: Path) -> None:
 
 
 def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:
-    ranks = {name: len(factors[name][0]) for name in saved.matrices}
-    return options_for_ranks(ranks, saved.scalings, bool(saved.config.use_rslora))
+    ranks = {saved.targets[name]: len(factors[name][0]) for name in saved.matrices}
+    scalings = {saved.targets[name]: saved.scalings[name] for name in saved.matrices}
+    return options_for_ranks(ranks, scalings, bool(saved.config.use_rslora))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
+from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.known_inputs import known_inputs
 from csulora_callback.models.parts import AdaptedLayer
 from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
@@ -131,6 +132,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         >>> query.shape, query is key  # they get the same input
         (torch.Size([5, 8]), True)
     """
+    check_inputs(adapter.layers)
     rows = [row for row in rows if len(row)]
     if not rows:
         return {}

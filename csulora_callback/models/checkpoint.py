@@ -9,8 +9,8 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.fused_reading import with_all_experts, with_experts
+from csulora_callback.models.in_memory import is_divided, weights_in
 from csulora_callback.models.layout import Layout, by_stored_name
-from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
-from csulora_callback.models.sharding import full_shape, gather, is_sharded
+from csulora_callback.models.stored import Reader, Stored
 from csulora_callback.models.through_transformers import load_through_transformers, stored_names
-from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
+from csulora_callback.models.weight_files import fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Checkpoint:
     """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
+
+    Experts of a three-dimensional weight are modules of their own: ``experts.up_proj[7]`` is what lies at 7 in it.
 
     Made by :func:`open_checkpoint`.
 
@@ -52,16 +54,13 @@ class Checkpoint:
     def __init__(
         self,
         source: str,
-        readers: Readers,
-        shapes: Shapes,
-        files: Files | None = None,
-        quantized: Quantized | None = None,
+        stored: Stored,
         folder: Path | None = None,
         collective: bool = False,
         layout: Layout | None = None,
     ) -> None:
         self.source, self.collective, self.layout = source, collective, layout
-        self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
+        self._stored, self._shapes = stored, stored.shapes
         self._folder = folder  # where the files lie; None for a module in memory
 
     def names(self) -> list[str]:
@@ -84,7 +83,7 @@ class Checkpoint:
         found = self.named_as(names := list(names), trained)
         missing = [name for name in names if name not in found._shapes]
         if missing and self._folder is not None:
-            self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
+            self._refuse(missing[0], self._stored.packed(missing[0]))  # loading would not give it, either
             why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
             return self._through_transformers(missing[0], trained).require(names, trained)
@@ -101,16 +100,20 @@ class Checkpoint:
         Raises:
             ValueError: if several modules may be meant by a name; two of them are given.
         """
-        asked = set(names)
-        called = by_stored_name(self._candidates(sorted(asked - self._shapes.keys()), trained), asked, self.source)
-        if not called:
-            return self
+        asked, here = set(names), self
+        if self._folder is not None:
+            others = asked - self._shapes.keys()
+            here = self._holding(with_experts(self._stored, self._folder, others, trained, self.source))
+        called = by_stored_name(here._candidates(sorted(asked - here._shapes.keys()), trained), asked, self.source)
+        return here._holding(here._stored.renamed(called)) if called else here
 
-        def renamed(entries: dict[str, T]) -> dict[str, T]:
-            return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
+    def with_all_experts(self) -> Checkpoint:
+        """This checkpoint with all experts that transformers fuses on load, in place of what they are made of."""
+        return self if self._folder is None else self._holding(with_all_experts(self._stored, self._folder))
 
-        stored = map(renamed, (self._readers, self._shapes, self._files, self._quantized))
-        return Checkpoint(self.source, *stored, self._folder, self.collective, self.layout)
+    def _holding(self, stored: Stored) -> Checkpoint:
+        same = stored is self._stored
+        return self if same else Checkpoint(self.source, stored, self._folder, self.collective, self.layout)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -121,16 +124,26 @@ class Checkpoint:
         self._check(name)
         return self._shapes[name]
 
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes as stored, of those of these modules that there are by names alone."""
+        found = self.named_as(names := list(names))
+        return {name: found._shapes[name] for name in names if name in found._shapes}
+
     def dtype(self, name: str) -> torch.dtype:
         """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
-        return self.stored(name).dtype
+        return reduce(torch.promote_types, (part().dtype for part in self.parts(name)))
+
+    def parts(self, name: str) -> list[Reader]:
+        """Readers of the tensors that a module's weight is made of. Raises as :meth:`shape` does."""
+        self._check(name)
+        return self._stored.parts.get(name) or [self._stored.readers[name]]
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
         """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
         found: dict[FileState, list[str]] = {}
         for name in sorted(names):
-            if name in self._files:
-                found.setdefault(self._files[name], []).append(name)
+            for state in self._stored.files.get(name, ()):
+                found.setdefault(state, []).append(name)
         return found
 
     def in_order(self, names: Iterable[str]) -> list[str]:
@@ -153,13 +166,15 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
         self._check(name)
-        weight = self._readers[name]()
-        self._refuse(name, self._quantized.get(name) or storage(weight))
+        weight = self._stored.readers[name]()
+        self._refuse(name, self._stored.quantized.get(name) or storage(weight))
         return weight
 
     def storage(self, name: str) -> str | None:
         """How a module's weight is quantized; ``None`` if it is not, or not there."""
-        return self._quantized.get(name) or (storage(self._readers[name]()) if name in self._shapes else None)
+        return self._stored.quantized.get(name) or (
+            storage(self._stored.readers[name]()) if name in self._shapes else None
+        )
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """Of name, dtype, shape and bytes of these modules' weights.
@@ -278,20 +293,8 @@ def open_checkpoint(
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     name = str(source) if revision is None else f"{source}@{revision}"
-    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
+    return Checkpoint(name, read_folder(folder, name), folder).require(required, trained)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes, quantized, collective = {}, {}, {}, False
-    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
-        prefix, _, kind = raw.rpartition(".")
-        if kind == "weight" and ".lora_" not in raw and raw not in invented:
-            name = module_name(prefix)
-            readers[name] = lambda parameter=parameter: (
-                gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
-            )
-            shapes[name] = full_shape(parameter)
-            collective |= is_sharded(parameter)
-            if (found := storage(parameter)) is not None:
-                quantized[name] = found
-    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective, layout=Layout.of(module))
+    return Checkpoint(source, weights_in(module, invented), None, is_divided(module), Layout.of(module))

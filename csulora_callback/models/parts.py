@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from csulora_callback.models import sharding
+from csulora_callback.models.fused_experts import Expert, names_of_parameter
 from csulora_callback.models.names import bias_name, module_name
+from csulora_callback.models.quantized import layer_storage
 from csulora_callback.models.slots import BiasSlot, EmbeddingSlot, Slot
 
 
@@ -66,6 +69,11 @@ class AdaptedLayer:
         """See :class:`Layer`."""
         layer = self.module.get_base_layer()
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
+
+    @property
+    def storage(self) -> str | None:
+        """How the weight under it is quantized, ``None`` if it is not."""
+        return layer_storage(self.module.get_base_layer(), (self.shape[0], self.shape[2]))
 
 
 class AdaptedEmbedding(AdaptedLayer):
@@ -150,6 +158,10 @@ def parts_of(path: str, module: LoraLayer, adapter: str) -> Iterator[Part]:
         yield Part(EmbeddingSlot.of(name), {name: AdaptedEmbedding(module, adapter)}, module, paths)
         return
     layer, paths = AdaptedLayer(module, adapter), tuple(f"lora_{factor}.{adapter}.weight" for factor in "AB")
+    if isinstance(module, ParamWrapper):
+        names = names_of_parameter(path, module)
+        yield Part(Slot.of_parameter(names, path), dict.fromkeys(names, Expert(module, adapter)), module, paths)
+        return
     yield Part(Slot.of_linear(name), {name: layer}, module, paths)
     if module.lora_bias.get(adapter):
         yield Part(BiasSlot.of(name), {bias_name(name): AdaptedBias(layer)}, module, (f"lora_B.{adapter}.bias",))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
-from csulora_callback.models.names import owner_of_bias
+from csulora_callback.models.names import fused_parameter, owner_of_bias
 from csulora_callback.models.peft_folder import read_adapter
-from csulora_callback.models.slots import EmbeddingSlot, slots_in
+from csulora_callback.models.saved_names import ShapesOf, targets_in
+from csulora_callback.models.slots import BiasSlot, EmbeddingSlot, Slot, slots_in
 from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner, tied
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class SavedAdapter:
         config: the same as the PEFT that is installed reads it.
         factors: on the CPU, as stored.
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
-        embeddings: those of the modules that are embeddings.
+        targets: what the config's rules call each module; of experts their parameter, of biases their module.
+        slots: where PEFT keeps the factors.
     """
 
     folder: Path
@@ -54,11 +56,17 @@ class SavedAdapter:
     config: LoraConfig
     factors: Factors
     scalings: dict[str, float]
-    embeddings: frozenset[str] = frozenset()
+    targets: dict[str, str]
+    slots: list[Slot]
 
     @classmethod
-    def read(cls, folder: Path) -> SavedAdapter:
+    def read(cls, folder: Path, stored: ShapesOf | None = None, names: Collection[str] | None = None) -> SavedAdapter:
         """Read a folder with ``adapter_config.json`` and the weights.
+
+        Args:
+            folder: the folder.
+            stored: asked for shapes of weights where the files do not tell which modules the factors are of.
+            names: of the modules, in the model's order, where a record of a correction knows them.
 
         Raises:
             FileNotFoundError: if one of them is not there.
@@ -75,12 +83,14 @@ class SavedAdapter:
             >>> SavedAdapter.read(folder).scalings
             {'0': 4.0}
         """
-        options, config = _read_config(folder)
+        options, config = read_config(folder)
         check_tuner(config, "adapter")
         check_options(options)
         check_config(config, "adapter")
         state = read_adapter(folder)
-        slots = slots_in(state)
+        targets = targets_in(state, config, lambda config, name: scaling_of(config, name)[0], stored, names)
+        targets |= _beside(state, targets, folder)
+        slots = slots_in(state, targets)
         if not slots:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
@@ -88,25 +98,23 @@ class SavedAdapter:
         beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        names = [name for slot in slots for name in slot.names]
-        twice = sorted(name for name in set(names) if names.count(name) > 1)
-        if twice:
-            raise ValueError(
-                f"{folder}: expected modules to be layers or embeddings, but '{twice[0]}' has LoRA factors of both. Take "
-                "the folder from a copy."
-            )
-        factors = from_peft_state_dict(state, names, str(folder))
+        factors = from_peft_state_dict(state, list(targets), str(folder))
         _check_biases(config, factors, folder)
-        scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
-        embeddings = frozenset(slot.names[0] for slot in slots if isinstance(slot, EmbeddingSlot))
-        if embeddings and config.ensure_weight_tying:
+        scalings = {name: _scaling(config, name, target, *factors[name]) for name, target in targets.items()}
+        saved = cls(folder, options, config, factors, scalings, targets, slots)
+        if saved.embeddings and config.ensure_weight_tying:
             raise tied("adapter")
-        return cls(folder, options, config, factors, scalings, embeddings)
+        return saved
 
     @property
     def matrices(self) -> Factors:
         """The factors of modules, without those of their biases: what changed in alignment."""
         return {name: pair for name, pair in self.factors.items() if owner_of_bias(name) is None}
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Those of the modules that are embeddings."""
+        return [slot.names[0] for slot in self.slots if isinstance(slot, EmbeddingSlot)]
 
     def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
         """Its layers, with the orientation that each weight is stored in."""
@@ -128,23 +136,43 @@ class SavedAdapter:
         Raises:
             ValueError: if that of a square module cannot be told.
         """
-        said, shown, square = bool(self.config.fan_in_fan_out), {}, []
-        for name, (A, B) in self.matrices.items():
-            if name in self.embeddings:
+        said, found = bool(self.config.fan_in_fan_out), {}
+        for module, names in self._stored_alike().items():
+            shown, square = {}, []
+            for name in names:
+                A, B = self.factors[name]
+                if len(B) == A.shape[1]:
+                    square.append(name)
+                elif name in stored:
+                    shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
+            against = [name for name in shown if shown[name] != said]
+            if module is not None and shown:  # PEFT refuses the option for parameters: only shapes tell
+                found |= dict.fromkeys(names, next(iter(shown.values())))
+            elif square and (against or module is not None):
+                why = (
+                    "no other parameter of its module shows it"
+                    if module is not None
+                    else (f"{CONFIG_NAME} says fan_in_fan_out={said}, and '{against[0]}' is stored the other way")
+                )
+                raise ValueError(
+                    f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
+                    f"transformers' Conv1D does, cannot be told from files: {why}. Load the model with the adapter, "
+                    "and correct it by SafetyCorrector(model, subspace, penalty).apply()."
+                )
+            else:
+                found |= {**dict.fromkeys(names, said), **shown}
+        return {**found, **dict.fromkeys(self.embeddings, True)}
+
+    def _stored_alike(self) -> dict[str | None, list[str]]:
+        """The experts by the module that they are in, which stores all of them alike; all other modules."""
+        groups: dict[str | None, list[str]] = {}
+        embeddings = set(self.embeddings)
+        for name in self.matrices:
+            if name in embeddings:
                 continue
-            if len(B) == A.shape[1]:
-                square.append(name)
-            elif name in stored:
-                shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
-        against = [name for name in shown if shown[name] != said]
-        if square and against:
-            raise ValueError(
-                f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
-                f"transformers' Conv1D does, cannot be told from files: {CONFIG_NAME} says fan_in_fan_out={said}, and "
-                f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
-                "SafetyCorrector(model, subspace, penalty).apply()."
-            )
-        return {**dict.fromkeys(self.matrices, said), **shown, **dict.fromkeys(self.embeddings, True)}
+            is_expert = fused_parameter(name)[1] is not None
+            groups.setdefault(self.targets[name].rpartition(".")[0] if is_expert else None, []).append(name)
+        return groups
 
 
 def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
@@ -192,7 +220,13 @@ def options_for_ranks(ranks: Mapping[str, int], scalings: Mapping[str, float], u
     }
 
 
-def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
+def read_config(folder: Path) -> tuple[dict, PeftConfig]:
+    """An adapter's config, as it is stored and as the PEFT that is installed reads it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is corrupt.
+    """
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}. Fetch it again."
@@ -207,11 +241,25 @@ def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
         ) from error
 
 
-def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> float:
-    owner = owner_of_bias(name)
-    if owner is not None:
-        return scaling_of(config, owner)[1]
-    r, scaling = scaling_of(config, name)
+def _beside(state: Mapping[str, Tensor], targets: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What PEFT calls the modules of embeddings and biases in a file, by their names."""
+    found = {}
+    for slot in slots_in(state):
+        (name,) = slot.names
+        if isinstance(slot, EmbeddingSlot) and name in targets:
+            raise ValueError(
+                f"{folder}: expected modules to be layers or embeddings, but '{name}' has LoRA factors of both. Take "
+                "the folder from a copy."
+            )
+        if isinstance(slot, EmbeddingSlot | BiasSlot):
+            found[name] = owner_of_bias(name) or name
+    return found
+
+
+def _scaling(config: LoraConfig, name: str, target: str, lora_A: Tensor, lora_B: Tensor) -> float:
+    r, scaling = scaling_of(config, target)
+    if owner_of_bias(name) is not None:
+        return scaling
     if not len(lora_A) == lora_B.shape[1] == r:
         raise ValueError(
             f"`adapter`: expected factors of rank {r} for module '{name}', as {CONFIG_NAME} says, but got "

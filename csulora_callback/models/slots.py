@@ -7,12 +7,13 @@ one module. Where PEFT stores something else, a slot says how factors are made o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from csulora_callback.models.names import bias_name, module_name, owner_of_bias
+from csulora_callback.models.fused_experts import by_parameter, join_experts, split_experts
+from csulora_callback.models.names import bias_name, fused_parameter, module_name, owner_of_bias
 
 Factors = dict[str, tuple[Tensor, ...]]
 """By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``."""
@@ -44,6 +45,18 @@ class Slot:
     def of_linear(cls, name: str) -> Slot:
         """That of LoRA on a layer, by the module's name."""
         return cls((name,), tuple(f"{_PREFIX}{name}{end}" for end in _LINEAR))
+
+    @classmethod
+    def of_parameter(cls, names: Sequence[str], path: str) -> Slot:
+        """That of LoRA on a parameter, by the names of its modules and the path of PEFT's wrapper in a model.
+
+        Example:
+            >>> Slot.of_parameter(["experts.up[0]"], "base_model.model.experts.base_layer").keys[0]
+            'base_model.model.experts.base_layer.lora_A.weight'
+        """
+        kind = cls if fused_parameter(names[0])[1] is None else FusedSlot
+        where = module_name(path) + ".base_layer" * path.split(".").count("base_layer")
+        return kind(tuple(names), tuple(f"{_PREFIX}{where}{end}" for end in _LINEAR))
 
     def split(self, tensors: Sequence[Tensor]) -> Factors:
         """The factors of its modules out of its tensors; without copies where that goes."""
@@ -116,29 +129,77 @@ def slot_named(name: str) -> Slot:
     return Slot.of_linear(name) if owner is None else BiasSlot.of(owner)
 
 
+class FusedSlot(Slot):
+    """The two factors of all experts of a fused weight, see :mod:`~csulora_callback.models.fused_experts`.
+
+    Example:
+        >>> import torch
+        >>> slot = FusedSlot(("up[0]", "up[1]"), ("A", "B"))
+        >>> factors = slot.split([torch.arange(4.0)[:, None], torch.arange(4.0)[None]])
+        >>> factors["up[1]"]
+        (tensor([[2.],
+                [3.]]), tensor([[1., 3.]]))
+        >>> [tensor.flatten().tolist() for tensor in slot.join(factors)]
+        [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]]
+    """
+
+    def split(self, tensors: Sequence[Tensor]) -> Factors:
+        """See :class:`Slot`: views."""
+        return dict(zip(self.names, split_experts(*tensors, experts=len(self.names)), strict=True))
+
+    def join(self, factors: Factors) -> list[Tensor]:
+        """See :class:`Slot`; where ranks differ, all get the largest."""
+        return list(join_experts([factors[name] for name in self.names]))
+
+
+_KINDS = (Slot, _LINEAR), (EmbeddingSlot, _EMBEDDING), (BiasSlot, _BIAS)
+
+
 def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[Slot]:
     """The slots of a PEFT adapter file that hold factors, by the keys in it. Of a damaged file not all may be there.
 
     Args:
         keys: all of the file.
-        names: of the modules whose factors are looked for, in the order of the model that they are of; all by default.
+        names: of the modules whose factors are looked for, in the order of the model that they are of; by default all
+            but experts of fused weights, whose names the keys do not tell.
 
     Example:
         >>> slots_in([f"base_model.model.q_proj.lora_{factor}.weight" for factor in "AB"])[0].names
         ('q_proj',)
     """
-    found: dict[Slot, dict[str, str]] = {}  # of each the keys that it has in the file, by those that it would have
+    found: dict[tuple[type[Slot], str], dict[int, str]] = {}  # by kind and prefix, its keys by their places
     for key in keys:
-        for ends, kind in (_LINEAR, Slot.of_linear), (_EMBEDDING, EmbeddingSlot.of), (_BIAS, BiasSlot.of):
+        for kind, ends in _KINDS:
             for place, end in enumerate(ends):
                 if key.endswith(end):
-                    slot = kind(module_name(key.removesuffix(end)))
-                    found.setdefault(slot, {})[slot.keys[place]] = key
-    return [
-        replace(slot, keys=tuple(there.get(key, key) for key in slot.keys))
-        for slot, there in found.items()
-        if names is None or slot.names[0] in names
-    ]
+                    found.setdefault((kind, key.removesuffix(end)), {})[place] = key
+    wrapped = [prefix for kind, prefix in found if kind is Slot]
+    held = {prefix: (module_name(prefix),) for prefix in wrapped} if names is None else _held(wrapped, names)
+    slots = []
+    for (kind, prefix), there in found.items():
+        own = held.get(prefix) if kind is Slot else kind.of(module_name(prefix)).names
+        if not own or (names is not None and own[0] not in names):
+            continue
+        kept = kind if fused_parameter(own[0])[1] is None else FusedSlot
+        slots.append(kept(own, tuple(there.get(place, prefix + end) for place, end in enumerate(dict(_KINDS)[kind]))))
+    return slots
+
+
+def _held(prefixes: Sequence[str], names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Of each prefix of keys the modules whose factors lie there.
+
+    PEFT wraps a module anew for each of its parameters, the last one outermost. So does the order of names go, which
+    is that of a live model, or of a record that was written of one.
+    """
+    nested: dict[str, list[str]] = {}
+    for prefix in sorted(prefixes, key=len):
+        nested.setdefault(module_name(prefix), []).append(prefix)
+    held: dict[str, tuple[str, ...]] = {}
+    for parameter, own in by_parameter(name for name in names if owner_of_bias(name) is None).items():
+        path = parameter if parameter in nested else parameter.rpartition(".")[0]
+        if nested.get(path):
+            held[nested[path].pop(0)] = own
+    return held
 
 
 def split_all(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> Factors:

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from csulora_callback.models.names import module_name
+from csulora_callback.models.sharding import full_shape
 
 # Initializations that leave the base weights alone, so that s·B·A is the update relative to the aligned model. The
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
@@ -38,7 +39,6 @@ _OPTIONS = {
     "use_dora": "DoRA scales each row of the whole weight to a trained length. Train with use_dora=False.",
     "modules_to_save": _MODULES_TO_SAVE,
     "trainable_token_indices": _TRAINABLE_TOKENS,
-    "target_parameters": "Leave that option out, and name modules in target_modules.",
     **dict.fromkeys(
         (
             "alora_invocation_tokens",
@@ -128,8 +128,13 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         if module.get_base_layer().max_norm is not None:
             kind = "LoRA on an embedding with max_norm, which rescales weight and factors in every forward pass,"
             raise _unsupported(name, kind, "Leave it out of target_modules, or make it with max_norm=None.")
-    elif isinstance(module, ParamWrapper):
-        raise _unsupported(name, "target_parameters", "Leave that option out, and name modules in target_modules.")
+    elif (
+        isinstance(module, ParamWrapper)
+        and module.parameter_name != "weight"
+        and len(full_shape(module.get_param())) == 2
+    ):
+        kind = f"LoRA on its parameter '{module.parameter_name}', a matrix that is not its weight,"
+        raise _unsupported(name, kind, "Leave it out of the LoraConfig's target_parameters.")
     elif adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
     if isinstance(module, MultiheadAttention):

@@ -9,7 +9,6 @@ from torch import nn
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checkpoint import Checkpoint, open_checkpoint
 from csulora_callback.models.layout import Layout
-from csulora_callback.models.quantized import layer_storage
 
 
 class NoFullPrecision(ValueError):
@@ -55,10 +54,7 @@ def weights_under(adapter: Adapter) -> nn.Module | Checkpoint:
 
 def quantized_layers(adapter: Adapter) -> dict[str, str]:
     """How the weights under an adapter are stored, by module, of those that are quantized."""
-    stored = {
-        name: layer_storage(layer.module.get_base_layer(), (layer.shape[0], layer.shape[2]))
-        for name, layer in adapter.matrices.items()
-    }
+    stored = {name: layer.storage for name, layer in adapter.matrices.items()}
     return {name: how for name, how in stored.items() if how is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +12,7 @@ from rich.text import Text
 from csulora_callback.budget import NOTE, REFUSAL
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.names import fused_parameter
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
@@ -35,7 +36,7 @@ def start_table(
     lora_ranks = [layer.shape[1] for layer in matrices.values()]
     ranks = [subspace[name].U.shape[1] for name in matrices]
     rows = {
-        "adapter": f"{corrector.adapter.name}, {len(matrices)} modules{biases}, LoRA rank {span(lora_ranks)}",
+        "adapter": f"{corrector.adapter.name}, {_modules(matrices)}{biases}, LoRA rank {span(lora_ranks)}",
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
@@ -75,6 +76,11 @@ def print_start(
             ", ".join(still[:3]),
             ", …" if len(still) > 3 else "",
         )
+
+
+def _modules(names: Collection[str]) -> str:
+    experts = sum(fused_parameter(name)[1] is not None for name in names)
+    return f"{len(names)} modules{f' ({experts} of them weights of experts)' if experts else ''}"
 
 
 def _budget(budget: Mapping) -> str:

@@ -170,10 +170,6 @@ def _unsupported_models():
             lambda: get_peft_model(Convolution(), LoraConfig(target_modules=["convolution"])),
             "module 'convolution': LoRA on Conv2d",
         ),
-        "target_parameters": (
-            lora(target_modules=[], target_parameters=["q_proj.weight"]),
-            f"module '{q}': target_parameters",
-        ),
         "modules_to_save": (lora(modules_to_save=["lm_head"]), "module 'lm_head': modules_to_save"),
         "trained elsewhere": (WithHead, "module 'head.weight': a parameter trained outside the LoRA factors"),
         "bias": (lora(bias="all"), f"module '{q}.bias': a bias that is trained"),

@@ -63,7 +63,6 @@ OPTIONS = {
     "bias": "lora_only",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [3],
-    "target_parameters": ["q_proj.weight"],
     "alora_invocation_tokens": [3],
     "arrow_config": {"top_k": 3},
     "layer_replication": [[0, 2]],

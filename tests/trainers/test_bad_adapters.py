@@ -87,10 +87,6 @@ ADAPTERS = {
             "path_initial_model_for_weight_conversion='start') after it, and csulora correct plain",
         ],
     ),
-    "parameters": (
-        lora(target_modules=[], target_parameters=["q_proj.weight"]),
-        [f"module '{Q}': target_parameters is not supported", "name modules in target_modules"],
-    ),
     "a norm": (
         with_trained_norm,
         [
