@@ -74,7 +74,7 @@ class CSULoRAPlugin(BasePlugin):
                 f"another penalty, such as {SECTION}: {{penalty: guard}}."
             )
         cfg.update(dict.fromkeys(FUSED, False))
-        logger.warning("Fused LoRA kernels (%s) stay off: the penalty looks at what goes into layers.", FUSED[0])
+        logger.warning("%s stay off: the penalty looks at what goes into each layer.", ", ".join(FUSED))
 
     def get_input_args(self) -> str:
         """Where axolotl finds the plugin's keys."""
