@@ -53,7 +53,9 @@ def _named_penalty(penalty: object, strength: object, **settings: object) -> Pen
     if penalty not in FAMILIES:
         for name, given in (("strength", strength), ("target", target)):
             if given is not None:
-                raise ValueError(f"`{name}`: expected none for a projection, which has no strength, but got {given!r}.")
+                raise ValueError(
+                    f"`{name}`: expected none for a projection, which has no strength, but got {given!r}."
+                )
         return Penalty.projection()
     check_without_strength(target, strength)
     preset = FAMILIES[penalty]
