@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from axolotl.integrations.base import BasePlugin
+    from axolotl.utils.dict import DictDefault
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "axolotl":
         raise
@@ -91,11 +92,11 @@ def read_callback(cfg: Mapping[str, Any]) -> CSULoRACallback:
     Raises:
         ValueError: what the callback refuses, and a section that is missing.
     """
-    settings = cfg.get(SECTION)
+    settings = DictDefault(cfg).to_dict().get(SECTION)
     if settings is None:
         raise ValueError(f"{SECTION}: expected this section beside CSULoRAPlugin, such as base_model: org/base in it.")
     try:
-        return make_callback(settings.to_dict() if hasattr(settings, "to_dict") else settings)
+        return make_callback(settings)
     except ValueError as error:
         raise ValueError(f"{SECTION}: {error}") from None
 

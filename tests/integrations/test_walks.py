@@ -20,7 +20,8 @@ ON_A_CPU = (  # of axolotl
     "lora_mlp_kernel: false\nbf16: false\nuse_cpu: true\nsequence_len: 32\nseed: 7\nval_set_size: 0.1\neval_steps: 5\n"
 )
 SEEDED = (  # axolotl draws a fresh adapter before it seeds anything
-    "import runpy, sys, torch; torch.manual_seed(7); sys.argv.pop(0); runpy.run_module(sys.argv[0], run_name='__main__')"
+    "import runpy, sys, torch; torch.manual_seed(7); sys.argv.pop(0); "
+    "runpy.run_module(sys.argv[0], run_name='__main__')"
 )
 
 TINY_IN_SWIFT = (
