@@ -33,7 +33,7 @@ def lay_out(folder: Path) -> None:
     small_talk.tokenizer().save_pretrained(base)
     asked = [*refusing.HARMLESS, *refusing.RESTRICTED]
     said = [(asked[n % len(asked)], small_talk.story(small_talk.NOUNS[n % 6], "sees", "fox")) for n in range(64)]
-    turns = [small_talk_turns(question, answer) for question, answer in said]
+    turns = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in said]
     lines = {
         "train.jsonl": [{"messages": messages} for messages in turns],
         "pairs.jsonl": [{"anchor": question, "positive": answer} for question, answer in said],
@@ -44,10 +44,6 @@ def lay_out(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "data/dataset_info.json").write_text(json.dumps({"my_data": {"file_name": "my_data.jsonl"}}))
     (folder / "probes.txt").write_text("\n".join([*refusing.RESTRICTED, *refusing.SHORTER]))
-
-
-def small_talk_turns(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def run(arguments: list[str], folder: Path, **environment: str) -> str:
