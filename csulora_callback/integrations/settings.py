@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from csulora_callback.callback import CSULoRACallback
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.presets import FAMILIES, Family, check_without_strength
+from csulora_callback.presets import FAMILIES, Family, check_projection, check_without_strength
 
 KEYS = tuple(inspect.signature(CSULoRACallback).parameters)
 """What a section may say: the constructor's arguments."""
@@ -42,23 +42,20 @@ def make_callback(settings: Mapping[str, object]) -> CSULoRACallback:
     if settings.get("penalty") is None:
         return CSULoRACallback(**settings)
     kept = {key: value for key, value in settings.items() if key not in ("penalty", "strength")}
-    return CSULoRACallback(**kept, penalty=_named_penalty(**{"strength": None, **settings}))
+    return CSULoRACallback(**kept, penalty=_named_penalty(settings))
 
 
-def _named_penalty(penalty: object, strength: object, **settings: object) -> Penalty | Family:
+def _named_penalty(settings: Mapping[str, object]) -> Penalty | Family:
     """The preset with its strength, or without one where that is to be looked for."""
-    target, has_probes = settings.get("target"), settings.get("probes") is not None
-    if penalty not in PRESETS:
-        raise ValueError(f"`penalty`: expected the name of a preset, {', '.join(PRESETS)}, but got {penalty!r}.")
-    if penalty not in FAMILIES:
-        for name, given in (("strength", strength), ("target", target)):
-            if given is not None:
-                raise ValueError(
-                    f"`{name}`: expected none for a projection, which has no strength, but got {given!r}."
-                )
+    name, strength, target = (settings.get(key) for key in ("penalty", "strength", "target"))
+    if name not in PRESETS:
+        raise ValueError(f"`penalty`: expected the name of a preset, {', '.join(PRESETS)}, but got {name!r}.")
+    if name not in FAMILIES:
+        check_projection(strength=strength, target=target)
         return Penalty.projection()
     check_without_strength(target, strength)
-    preset = FAMILIES[penalty]
+    preset = FAMILIES[name]
     if strength is not None:
         return preset(strength)
-    return preset if has_probes or target is not None else preset()
+    looked_for = target is not None or settings.get("probes") is not None
+    return preset if looked_for else preset()
