@@ -3,12 +3,14 @@
 import logging
 
 import pytest
+from transformers import LlamaConfig
 
 from csulora_callback import aligned_answers
 from csulora_callback.aligned_answers import ANSWER, judge
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import TrainingRows
 from csulora_callback.refused_rows import RefusedRows
 from tests.helpers import small_talk
@@ -41,7 +43,8 @@ def asked(monkeypatch):
 def sampled(items: Answered) -> Texts:
     sample = TrainingRows()
     for item in items:
-        sample.offer(*(item[key][None] for key in ("input_ids", "attention_mask", "labels")))
+        given = {key: value[None] for key, value in item.items()}
+        sample.offer(TrainedBatch(given["input_ids"], given, LlamaConfig()))
     return Texts(sample.rows, [], sample.seen, sample.starts)
 
 
