@@ -147,7 +147,7 @@ class ActivationRecorder:
         Nothing happens where the model has read with these factors already, or while the live ones are corrected: what
         is measured is the raw model. Collective.
         """
-        seen = self.processes.from_first(self._sample.seen)
+        seen = self.processes.from_first(self._sample.seen + self._sample.left_out)
         if if_doubled and seen < 2 * max(self._given, 1):
             return
         held = self.adapter.held()

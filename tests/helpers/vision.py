@@ -1,0 +1,107 @@
+"""Tiny vision-language models, and training data of which some rows have an image, some several, and some none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+IMAGE = 31  # the placeholder
+SIDE = 8  # of an image, in pixels
+_TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_VISION = {"hidden_size": 16, "num_attention_heads": 2, "patch_size": 4}
+
+
+def llava(seed: int = 0) -> PreTrainedModel:
+    """LLaVA with a Llama and a CLIP tower; an image of 8 × 8 takes 4 placeholders."""
+    torch.manual_seed(seed)
+    tower = {**_VISION, "intermediate_size": 24, "num_hidden_layers": 2, "image_size": SIDE, "projection_dim": 16}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config={"model_type": "llama", **_TEXT},
+            vision_config={"model_type": "clip_vision_model", **tower},
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def qwen(seed: int = 0) -> PreTrainedModel:
+    """Qwen2-VL; an image of 2h × 2w patches takes h·w placeholders."""
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    tower = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={**_TEXT, "rope_parameters": rope},
+            vision_config={**tower, "spatial_merge_size": 2},
+            image_token_id=IMAGE,
+            video_token_id=30,
+            vision_start_token_id=29,
+            vision_end_token_id=28,
+        )
+    )
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Rows with so many images each, of random pixels, and some words around them."""
+
+    def __init__(self, images: Sequence[int], is_qwen: bool, seed: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.rows = []
+        for place, count in enumerate(images):
+            words = torch.randint(3, 28, (7 + place % 3,), generator=generator).tolist()
+            grids = [(1, 2, 2 * (1 + (place + i) % 3)) for i in range(count)]
+            ids, others = [0], {}
+            for t, h, w in grids:
+                ids += [29, *[IMAGE] * (t * h * w // 4 if is_qwen else 4), 28]
+            if is_qwen and count:
+                others["pixel_values"] = random(sum(t * h * w for t, h, w in grids), 3 * 2 * 4 * 4)
+                others["image_grid_thw"] = torch.tensor(grids)
+            elif count:
+                others["pixel_values"] = random(count, 3, SIDE, SIDE)
+            self.rows.append({"input_ids": ids + words, **others})
+        self.is_qwen = is_qwen
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """As processors of transformers do: ids are padded, and images of all rows stand one behind the other."""
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {"input_ids": torch.full((len(rows), length), 2), "attention_mask": torch.zeros(len(rows), length).long()}
+        for place, row in enumerate(rows):
+            batch["input_ids"][place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][place, : len(row["input_ids"])] = 1
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for name in ("pixel_values", "image_grid_thw"):
+            own = [row[name] for row in rows if name in row]
+            if own:
+                batch[name] = torch.cat(own)
+        if self.is_qwen:
+            batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).long()
+        return batch
