@@ -93,7 +93,8 @@ class Pictures(torch.utils.data.Dataset):
     def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """As processors of transformers do: ids are padded, and images of all rows stand one behind the other."""
         length = max(len(row["input_ids"]) for row in rows)
-        batch = {"input_ids": torch.full((len(rows), length), 2), "attention_mask": torch.zeros(len(rows), length).long()}
+        padding = torch.full((len(rows), length), 2)
+        batch = {"input_ids": padding, "attention_mask": torch.zeros_like(padding)}
         for place, row in enumerate(rows):
             batch["input_ids"][place, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             batch["attention_mask"][place, : len(row["input_ids"])] = 1

@@ -12,7 +12,9 @@ from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
 from tests.helpers.lab import TRAINING, align, assert_same, live, raw, saved
 from tests.helpers.vision import Pictures, llava, qwen
+from tests.method.test_token_space import by_hand
 
+STRENGTH = 4.0
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
 MODELS = {"llava": llava, "qwen": qwen}
 EACH_ONE = [1] * 8
@@ -63,8 +65,8 @@ def train(kind, images, output, callbacks=(), target_modules=LANGUAGE, batch=2, 
 
 
 def callback(kind, **arguments):
-    settings = {"penalty": Penalty.data_aware(4.0), "probes": PROBES, "rank": 3, "aligned_model": align(MODELS[kind]())}
-    return CSULoRACallback(base_model=MODELS[kind](), **{**settings, **arguments})
+    settings = {"penalty": Penalty.data_aware(STRENGTH), "probes": PROBES, "rank": 3, **arguments}
+    return CSULoRACallback(base_model=MODELS[kind](), **settings)
 
 
 def cosine(one, other):
@@ -113,6 +115,7 @@ def test_rows_of_which_no_one_knows_whose_images_they_are_are_left_out(tmp_path,
     assert (record["left_out_rows"], record["rows_with_inputs"]) == (4, [0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_is_bit_identical_and_a_checkpoint_is_the_correction(kind, tmp_path):
     settings = {"learning_rate": 2e-2, "save_steps": 2}
@@ -120,10 +123,18 @@ def test_training_is_bit_identical_and_a_checkpoint_is_the_correction(kind, tmp_
     without = train(kind, EACH_ONE, tmp_path / "a", **settings)
     trainer = train(kind, EACH_ONE, tmp_path / "b", [ours], **settings)
     assert_same(raw(tmp_path / "b/checkpoint-4"), saved(tmp_path / "a/checkpoint-4"))
-    assert_same(live(trainer.model), saved(tmp_path / "b/checkpoint-4"))
-    assert not torch.equal(*(next(iter(state.values())) for state in (live(trainer.model), live(without.model))))
+    corrected, trained = saved(tmp_path / "b/checkpoint-4"), raw(tmp_path / "b/checkpoint-4")
+    assert_same(live(trainer.model), corrected)
+    assert_same(live(without.model), trained)
+    seen = ours._corrector.activations
+    for name, task in seen.task.items():
+        key = f"base_model.model.{name}.lora_A.weight"
+        expected = by_hand(trained[key], task, seen.probes[name], STRENGTH, 0.1)
+        torch.testing.assert_close(corrected[key].double(), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(corrected[key], trained[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_loss_on_the_task_is_that_of_training(kind, tmp_path):
     ours = callback(kind, penalty=Penalty.guard(4.0))
@@ -137,6 +148,7 @@ def test_the_loss_on_the_task_is_that_of_training(kind, tmp_path):
     assert record["csulora/task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_modules_of_a_vision_tower_are_left_as_they_are_and_said_so(kind, tmp_path, caplog):
     target = r".*(q_proj|down_proj|qkv)" if kind == "qwen" else r".*(q_proj|down_proj)"
@@ -148,6 +160,7 @@ def test_modules_of_a_vision_tower_are_left_as_they_are_and_said_so(kind, tmp_pa
     assert changed == {name for name in corrected if "language_model" in name and "lora_A" in name}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_trains_the_same_and_does_not_read_placeholders_as_text(tmp_path, caplog):
     images, settings = [1, 0, 1, 1, 0, 1, 0, 1], {"learning_rate": 2e-2, "save_steps": 4, "batch": 1}
     train("llava", images, tmp_path / "whole", [callback("llava")], **settings)
