@@ -19,7 +19,7 @@ class Document:
     Attributes:
         row: of the batch.
         chosen: places of its tokens in the row, or a mask of them; ``None`` where it is all of the row.
-        is_packed: whether others stand in the same row.
+        is_packed: whether others may stand in the same row.
     """
 
     row: int
@@ -63,7 +63,7 @@ def documents_of(ids: Tensor, given: Mapping[str, Any]) -> list[Document]:
     mask = mask != 0 if isinstance(mask, Tensor) and mask.shape == ids.shape else None
     documents = []
     for row in range(len(ids)):
-        whole = Document(row, None if mask is None else mask[row])
+        whole = Document(row, None if mask is None else mask[row], is_packed=bool(numbers))
         cuts = _cuts([whole.of(number) for number in numbers])
         if cuts:
             places = whole.of(torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
