@@ -167,7 +167,7 @@ def _by_patches(others: Mapping[str, Any], marked: _Marked, vision: Mapping[str,
         first = 0
         for share, wanted in zip(shares, marked.counts[kind], strict=True):
             last = first
-            while sum(tokens[first:last]) < wanted:
+            while last < len(tokens) and sum(tokens[first:last]) < wanted:
                 last += 1
             if sum(tokens[first:last]) != wanted:
                 return None

@@ -44,7 +44,7 @@ def llava(seed: int = 0) -> PreTrainedModel:
 
 
 def qwen(seed: int = 0) -> PreTrainedModel:
-    """Qwen2-VL; an image of 2h × 2w patches takes h·w placeholders."""
+    """Qwen2-VL; an image of 4 × 2w patches takes 2w placeholders."""
     torch.manual_seed(seed)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     tower = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
@@ -72,7 +72,7 @@ class Pictures(torch.utils.data.Dataset):
         self.rows = []
         for place, count in enumerate(images):
             words = torch.randint(3, 28, (7 + place % 3,), generator=generator).tolist()
-            grids = [(1, 2, 2 * (1 + (place + i) % 3)) for i in range(count)]
+            grids = [(1, 4, 2 * (1 + (place + i) % 3)) for i in range(count)]
             ids, others = [0], {}
             for t, h, w in grids:
                 ids += [29, *[IMAGE] * (t * h * w // 4 if is_qwen else 4), 28]

@@ -89,15 +89,11 @@ def test_of_two_kinds_each_row_has_to_have_both():
 
 
 def test_what_belongs_to_the_only_row_of_a_batch_is_all_there_is():
-    row = rows_of([[5, 6, 7]], TEXT, pixel_values=torch.ones(4, 2), features=torch.ones(9))[0]
-    assert {name: tuple(value.shape) for name, value in row.inputs.items()} == {
-        "pixel_values": (4, 2),
-        "features": (9,),
-    }
-    mask = torch.tensor([[0, 1, 1]])
-    row = rows_of(
-        [[2, 6, 7]], TEXT, attention_mask=mask, features=torch.ones(9), token_type_ids=torch.tensor([[0, 1, 2]])
-    )[0]
+    given = {"pixel_values": torch.ones(4, 2), "features": torch.ones(9)}
+    row = rows_of([[5, 6, 7]], TEXT, **given)[0]
+    assert {name: value.shape for name, value in row.inputs.items()} == {"pixel_values": (4, 2), "features": (9,)}
+    mask, types = torch.tensor([[0, 1, 1]]), torch.tensor([[0, 1, 2]])
+    row = rows_of([[2, 6, 7]], TEXT, attention_mask=mask, token_type_ids=types, **given)[0]
     assert (row.ids, row.inputs["token_type_ids"].tolist()) == ([6, 7], [[1, 2]])
     # This one may have a line for each token, of which one is gone.
     assert rows_of([[2, 6, 7]], TEXT, attention_mask=mask, marks=torch.ones(1, 3)).left_out == 1
@@ -139,6 +135,7 @@ def test_positions_of_images_are_kept_with_them():
 
 
 PACKED = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+FLAT = [[token for document in PACKED for token in document]]
 SIGNS = {
     "positions": {"position_ids": [[0, 1, 2, 0, 1, 0, 1, 2, 3]]},
     "positions from two on": {"position_ids": [[2, 3, 4, 2, 3, 2, 3, 4, 5]]},
@@ -151,7 +148,7 @@ SIGNS = {
 @pytest.mark.parametrize("signs", SIGNS)
 def test_packed_documents_are_rows(signs):
     given = {name: torch.tensor(value) for name, value in SIGNS[signs].items()}
-    assert ids_of(rows_of([sum(PACKED, [])], **given)) == PACKED
+    assert ids_of(rows_of(FLAT, **given)) == PACKED
 
 
 def test_what_is_padded_behind_packed_documents_is_none():
@@ -174,8 +171,9 @@ def test_padding_on_the_left_is_not_a_document():
 def test_the_prompt_of_a_packed_document_is_what_stands_before_its_answer():
     labels = torch.tensor([[-100, -100, 7, -100, 9, -100, 11, 12, 13]])
     positions = torch.tensor(SIGNS["positions"]["position_ids"])
-    assert [row.start for row in rows_of([sum(PACKED, [])], labels=labels, position_ids=positions)] == [2, 0, 0]
-    assert rows_of([[8, 9]], labels=torch.tensor([[-100, 9]]))[0].start == 1  # a row of its own may have such a prompt
+    assert [row.start for row in rows_of(FLAT, labels=labels, position_ids=positions)] == [2, 0, 0]
+    alone = {"labels": torch.tensor([[-100, 9]]), "position_ids": torch.tensor([[0, 1]])}
+    assert rows_of([[8, 9]], **alone)[0].start == 0
 
 
 def test_only_rows_that_are_wanted_count():

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from csulora_callback import CSULoRACallback, Penalty
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
 from tests.helpers.lab import TRAINING, align, assert_same, live, raw, saved
-from tests.helpers.vision import Pictures, llava, qwen
+from tests.helpers.vision import IMAGE, Pictures, llava, qwen
 from tests.method.test_token_space import by_hand
 
 STRENGTH = 4.0
@@ -107,7 +107,7 @@ def test_rows_of_which_no_one_knows_whose_images_they_are_are_left_out(tmp_path,
     with caplog.at_level(logging.WARNING):
         trainer, _ = run("llava", images, tmp_path, train_sampling_strategy="sequential")
     texts = trainer.csulora.activations.texts
-    assert [row.count(31) for row in texts.task] == [4, 4, 0, 0]
+    assert [row.count(IMAGE) for row in texts.task] == [4, 4, 0, 0]
     assert sorted(texts.inputs) == [0, 1]
     assert (texts.seen, texts.left_out) == (4, 4)
     assert caplog.text.count("rows of training data are not in the sample") == 1
@@ -174,5 +174,26 @@ def test_a_resumed_run_trains_the_same_and_does_not_read_placeholders_as_text(tm
     texts = ours._corrector.activations.texts
     assert texts.seen == 8
     assert set(texts.unreadable) == set(kept.inputs)
-    assert not any(31 in row and not own for row, _, own in zip(*texts.counted, strict=True))
+    assert not any(IMAGE in row and not own for row, _, own in zip(*texts.counted, strict=True))
     assert "sampled rows came with images or audio, which checkpoints do not hold" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_after_training_rows_that_had_images_are_not_read(kind, tmp_path, caplog):
+    base, aligned = tmp_path / "base", tmp_path / "aligned"
+    MODELS[kind]().save_pretrained(base)
+    align(MODELS[kind]()).save_pretrained(aligned)
+    images, settings = [1, 0, 1, 1, 0, 1, 0, 1], {"learning_rate": 2e-2, "batch": 1}
+    trainer = train(kind, images, tmp_path / "run", [callback(kind)], **settings)
+    checkpoint = tmp_path / "run/checkpoint-8"
+    subspace = SafetySubspace.estimate(base, aligned, list(find_adapter(trainer.model).layers), rank=3, progress=False)
+    penalty, again = Penalty.data_aware(STRENGTH), tmp_path / "again"
+    with caplog.at_level(logging.WARNING):
+        correct_adapter(checkpoint, subspace, again, penalty, aligned_model=aligned)
+    assert "5 of 8 rows of the task came with images or audio" in caplog.text
+    texts = [row for row in Sidecar.load(checkpoint).texts.task if IMAGE not in row]
+    given = {"aligned_model": aligned, "probes": PROBES, "task": texts}
+    correct_adapter(checkpoint, subspace, tmp_path / "texts", penalty, **given)
+    assert_same(saved(again), saved(tmp_path / "texts"))
+    assert not torch.equal(*(next(iter(saved(folder).values())) for folder in (again, checkpoint)))
