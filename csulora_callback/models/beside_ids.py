@@ -79,7 +79,8 @@ def cut_inputs(
         return [Cut(length, {})] * len(documents)
     tokenwise = {name: others.pop(name) for name in _TOKENWISE if name in others}
     marked = _Marked.of([document.of(ids) for document in documents], placeholders_of(config))
-    shares = _shares(others, marked, len(ids), config.to_dict().get("vision_config"))
+    is_row_by_row = [document.row for document in documents] == list(range(len(ids)))
+    shares = _shares(others, marked, is_row_by_row, config.to_dict().get("vision_config"))
     if others and isinstance(given.get("position_ids"), Tensor):
         tokenwise["position_ids"] = given["position_ids"]
     return [
@@ -139,7 +140,7 @@ class _Marked:
 
 
 def _shares(
-    others: Mapping[str, Any], marked: _Marked, rows: int, vision: Mapping[str, Any] | None
+    others: Mapping[str, Any], marked: _Marked, is_row_by_row: bool, vision: Mapping[str, Any] | None
 ) -> Sequence[Mapping[str, Any] | None]:
     """What of the others belongs to each document."""
     count = len(marked.sizes)
@@ -148,8 +149,8 @@ def _shares(
     if count == 1:
         return [others]
     found = _by_patches(others, marked, vision)
-    if found is None and count == rows:
-        found = _by_lines(others, marked, rows)
+    if found is None and is_row_by_row:
+        found = _by_lines(others, marked, count)
     return [{} if marked.is_text(place) else found and found[place] for place in range(count)]
 
 
@@ -208,7 +209,7 @@ def _kept(
         own = (
             _of_tokens(value, document)[..., :length] if name == "position_ids" else document.of(value)[None, :length]
         )
-        if (share or name != "position_ids") and not (marked.is_text(place) and not own.any()):
+        if share or (name != "position_ids" and not (marked.is_text(place) and not own.any())):
             inputs[name] = own
     too_large = sum(value.nbytes for value in inputs.values()) > MOST_BYTES
     return None if too_large else Cut(length, inputs)

@@ -37,6 +37,7 @@ def with_all(pair):
     return with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), target_modules=TARGETS)
 
 
+@pytest.mark.slow
 def test_they_are_named_before_training_with_what_to_switch_off(pair, tmp_path):
     ours = CSULoRACallback(base_model=pair[0], rank=RANK, probes=PROBES, penalty=Penalty.data_aware(4.0))
     trainer = make_trainer(fuse_mlps(with_all(pair)), tmp_path, [ours])

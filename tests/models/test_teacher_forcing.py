@@ -179,7 +179,7 @@ def test_images_that_a_model_read_before_do_not_move_what_it_answers():
     """M-RoPE's shift by the last batch's images is remembered in the model, and would be used for the next text."""
     model, prompts = qwen().eval(), [[0, 5, 6, 7], [0, 9, 8, 4]]
     expected = greedy_answers(model, prompts, 6)
-    pictures = Pictures([3], is_qwen=True)
+    pictures = Pictures([3], "qwen")
     batch = pictures.collate(list(pictures))
     loss = model(**batch).loss
     moved = model.model.rope_deltas.clone()

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlavaConfig, Qwen2VLConfig
+from transformers import LlamaConfig, LlavaConfig, Qwen2AudioConfig, Qwen2VLConfig
 
 from csulora_callback.models import beside_ids
 from csulora_callback.models.activations import Texts, known_as_text
 from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import LENGTH, TrainedRow, TrainingRows
-from tests.helpers.vision import IMAGE, Pictures, llava, qwen
+from tests.helpers.vision import IMAGE, MODELS, Pictures, qwen
 
 TEXT = LlamaConfig()
 LLAVA = LlavaConfig(image_token_index=IMAGE)
@@ -26,7 +26,7 @@ def ids_of(batch):
 def test_a_batch_is_cut_into_what_it_was_collated_of(kind):
     """Qwen's patches by their grids, however many images a row has; LLaVA's where each row has one, in one tile."""
     images = [1, 3, 0, 2] if kind == "qwen" else [1, 1, 1]
-    data, config = Pictures(images, is_qwen=kind == "qwen"), (qwen if kind == "qwen" else llava)().config
+    data, config = Pictures(images, kind), MODELS[kind]().config
     batch = data.collate(list(data))
     ids, cut = batch.pop("input_ids"), []
     cut = rows_of(ids, config, **batch)
@@ -43,7 +43,7 @@ def test_a_batch_is_cut_into_what_it_was_collated_of(kind):
 
 
 def test_images_of_packed_documents_are_found_by_their_grids():
-    data = Pictures([2, 0, 1], is_qwen=True)
+    data = Pictures([2, 0, 1], "qwen")
     whole = [data.collate([row]) for row in data]
     packed = {name: torch.cat([batch[name] for batch in whole], 1) for name in ("input_ids", "mm_token_type_ids")}
     images = {name: torch.cat([b[name] for b in whole if name in b]) for name in ("pixel_values", "image_grid_thw")}
@@ -58,7 +58,7 @@ def test_images_of_packed_documents_are_found_by_their_grids():
 
 
 def test_grids_that_do_not_add_up_are_not_believed():
-    data = Pictures([1, 2, 0], is_qwen=True)
+    data = Pictures([1, 2, 0], "qwen")
     batch = data.collate(list(data))
     ids = batch.pop("input_ids")
     moved = {**batch, "image_grid_thw": batch["image_grid_thw"].flip(0)}
@@ -79,6 +79,15 @@ def test_lines_are_rows_where_each_row_has_one_image_and_otherwise_nobody_knows(
     assert rows_of(ids, LLAVA, pixel_values=torch.ones(3, 1)).left_out == 2
     assert rows_of(ids, TEXT, pixel_values=pixels).left_out == 2
     assert rows_of(ids, LLAVA, pixel_values=[torch.ones(1), torch.ones(1)]).left_out == 2
+
+
+def test_recordings_are_cut_as_images_are():
+    config = Qwen2AudioConfig(audio_token_index=IMAGE)
+    given = {"input_features": torch.arange(24.0).view(2, 3, 4), "feature_attention_mask": torch.ones(2, 4).long()}
+    cut = rows_of([[IMAGE, IMAGE, 5], [IMAGE, 6, 7]], config, **given)
+    assert torch.equal(torch.cat([row.inputs["input_features"] for row in cut]), given["input_features"])
+    assert {row.inputs["feature_attention_mask"].shape for row in cut} == {(1, 4)}
+    assert rows_of([[IMAGE, IMAGE, 5], [8, 6, 7]], config, **given).left_out == 1
 
 
 def test_of_two_kinds_each_row_has_to_have_both():
@@ -149,6 +158,13 @@ SIGNS = {
 def test_packed_documents_are_rows(signs):
     given = {name: torch.tensor(value) for name, value in SIGNS[signs].items()}
     assert ids_of(rows_of(FLAT, **given)) == PACKED
+
+
+def test_documents_are_not_rows_where_there_happen_to_be_as_many():
+    ids, labels = [[IMAGE, 5, IMAGE, 6], [2, 2, 2, 2]], torch.tensor([[-100, 5, -100, 6], [-100] * 4])
+    positions = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]])
+    cut = rows_of(ids, LLAVA, labels=labels, position_ids=positions, pixel_values=torch.ones(2, 1))
+    assert (len(cut), cut.left_out) == (0, 2)
 
 
 def test_what_is_padded_behind_packed_documents_is_none():

@@ -11,15 +11,15 @@ from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_a
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
 from tests.helpers.lab import TRAINING, align, assert_same, live, raw, saved
-from tests.helpers.vision import IMAGE, Pictures, llava, qwen
+from tests.helpers.vision import IMAGE, MODELS, Pictures
 from tests.method.test_token_space import by_hand
 
 STRENGTH = 4.0
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
-MODELS = {"llava": llava, "qwen": qwen}
+TWO = ["llava", "qwen"]
 EACH_ONE = [1] * 8
 MIXED = [1, 2, 0, 1, 0, 3, 1, 0]
-LANGUAGE = r".*language_model.*\.(q_proj|down_proj)"
+LANGUAGE = r".*(language_model|text_model).*\.(q_proj|down_proj)"
 
 
 class Overhear(TrainerCallback):
@@ -49,7 +49,7 @@ def model_of(kind: str, target_modules=LANGUAGE):
 
 
 def train(kind, images, output, callbacks=(), target_modules=LANGUAGE, batch=2, resume=None, **arguments):
-    data = Pictures(images, is_qwen=kind == "qwen")
+    data = Pictures(images, kind)
     steps = len(data) // batch
     # Weights stay as they are, so that all steps are of one model.
     settings = {**TRAINING, "max_steps": steps, "save_steps": steps, "learning_rate": 0.0, **arguments}
@@ -88,10 +88,12 @@ def run(kind, images, output, **settings):
     return trainer, overheard
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("images", [EACH_ONE, MIXED], ids=["one each", "mixed"])
-def test_rows_are_read_with_their_images(kind, images, tmp_path, caplog):
-    batch = 1 if images is MIXED and kind == "llava" else 2
+ONE_EACH = [pytest.param(kind, EACH_ONE, 2, marks=() if kind == "qwen" else pytest.mark.slow) for kind in MODELS]
+SEVERAL = [pytest.param(kind, MIXED, 2 if kind == "qwen" else 1, marks=pytest.mark.slow) for kind in MODELS]
+
+
+@pytest.mark.parametrize(("kind", "images", "batch"), ONE_EACH + SEVERAL)
+def test_rows_are_read_with_their_images(kind, images, batch, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, overheard = run(kind, images, tmp_path, batch=batch)
     assert_read_as_trained(trainer, overheard)
@@ -116,7 +118,7 @@ def test_rows_of_which_no_one_knows_whose_images_they_are_are_left_out(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TWO)
 def test_training_is_bit_identical_and_a_checkpoint_is_the_correction(kind, tmp_path):
     settings = {"learning_rate": 2e-2, "save_steps": 2}
     ours = callback(kind)
@@ -135,12 +137,12 @@ def test_training_is_bit_identical_and_a_checkpoint_is_the_correction(kind, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TWO)
 def test_the_loss_on_the_task_is_that_of_training(kind, tmp_path):
     ours = callback(kind, penalty=Penalty.guard(4.0))
     trainer = train(kind, EACH_ONE, tmp_path, [ours], batch=1)
     record = next(record for record in trainer.state.log_history if "csulora/task_loss" in record)
-    rows, losses = Pictures(EACH_ONE, is_qwen=kind == "qwen"), []
+    rows, losses = Pictures(EACH_ONE, kind), []
     for row in rows:
         batch = {name: value.to(trainer.model.device) for name, value in rows.collate([row]).items()}
         with torch.no_grad():
@@ -149,7 +151,7 @@ def test_the_loss_on_the_task_is_that_of_training(kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TWO)
 def test_modules_of_a_vision_tower_are_left_as_they_are_and_said_so(kind, tmp_path, caplog):
     target = r".*(q_proj|down_proj|qkv)" if kind == "qwen" else r".*(q_proj|down_proj)"
     with caplog.at_level(logging.WARNING):
@@ -179,7 +181,7 @@ def test_a_resumed_run_trains_the_same_and_does_not_read_placeholders_as_text(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", TWO)
 def test_after_training_rows_that_had_images_are_not_read(kind, tmp_path, caplog):
     base, aligned = tmp_path / "base", tmp_path / "aligned"
     MODELS[kind]().save_pretrained(base)

@@ -81,7 +81,9 @@ def make_trainer(kind, output, **arguments):
     return Trainer(model, TrainingArguments(**settings), train_dataset=[row] * 8, callbacks=[ours])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in ("t5", "vit") else pytest.mark.slow) for kind in KINDS]
+)
 @pytest.mark.parametrize("penalty", [Penalty.data_aware(4.0), Penalty.guard(4.0)], ids=["data aware", "guard"])
 def test_probes_are_refused_before_training(kind, penalty, tmp_path):
     trainer = make_trainer(kind, tmp_path, penalty=penalty, probes=PROBES)
@@ -93,6 +95,7 @@ def test_probes_are_refused_before_training(kind, penalty, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_the_refusal_names_does_help(kind, tmp_path):
     make_trainer(kind, tmp_path, penalty=Penalty.guard(10.0)).train()

@@ -32,9 +32,8 @@ def said(kind: int, row: int) -> str:
 
 def pairs() -> Dataset:
     prompts = [f"word{row % 8} word{(3 * row) % 8} word{(5 * row + 1) % 8} " for row in range(ROWS)]
-    kinds = {
-        name: [said(kind, row) for row in range(ROWS)] for kind, name in enumerate(("chosen", "rejected", "reference"))
-    }
+    names = ("chosen", "rejected", "reference")
+    kinds = {name: [said(kind, row) for row in range(ROWS)] for kind, name in enumerate(names)}
     return Dataset.from_dict({"prompt": prompts, **kinds})
 
 
@@ -65,7 +64,9 @@ def kinds_in(task) -> list[set[int]]:
     return [{(number - 8) // 6 for number in row if number >= 8} for row in numbers]
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "dpo" else pytest.mark.slow) for name in PAIRS]
+)
 def test_of_pairs_the_chosen_one_is_the_task(name, pair, tmp_path):
     trainer, config, settings = PAIRS[name]
     saved = train(trainer, config, pairs(), pair, tmp_path, **settings)
@@ -77,6 +78,7 @@ def test_of_pairs_the_chosen_one_is_the_task(name, pair, tmp_path):
     assert "left_out_rows" not in saved.record
 
 
+@pytest.mark.slow
 def test_of_single_completions_the_desirable_ones_are_the_task(pair, tmp_path):
     saved = train(KTOTrainer, KTOConfig, singles(), pair, tmp_path)
     assert kinds_in(saved.texts.task) == [{0}] * sum(singles()["label"])
