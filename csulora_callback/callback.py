@@ -20,6 +20,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
+from csulora_callback.models.activations import refuse_unless_causal
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.fused_experts import check_inputs
@@ -225,6 +226,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
         if penalty.on_probes is not None:
             check_inputs(adapter.layers)
+        if self.probes is not None:
+            refuse_unless_causal(adapter, "probes")
         subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open

@@ -210,7 +210,7 @@ class Correcting:
                 "energy_kept": self.subspace.energy_kept,
                 **self.subspace.metadata,
             },
-            **_refused_rows(texts),
+            **_sampled_rows(texts),
         }
         if self.chosen is not None:
             about["target"] = self.chosen
@@ -234,8 +234,11 @@ class Correcting:
         }
 
 
-def _refused_rows(texts: Texts | None) -> dict[str, dict]:
-    """A section of the record: which of the sampled rows do not count as the task, by their places in texts.json."""
-    if texts is None or not texts.screened:
+def _sampled_rows(texts: Texts | None) -> dict[str, object]:
+    """Of the record: which sampled rows do not count, and which had images, by place in texts.json; how many lack."""
+    if texts is None:
         return {}
-    return {"refused_rows": {"screened": len(texts.screened), "places": list(texts.refused)}}
+    screened = {"screened": len(texts.screened), "places": list(texts.refused)}
+    counts = {"left_out_rows": texts.left_out, "rows_with_inputs": sorted(texts.inputs)}
+    about = {"refused_rows": screened} if texts.screened else {}
+    return about | {key: value for key, value in counts.items() if value}
