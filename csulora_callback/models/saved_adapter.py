@@ -92,8 +92,8 @@ class SavedAdapter:
         twice = sorted(name for name in set(names) if names.count(name) > 1)
         if twice:
             raise ValueError(
-                f"{folder}: expected modules to be layers or embeddings, but '{twice[0]}' has LoRA factors of both. Take "
-                "the folder from a copy."
+                f"{folder}: expected modules to be layers or embeddings, but '{twice[0]}' has LoRA factors of both. "
+                "Take the folder from a copy."
             )
         factors = from_peft_state_dict(state, names, str(folder))
         _check_biases(config, factors, folder)
