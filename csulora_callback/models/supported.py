@@ -20,7 +20,7 @@ from csulora_callback.models.sharding import full_shape
 # others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base weight into the factors.
 _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 
-# Of those, what PEFT converts to plain LoRA when it saves.
+# Of these others, what PEFT converts to plain LoRA when it saves.
 _CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
 # What to do about each, where a user need not have set it.
