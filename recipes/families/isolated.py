@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-
 _GRACE = 10.0  # seconds to end in, after the answer
 
 
@@ -69,4 +68,6 @@ def _run(function: Callable[..., dict], argument: object, connection: Connection
         connection.send(("answer", function(argument, lambda stage: connection.send(("stage", stage)))))
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        connection.send(("error", f"{type(error).__name__} in {os.path.basename(last.filename)}:{last.lineno}: {error}"))
+        connection.send(
+            ("error", f"{type(error).__name__} in {os.path.basename(last.filename)}:{last.lineno}: {error}")
+        )

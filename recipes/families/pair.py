@@ -37,7 +37,7 @@ def make_pair(entry: Entry, folder: Path) -> Pair:
     """Build both from a tiny config, and save them.
 
     Raises:
-        ValueError: if the model is not tiny.
+        ValueError: if the model is not tiny, or transformers does not load what it saved.
         Exception: whatever transformers raises for a config that it cannot build.
     """
     kind = getattr(transformers, entry.kind)
@@ -51,11 +51,28 @@ def make_pair(entry: Entry, folder: Path) -> Pair:
     aligned = align(base)
     for name, model in {"base": base, "aligned": aligned}.items():
         (model.base_model if TASKS[entry.task].new_head else model).save_pretrained(folder / name)
-    return Pair(folder / "base", folder / "aligned", kind)
+    pair = Pair(folder / "base", folder / "aligned", kind)
+    _check_loaded(pair, base, TASKS[entry.task].new_head)
+    return pair
+
+
+def _check_loaded(pair: Pair, base: PreTrainedModel, new_head: bool) -> None:
+    loaded, missing = pair.load(pair.base)
+    if new_head:
+        base, loaded = base.base_model, loaded.base_model
+    weights = dict(base.named_parameters())
+    other = [name for name, weight in loaded.named_parameters() if not torch.equal(weight, weights[name])]
+    if other:
+        raise ValueError(
+            f"transformers loads {len(other)} other weights than it saved, such as '{other[0]}'"
+            f"{', whose keys it does not find' if missing else ''}"
+        )
 
 
 def config_for(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
     """The part that a class is made from: of a multimodal family the text model's, where the class is one of text."""
+    if type(config) is kind.config_class:
+        return config
     text = config.get_text_config(decoder=True)
     return text if type(text) is kind.config_class else config
 

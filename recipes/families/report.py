@@ -30,6 +30,8 @@ def row(point: Mapping) -> list[str]:
     """One entry as texts."""
     measured = "worst" in point
     said = "; ".join(filter(None, (point.get("trained_on") if measured else "", point["said"])))
+    if point.get("lost"):
+        said += f"; {len(point['lost'])} keys are not loaded, such as {point['lost'][0]}"
     if point.get("new"):
         said += f"; new, saved as trained: {', '.join(point['new'])}"
     return [
@@ -82,11 +84,16 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
 
 
-_EXPLANATION = f"""Each class is made from a tiny config, saved as a base and, displaced, as an aligned model, wrapped in
-LoRA and trained for two steps by the real Trainer with the callback, in a process of its own. Then the saved adapter is
-loaded and merged by PEFT, and what it does to every weight is compared with the closest safe update of what the raw
-adapter does, dense and in float64, for `Penalty.guard({STRENGTH:g})` with subspaces from an SVD of the weights as
-transformers loads them. *Matrices* are those that were updated, each expert's of a stack counted; the error is the
-largest `‖X − X*‖ / ‖X*‖` of them, and *wrong* is one above {TOLERANCE:g}. *Refused* is by the callback, before the first
-step; *not adapted* by PEFT, which finds nothing to adapt; *not built* by transformers, or as its config is not tiny by
-the rules of `recipes/families/tiny.py`. Where a model takes none of our batches, the loss is the size of the factors."""
+_EXPLANATION = f"""Each class is made from a tiny config, saved as a base and, displaced, as an aligned model, wrapped
+in LoRA and trained for two steps by the real Trainer with the callback, in a process of its own. Then PEFT loads and
+merges what was saved, and what that does to every weight is compared with the closest safe update of what the raw
+adapter does: dense, in float64, for `Penalty.guard({STRENGTH:g})`, by subspaces from an SVD of the weights that
+transformers loads.
+
+- *Matrices* are those that were updated, each expert's of a stack counted. The error is the largest
+  `‖X − X*‖ / ‖X*‖` of them, and *wrong* is one of {TOLERANCE:g} or more.
+- *Not loaded*: saved right, but PEFT does not load all that it saved, with the callback or without.
+- *Refused*: by the callback, before the first step. *Not adapted*: by PEFT.
+- *Not built*: transformers, or a package that it asks for, does not make it from our config, or it does not load what
+  it saved, or it is not tiny by the rules of `recipes/families/tiny.py`.
+- Where a model takes none of our batches, the loss is the size of the factors, and the reason stands in the row."""

@@ -1,4 +1,4 @@
-"""A config of any family in which everything is tiny: its class's defaults, each size replaced by what its name says."""
+"""A config of any family in which everything is tiny: its class's defaults, with sizes by what their names say."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _SIZES = {
     r"patch_size": 8,
 }
 _LAYERS = r"num_hidden_layers|n_layers?|num_layers"
-_SECTIONED = r"(qwen2.*_vl|glm\w*v(_moe)?|glm_ocr|paddleocr_vl|qwen2_5_omni)_text"  # by default in the model, not the config
+_SECTIONED = (
+    r"(qwen2.*_vl|glm\w*v(_moe)?|glm_ocr|paddleocr_vl|qwen2_5_omni)_text"  # by default in the model, not the config
+)
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
 
 # What the rules above cannot know.
@@ -62,7 +64,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """Of a family by its ``model_type``.
 
     Raises:
-        Exception: whatever transformers raises for a config without defaults, or whose parts no longer fit together.
+        Exception: whatever transformers raises, of a config without defaults or whose parts no longer fit together.
 
     Example:
         >>> config = tiny_config("llama")
@@ -91,7 +93,11 @@ def _shrunk(config: PreTrainedConfig, ids: count) -> dict[str, object]:
             small[name] = [_at_most(name, value[layer]) for layer in layers]
         elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
             small[name] = [_at_most(name, item) for item in value]
-        elif name == "rope_parameters" and value and ("mrope_section" in value or re.fullmatch(_SECTIONED, config.model_type)):
+        elif (
+            name == "rope_parameters"
+            and value
+            and ("mrope_section" in value or re.fullmatch(_SECTIONED, config.model_type))
+        ):
             small[name] = {**value, "mrope_section": [2, 1, 1]}  # half a head
         elif value is None and name == "head_dim":
             small[name] = HEAD

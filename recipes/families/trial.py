@@ -1,4 +1,4 @@
-"""One class of models from a tiny config to a checked checkpoint: built, adapted, trained under the callback, saved."""
+"""One class of models, from a tiny config to a checked checkpoint: built, adapted, trained and saved."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from recipes.families.catalogue import ALL_LINEAR, TASKS, Entry
 from recipes.families.pair import RANK, Pair, make_pair
 from recipes.families.reference import STRENGTH, check
 
-CORRECTED, WRONG, REFUSED, FAILED, NOT_ADAPTED, NOT_BUILT = OUTCOMES = (
-    "corrected", "wrong", "refused", "failed", "not adapted", "not built"
+CORRECTED, LOST, WRONG, REFUSED, FAILED, NOT_ADAPTED, NOT_BUILT = OUTCOMES = (
+    "corrected", "not loaded", "wrong", "refused", "failed", "not adapted", "not built"
 )  # fmt: skip
 TOLERANCE = 1e-4  # of what is float32 on the way, and can be ill-conditioned in matrices as small as these
 STEPS = 2
@@ -30,33 +30,37 @@ _LIBRARY = str(Path(csulora_callback.__file__).parent)
 
 def attempt(entry: Entry, report: Callable[[str], None]) -> dict:
     """What came out for one entry, as JSON values; ``report`` is told each stage before it begins."""
-    found = {**asdict(entry), "said": ""}
     with tempfile.TemporaryDirectory(prefix="families-") as scratch:
-        folder = Path(scratch)
-        report(NOT_BUILT)
-        try:
-            pair = make_pair(entry, folder)
-            model, _ = pair.load(pair.aligned)
-        except Exception as error:  # transformers fails in as many ways as it has families
-            return found | {"outcome": NOT_BUILT, "said": sentence(error)}
-        report(NOT_ADAPTED)
-        try:
-            torch.manual_seed(2)
-            model = get_peft_model(model, lora(entry))
-        except Exception as error:  # PEFT's, where it finds nothing to adapt
-            return found | {"outcome": NOT_ADAPTED, "said": sentence(error)}
-        report(FAILED)
-        batch, why = usable_batch(entry, model)
-        found["trained_on"] = "the factors alone" if batch is None else " and ".join(sorted({*batch} - {"labels"}))
-        try:
-            train(model, batch, pair, folder)
-        except ValueError as error:
-            if not is_refusal(error):
-                raise
-            return found | {"outcome": REFUSED, "said": sentence(error)}
-        checked = check(pair, folder / f"out/checkpoint-{STEPS}/csulora/raw", folder / f"out/checkpoint-{STEPS}")
-        outcome = CORRECTED if checked.worst < TOLERANCE else WRONG
-        return found | {**asdict(checked), "outcome": outcome, "said": why}
+        found = _attempt(entry, Path(scratch), report)
+        return found | {"said": found["said"].replace(f"{scratch}/", "")}
+
+
+def _attempt(entry: Entry, folder: Path, report: Callable[[str], None]) -> dict:
+    found = {**asdict(entry), "said": ""}
+    report(NOT_BUILT)
+    try:
+        pair = make_pair(entry, folder)
+        model, _ = pair.load(pair.aligned)
+    except Exception as error:  # transformers fails in as many ways as it has families
+        return found | {"outcome": NOT_BUILT, "said": sentence(error)}
+    report(NOT_ADAPTED)
+    try:
+        torch.manual_seed(2)
+        model = get_peft_model(model, lora(entry))
+    except Exception as error:  # PEFT's, where it finds nothing to adapt
+        return found | {"outcome": NOT_ADAPTED, "said": sentence(error)}
+    report(FAILED)
+    batch, why = usable_batch(entry, model)
+    found["trained_on"] = "the factors alone" if batch is None else " and ".join(sorted({*batch} - {"labels"}))
+    try:
+        train(model, batch, pair, folder)
+    except ValueError as error:
+        if not is_refusal(error):
+            raise
+        return found | {"outcome": REFUSED, "said": sentence(error)}
+    checked = check(pair, folder / f"out/checkpoint-{STEPS}/csulora/raw", folder / f"out/checkpoint-{STEPS}")
+    outcome = WRONG if checked.worst >= TOLERANCE else LOST if checked.lost else CORRECTED
+    return found | {**asdict(checked), "outcome": outcome, "said": why}
 
 
 def lora(entry: Entry) -> LoraConfig:
@@ -83,7 +87,7 @@ def usable_batch(entry: Entry, model: PeftModel) -> tuple[dict[str, Tensor] | No
 class AnyTrainer(Trainer):
     """Where a model takes no batch of ours, the loss is the size of the factors: they are trained all the same."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):  # noqa: D102
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "labels" in inputs:
             return super().compute_loss(model, inputs, return_outputs)
         loss = sum(parameter.square().sum() for parameter in model.parameters() if parameter.requires_grad)

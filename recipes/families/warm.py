@@ -1,7 +1,7 @@
 """Imported by the process that trials are forked from, so that each finds done what it would do first.
 
-That is the imports that transformers and accelerate leave for later, such as DeepSpeed's where it is installed. Nothing
-is trained here: threads of autograd do not survive a fork.
+That is the imports that transformers and accelerate leave for later, such as DeepSpeed's where it is installed.
+Nothing is trained here: threads of autograd do not survive a fork.
 """
 
 import gc
