@@ -24,6 +24,10 @@ from recipes.schema import RecipeError
 PACKAGES = ("csulora-callback", "transformers", "peft", "torch")
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
     family: Annotated[list[str] | None, typer.Option(help="Only these, by `model_type`, such as llama.")] = None,
     adapter: Annotated[list[str] | None, typer.Option(help=f"Only these: {', '.join(ADAPTERS)}.")] = None,
@@ -73,4 +77,4 @@ def tried(entry: Entry, seconds: float) -> dict:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,4 +1,4 @@
-"""The kinds of adapters that people train, and the ways to have them corrected: rows and columns of the README's table."""
+"""Kinds of adapters, and ways to have them corrected: rows and columns of the README's table of what is supported."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -37,22 +35,26 @@ from recipes.families.reference import STRENGTH
 from tests.helpers import lightning as in_lightning
 from tests.helpers import trl as in_trl
 from tests.helpers.lab import TARGETS, VOCABULARY, make_trainer, tiny_llama, with_lora
-from tests.helpers.quantized import PackedLinear, by_torchao, in_eight_bits, in_four_bits, packed, quantized
+from tests.helpers.quantized import (
+    PackedLinear,
+    by_torchao,
+    in_eight_bits,
+    in_four_bits,
+    packed,
+    quantized,
+    unquantized,
+)
 
 PENALTY = Penalty.guard(STRENGTH)
 Build = Callable[[Path], PeftModel]  # from the aligned checkpoint's folder
 
 
 def llama() -> nn.Module:
-    return tiny_llama(hidden_size=64, intermediate_size=128)  # what quantizers have blocks for
+    return unquantized("llama")
 
 
 def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32, **special)
-    )
+    return unquantized("gpt2")
 
 
 def mixtral() -> nn.Module:
@@ -92,8 +94,9 @@ CORRECTED: dict[str, tuple[Callable[[], nn.Module], Build]] = {
         lora(use_rslora=True, rank_pattern={"v_proj": 2}, alpha_pattern={"layers.0.mlp.down_proj": 3}),
     ),
     "`layers_to_transform`": (llama, lora(layers_to_transform=[1])),
-    '`init_lora_weights` `"gaussian"`, `"orthogonal"`, `"eva"`': (llama, lora(init_lora_weights="orthogonal")),
-    "`Conv1D`": (gpt2, lora(target_modules="all-linear")),
+    '`init_lora_weights` `"gaussian"`, `"orthogonal"`': (llama, lora(init_lora_weights="orthogonal")),
+    "`Conv1D` (GPT-2)": (gpt2, lora(target_modules="all-linear")),
+    "attention beside fused experts": (mixtral, lora(target_modules=["q_proj", "v_proj"])),
     "QLoRA, bitsandbytes nf4": (llama, lambda aligned: quantized(aligned, in_four_bits())),
     "QLoRA, bitsandbytes fp4": (llama, lambda aligned: quantized(aligned, in_four_bits(bnb_4bit_quant_type="fp4"))),
     "bitsandbytes int8": (llama, lambda aligned: quantized(aligned, in_eight_bits())),
@@ -118,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Build, str]] = {
     "DoRA": (llama, lora(use_dora=True), "use_dora=True"),
     "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA": (llama, lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "a second adapter that is trained": (llama, with_a_second, "a second adapter that is trained"),
-    "aLoRA, Arrow, QALoRA, KaSA": (llama, lora(alora_invocation_tokens=[3]), "alora"),
+    "aLoRA and other variants": (llama, lora(alora_invocation_tokens=[3]), "alora"),
     "`layer_replication`": (llama, lora(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
     "AdaLoRA": (llama, tuner(lambda: AdaLoraConfig(**LIKE, total_step=10, init_r=4)), "AdaLoraConfig"),
     "VeRA": (llama, tuner(lambda: VeraConfig(r=2, target_modules=["q_proj"])), "VeraConfig"),

@@ -4,6 +4,10 @@ What is saved is compared from outside: PEFT loads and merges it, and what it do
 update, dense and in float64, of what the raw adapter does, by the weights that transformers loads in full precision.
 """
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
@@ -95,3 +99,32 @@ def test_what_peft_converts_to_plain_lora_is_corrected_afterwards(start, tmp_pat
     converted, merged = converted.merge_and_unload(), model.merge_and_unload()
     for name, weight in converted.named_parameters():
         assert (weight - merged.get_parameter(name)).norm() < 1e-5 * weight.norm(), name
+
+
+def rows() -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Of the README's table: the cells by row, and the tests by number."""
+    text = Path("csulora_callback/README.md").read_text(encoding="utf-8")
+    table = text.split("<!-- supported -->")[1].split("<!-- end of supported -->")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    head, _, *body = ([cell.strip() for cell in line] for line in lines)
+    assert head[1:6] == [*COLUMNS, "engines"]
+    return {cells[0]: cells[1:] for cells in body}, dict(re.findall(r"^(\d+)\. `(.*)`$", table, re.MULTILINE))
+
+
+def test_the_readme_says_what_these_tests_show():
+    shown, _ = rows()
+    tried = {case.values: "yes" for case in CASES} | {case.values: "no" for case in REFUSALS}
+    said = {(row, column): cell for row, cells in shown.items() for column, cell in zip(COLUMNS, cells, strict=False)}
+    assert tried.keys() <= said.keys()
+    for place, cell in said.items():
+        assert cell == tried.get(place, "–") or re.fullmatch(r"(yes|no) \([\d, ]+\)", cell), place
+    assert all(cells[5] for row, cells in shown.items() if "no" in cells), "each refusal says why, and what helps"
+
+
+def test_each_number_in_that_table_is_a_test_that_exists():
+    shown, tests = rows()
+    lists = [found for cells in shown.values() for found in re.findall(r"\((\d[\d, ]*)\)", " ".join(cells))]
+    assert {number for found in lists for number in found.split(", ")} == tests.keys()
+    for place in tests.values():
+        file, _, name = place.partition("::")
+        assert name in [node.name for node in ast.parse(Path(file).read_text()).body if hasattr(node, "name")], place
