@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +18,11 @@ from csulora_callback.reporting.terminal import make_console
 from recipes.families.catalogue import ADAPTERS, KEY, Entry, catalogue
 from recipes.families.isolated import Died, call
 from recipes.families.report import print_tables, to_markdown
-from recipes.families.trial import attempt
+from recipes.families.trial import FAILED, attempt
 from recipes.files.points import Points, claim, write_whole
 from recipes.schema import RecipeError
 
 PACKAGES = ("csulora-callback", "transformers", "peft", "torch")
-
 
 app = typer.Typer(add_completion=False)
 
@@ -72,8 +72,7 @@ def tried(entry: Entry, seconds: float) -> dict:
     try:
         return call(attempt, entry, seconds, "recipes.families.warm")
     except Died as error:
-        where = {name: getattr(entry, name) for name in ("family", "task", "kind", "adapter")}
-        return {**where, "outcome": error.stage, "said": str(error)}
+        return {**asdict(entry), "outcome": error.stage or FAILED, "said": str(error)}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 from rich.console import Console
 
@@ -41,7 +42,7 @@ def row(point: Mapping) -> list[str]:
         point["outcome"],
         str(point["matrices"]) if measured else "",
         f"{point['worst']:.1e}" if measured else "",
-        said,
+        shorten(said, 200, placeholder=" …"),
     ]
 
 

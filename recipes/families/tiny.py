@@ -30,9 +30,8 @@ _SIZES = {
     r"patch_size": 8,
 }
 _LAYERS = r"num_hidden_layers|n_layers?|num_layers"
-_SECTIONED = (
-    r"(qwen2.*_vl|glm\w*v(_moe)?|glm_ocr|paddleocr_vl|qwen2_5_omni)_text"  # by default in the model, not the config
-)
+# Of these the model has sections of rotary positions by default, and not the config.
+_SECTIONED = r"(qwen2.*_vl|glm\w*v(_moe)?|glm_ocr|paddleocr_vl|qwen2_5_omni)_text"
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1, "eos_token_id": 2}
 
 # What the rules above cannot know.
@@ -76,41 +75,45 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
 
 def _shrunk(config: PreTrainedConfig, ids: count) -> dict[str, object]:
-    """What is not as in ``config``, by name; ``ids`` are those of special tokens, each another one."""
+    """What is to differ from ``config``, by name; ``ids`` are those of special tokens, each another one."""
     values, layers = vars(config), _kinds_of_layers(config)
     small: dict[str, object] = {}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             small[name] = {**_shrunk(value, ids), "model_type": value.model_type}
-        elif name.startswith("_") or isinstance(value, bool):
-            continue
-        elif re.fullmatch(r".*token_(id|index)", name) and (value is not None or name == "pad_token_id"):
-            small[name] = _TOKENS.get(name) if name in _TOKENS else next(ids)
-        elif isinstance(value, int):
-            kept = name.endswith("heads") and value == values.get("num_attention_heads")  # no groups of queries
-            small[name] = len(layers) if re.fullmatch(_LAYERS, name) else HEADS if kept else _at_most(name, value)
-        elif isinstance(value, list | tuple) and len(value) == values.get("num_hidden_layers"):
-            small[name] = [_at_most(name, value[layer]) for layer in layers]
-        elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
-            small[name] = [_at_most(name, item) for item in value]
-        elif (
-            name == "rope_parameters"
-            and value
-            and ("mrope_section" in value or re.fullmatch(_SECTIONED, config.model_type))
-        ):
-            small[name] = {**value, "mrope_section": [2, 1, 1]}  # half a head
-        elif value is None and name == "head_dim":
-            small[name] = HEAD
+        elif re.fullmatch(r"[^_].*token_(id|index)", name) and (value is not None or name == "pad_token_id"):
+            small[name] = _TOKENS[name] if name in _TOKENS else next(ids)
+        elif type(value) is int and re.fullmatch(_LAYERS, name):
+            small[name] = len(layers)
+        elif not name.startswith("_"):
+            small[name] = _small(name, value, config, layers)
     if config.is_encoder_decoder:
         small |= {name: _TOKENS[name] for name in ("decoder_start_token_id", "pad_token_id")}
-    return {name: value for name, value in small.items() if value != values.get(name, small)}
+    return {name: value for name, value in small.items() if name not in values or value != values[name]}
+
+
+def _small(name: str, value: object, config: PreTrainedConfig, layers: list[int]) -> object:
+    if type(value) is int and name.endswith("heads") and value == vars(config).get("num_attention_heads"):
+        return HEADS  # also of keys and values, where each query has its own
+    if isinstance(value, list | tuple) and len(value) == vars(config).get("num_hidden_layers"):
+        return [_at_most(name, value[layer]) for layer in layers]
+    if isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+        return [_at_most(name, item) for item in value]
+    if name == "rope_parameters" and value:
+        sectioned = "mrope_section" in value or re.fullmatch(_SECTIONED, config.model_type)
+        return {**value, "mrope_section": [2, 1, 1]} if sectioned else value  # they are half a head
+    if name == "head_dim" and value is None:
+        return HEAD
+    return _at_most(name, value)
 
 
 def _at_most(name: str, value: object) -> object:
     if type(value) is not int:
         return value
     most = next((size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name)), value)
-    return min(value, most) if not re.search("heads", name) else min(1 << max(value, 1).bit_length() - 1, most)
+    if "heads" in name:  # a power of two, which divides the width
+        value = 1 << max(value, 1).bit_length() - 1
+    return min(value, most)
 
 
 def _kinds_of_layers(config: PreTrainedConfig) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
+from transformers.models.jamba.modeling_jamba import JambaAttentionDecoderLayer, JambaMambaDecoderLayer
 from typer.testing import CliRunner
 
 from recipes.families.__main__ import app
@@ -65,10 +66,7 @@ def test_configs_are_tiny_and_have_each_kind_of_layer(family):
         model = AutoModel.from_config(config)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1e6
     if family == "jamba":
-        assert {type(layer).__name__ for layer in model.layers} == {
-            "JambaMambaDecoderLayer",
-            "JambaAttentionDecoderLayer",
-        }
+        assert {type(layer) for layer in model.layers} == {JambaMambaDecoderLayer, JambaAttentionDecoderLayer}
 
 
 def test_an_option_that_is_unknown_is_one_line():
@@ -114,7 +112,7 @@ def test_some_families_from_end_to_end(tmp_path):
     for point in points:
         if point["outcome"] == CORRECTED:
             assert point["worst"] < 1e-5, point
-            assert point["matrices"] > 3, point
+            assert point["matrices"] >= 2, point
         else:
             assert point["said"] or point["lost"], point
         if point["family"] in ("llama", "vit", "t5") and point["outcome"] == CORRECTED:
@@ -146,6 +144,6 @@ def test_what_is_saved_wrong_is_found_to_be_wrong(tmp_path):
     found = check(pair, raw, folder)
     assert found.worst == pytest.approx(1e-3, rel=0.1)
     assert found.where == "model.layers.1.mlp.down_proj.weight"
+    save_file({name: value for name, value in state.items() if name != key}, file)
     with pytest.raises(KeyError):
-        save_file({name: value for name, value in state.items() if name != key}, file)
         check(pair, raw, folder)

@@ -30,7 +30,7 @@ from tests.helpers.supported import (
     lora,
 )
 
-QUICK = {("LoRA", "Trainer"), ("rsLoRA", AFTERWARDS)}
+QUICK = {("LoRA", "Trainer")}
 CASES = [
     pytest.param(row, column, marks=() if (row, column) in QUICK else pytest.mark.slow, id=f"{row}-{column}")
     for row in CORRECTED
