@@ -115,7 +115,7 @@ def test_some_families_from_end_to_end(tmp_path):
             assert point["matrices"] >= 2, point
         else:
             assert point["said"] or point["lost"], point
-        if point["family"] in ("llama", "vit", "t5") and point["outcome"] == CORRECTED:
+        if point["family"] in ("llama", "vit", "t5") and point["task"] != "text classes":
             assert not point["said"], point  # trained on a batch
     assert to_markdown(json.loads((tmp_path / "results.json").read_text())) == (tmp_path / "report.md").read_text()
 
