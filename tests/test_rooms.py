@@ -16,7 +16,14 @@ from csulora_callback import CSULoRACallback
 STATE, FRONT_DOORS = "the state files", "the front doors"
 LIBRARY = ({"method"}, {"models", "judging"}, {STATE}, {"reporting"}, {"trainers"}, {FRONT_DOORS}, {"integrations"})
 PLUGINS = {"csulora_callback.integrations.axolotl"}  # are imported by their tool, and need it
-RECIPES = ({"schema"}, {"files"}, {"labs"}, {"training"}, {"evidence", "calibration", "benchmarks"}, {"run"})
+RECIPES = (
+    {"schema"},
+    {"files"},
+    {"labs"},
+    {"training"},
+    {"evidence", "calibration", "benchmarks", "families"},
+    {"run"},
+)
 KNOWS_NOTHING_OF = {"models": "method", "judging": "method", "trainers": "method"}
 FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
