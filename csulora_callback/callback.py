@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from csulora_callback.arguments import check_flags, check_folders, check_source, check_steps, choose_penalty
+from csulora_callback.arguments import check_flags, check_folders, check_names, check_source, check_steps, choose_penalty
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
 from csulora_callback.checked_probes import CheckedProbes, check_probes
@@ -102,6 +102,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
         on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
             corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.
+        uncorrected: names of what is trained beside LoRA and may pass as it is trained, knowingly, such as
+            ``["score"]`` or ``["q_proj.bias"]``: modules or parameters, in full or their last parts. What is new to
+            the aligned checkpoint passes without. Both are listed in the start table, the record and the model card.
         heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
             the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
 
@@ -139,6 +142,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         min_refusal: float | None = None,
         on_exceed: Literal["warn", "stop"] = "warn",
         heat_maps: bool = False,
+        uncorrected: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -164,6 +168,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         )
         check_flags(evaluate_corrected=evaluate_corrected, export_adapter=export_adapter)
         check_flags(push_raw=push_raw, heat_maps=heat_maps)
+        check_names(uncorrected=uncorrected)
         check_folders(cache_dir=cache_dir, resume_from=resume_from)
         if heat_maps:
             check_drawing()
@@ -186,6 +191,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.resume_from = resume_from
         self.export_adapter = export_adapter
         self.push_raw, self.heat_maps = push_raw, heat_maps
+        self.uncorrected = tuple(uncorrected)
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
         self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
@@ -220,14 +226,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started, processes = time.perf_counter(), Processes.all()
-        adapter = find_adapter(model)
+        adapter = processes.together(lambda: find_adapter(model, self.aligned_model, self.uncorrected))
         subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
         penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
         probes = self._watch(adapter, penalty, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
-        corrector = SafetyCorrector(model, subspace, penalty, activations)
+        corrector = SafetyCorrector(adapter, subspace, penalty, activations)
         corrector.notes |= self.budget.begin()
         if self.subspace is not None:
             self._check_origin(adapter, subspace, processes)

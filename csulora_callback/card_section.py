@@ -117,6 +117,16 @@ def strength_in_words(target: Mapping) -> str:
     return f"the smallest found that keeps {asked}; it keeps {_percent(kept)}"
 
 
+def not_corrected_in_words(passing: Mapping[str, str]) -> str:
+    """What is trained and not corrected, for a card.
+
+    Example:
+        >>> not_corrected_in_words({"score": "new: the aligned checkpoint has no such module"})
+        '`score` (new: the aligned checkpoint has no such module)'
+    """
+    return "; ".join(f"{_code(name)} ({_plain(why)})" for name, why in passing.items())
+
+
 def _table(record: Mapping, base_model: str | None) -> str:
     subspace, metrics = record["subspace"], record["metrics"]
     rows = {"penalty": _plain(in_words(record["penalty"]))}
@@ -127,6 +137,8 @@ def _table(record: Mapping, base_model: str | None) -> str:
     if "fingerprint" in subspace:
         rows["its fingerprint"] = _code(subspace["fingerprint"])
     rows["modules"] = str(len(record["modules"]))
+    if record.get("not_corrected"):
+        rows["trained and not corrected"] = not_corrected_in_words(record["not_corrected"])
     if metrics:
         rows["norm of the update ‖Δ‖ before"] = f"{metrics['csulora/update_norm']:.4g}"
         shares = " / ".join(_percent(metrics[share]) for share in _SHARES)

@@ -29,7 +29,8 @@ class SafetyCorrector:
     """Corrects the LoRA adapter of a live model.
 
     Args:
-        model: a model with one active LoRA adapter (see :func:`~csulora_callback.models.adapters.find_adapter`).
+        model: a model with one active LoRA adapter, or what :func:`~csulora_callback.models.adapters.find_adapter`
+            found in it.
         subspace: must hold a basis, of the right shape, for every adapted module.
         penalty: the table of multipliers.
         activations: of every adapted module; needed by a data-aware penalty, and by no other.
@@ -59,16 +60,23 @@ class SafetyCorrector:
     """
 
     def __init__(
-        self, model: nn.Module, subspace: SafetySubspace, penalty: Penalty, activations: Activations | None = None
+        self,
+        model: nn.Module | Adapter,
+        subspace: SafetySubspace,
+        penalty: Penalty,
+        activations: Activations | None = None,
     ) -> None:
         if penalty.on_probes is not None and activations is None:
             raise ValueError(f"`activations`: expected those of the model for the penalty {penalty}, but got none.")
-        self.adapter: Adapter = find_adapter(model)
+        self.adapter = model if isinstance(model, Adapter) else find_adapter(model)
         self.subspace = subspace
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
         self.notes: dict[str, object] = {}  # what else records say, from now on
-        self._correcting = Correcting(self.adapter.name, self.adapter.layers, subspace, penalty, notes=self.notes)
+        own = self.adapter
+        self._correcting = Correcting(
+            own.name, own.layers, subspace, penalty, notes=self.notes, passing=own.passing
+        )
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._swaps = Swaps(self.adapter)
@@ -88,6 +96,11 @@ class SafetyCorrector:
     def penalty(self) -> Penalty:
         """The table of multipliers; :meth:`penalize` gives another one."""
         return self._correcting.penalty
+
+    @property
+    def passing(self) -> Mapping[str, str]:
+        """What is trained and not corrected, by name, and why."""
+        return self._correcting.passing
 
     @property
     def chosen(self) -> Mapping[str, float] | None:

@@ -19,6 +19,7 @@ from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
+from csulora_callback.models.wholes import check_reads_vectors
 
 TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
@@ -129,6 +130,7 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
     rows = [row for row in rows if len(row)]
     if not rows:
         return {}
+    check_reads_vectors(adapter.layers)
     model = running_model(adapter)
     if model.config.is_encoder_decoder:
         raise ValueError(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +40,7 @@ class Checkpoint:
         source: where the weights come from, for messages.
         collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
         layout: where transformers' models sit in a module in memory; None for files.
+        folder: where the files lie; None for a module in memory.
 
     Example:
         >>> from torch import nn
@@ -59,10 +61,15 @@ class Checkpoint:
         folder: Path | None = None,
         collective: bool = False,
         layout: Layout | None = None,
+        cut: Mapping[str, int] | None = None,
     ) -> None:
+        self._cut = cut or {}  # how many rows are left of weights that had more
         self.source, self.collective, self.layout = source, collective, layout
         self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
-        self._folder = folder  # where the files lie; None for a module in memory
+        self.folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
@@ -83,7 +90,7 @@ class Checkpoint:
         """
         found = self.named_as(names := list(names), trained)
         missing = [name for name in names if name not in found._shapes]
-        if missing and self._folder is not None:
+        if missing and self.folder is not None:
             self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
             why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
@@ -110,7 +117,23 @@ class Checkpoint:
             return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
 
         stored = map(renamed, (self._readers, self._shapes, self._files, self._quantized))
-        return Checkpoint(self.source, *stored, self._folder, self.collective, self.layout)
+        return Checkpoint(self.source, *stored, self.folder, self.collective, self.layout, self._cut)
+
+    def first_rows(self, rows: Mapping[str, int]) -> Checkpoint:
+        """This checkpoint with no more than so many rows of some modules' weights: a vocabulary may have grown since.
+
+        Example:
+            >>> from torch import nn
+            >>> open_checkpoint(nn.Sequential(nn.Linear(3, 2))).first_rows({"0": 1}).weight("0").shape
+            torch.Size([1, 3])
+        """
+        cut = {name: count for name, count in rows.items() if count < self._shapes[name][0]}
+        if not cut:
+            return self
+        readers = {name: partial(_first_rows, self._readers[name], count) for name, count in cut.items()}
+        shapes = {name: (count, *self._shapes[name][1:]) for name, count in cut.items()}
+        stored = {**self._readers, **readers}, {**self._shapes, **shapes}, self._files, self._quantized
+        return Checkpoint(self.source, *stored, self.folder, self.collective, self.layout, {**self._cut, **cut})
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -126,11 +149,15 @@ class Checkpoint:
         return self.stored(name).dtype
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
-        """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
+        """The files that these modules' weights are read from, as they were when opened; none of one in memory.
+
+        Where not all rows are read, the module's name says so.
+        """
         found: dict[FileState, list[str]] = {}
         for name in sorted(names):
             if name in self._files:
-                found.setdefault(self._files[name], []).append(name)
+                own = f"{name}[:{self._cut[name]}]" if name in self._cut else name
+                found.setdefault(self._files[name], []).append(own)
         return found
 
     def in_order(self, names: Iterable[str]) -> list[str]:
@@ -221,14 +248,14 @@ class Checkpoint:
         if self.layout is not None:
             return self.layout.meant(names, self._shapes, trained)
         try:
-            return stored_names(self._folder, names, self._shapes, trained) if names and self._folder else {}
+            return stored_names(self.folder, names, self._shapes, trained) if names and self.folder else {}
         except Exception:  # of a config that is missing or broken in one of many ways: what loading it says is raised
             return {}
 
     def _through_transformers(self, missing: str, trained: Layout | None) -> Checkpoint:
         """Of the same files, with the names that transformers gives on loading."""
         try:
-            model, invented = load_through_transformers(self._folder, trained)
+            model, invented = load_through_transformers(self.folder, trained)
         except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
                 f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "
@@ -281,11 +308,15 @@ def open_checkpoint(
     return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
 
 
+def _first_rows(read: Callable[[], Tensor], count: int) -> Tensor:
+    return read()[:count]
+
+
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
     readers, shapes, quantized, collective = {}, {}, {}, False
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
         prefix, _, kind = raw.rpartition(".")
-        if kind == "weight" and ".lora_" not in raw and raw not in invented:
+        if kind == "weight" and ".lora_" not in raw and ".modules_to_save." not in raw and raw not in invented:
             name = module_name(prefix)
             readers[name] = lambda parameter=parameter: (
                 gather([parameter])[0] if is_sharded(parameter) else parameter.detach()

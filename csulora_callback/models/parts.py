@@ -62,9 +62,14 @@ class AdaptedLayer:
         return self.module.scaling[self.adapter]
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The layer without its adapters."""
+        return self.module.get_base_layer()
+
+    @property
     def stored_transposed(self) -> bool:
         """See :class:`Layer`."""
-        layer = self.module.get_base_layer()
+        layer = self.base_layer
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from csulora_callback.models.names import module_name
+from csulora_callback.models.whole_slots import whole_slots_in
 
 Factors = dict[str, tuple[Tensor, ...]]
-"""By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``."""
+"""By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``; of one trained whole ``(weight,)``."""
 
 # PEFT's key of a factor inside an adapter file, fixed by its documented checkpoint format.
 _KEY = "base_model.model.{name}.lora_{factor}.weight"
@@ -55,23 +56,26 @@ def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[
 
     Args:
         keys: all of the file.
-        names: of the modules whose factors are looked for, in the order of the model that they are of; all by default.
+        names: of the modules whose factors are looked for, in the order of the model that they are of; all of LoRA by
+            default: only who knows the names can tell a module that was trained whole from what PEFT saves beside.
 
     Example:
         >>> slots_in([f"base_model.model.q_proj.lora_{factor}.weight" for factor in "AB"])[0].names
         ('q_proj',)
     """
+    keys = list(keys)
     found: dict[str, dict[str, str]] = {}
     for key in keys:
         for factor in "AB":
             prefix, end, rest = key.partition(f".lora_{factor}.weight")
             if end and not rest:
                 found.setdefault(module_name(prefix), {})[factor] = key
-    return [
+    slots = [
         Slot((name,), tuple(pair.get(factor, _KEY.format(name=name, factor=factor)) for factor in "AB"))
         for name, pair in found.items()
         if names is None or name in names
     ]
+    return slots + whole_slots_in(keys, set(names or ()) - found.keys())
 
 
 def split_all(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> Factors:

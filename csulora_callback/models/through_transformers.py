@@ -41,6 +41,16 @@ def stored_names(
     return found
 
 
+def empty_model(folder: Path) -> nn.Module:
+    """The model that a folder's config names, without weights.
+
+    Raises:
+        Exception: of a config that is broken, or names no class of transformers, in one of many ways.
+    """
+    config = _config(folder)
+    return Part("", _architecture(config), config).empty
+
+
 def load_through_transformers(folder: Path, trained: Layout | None = None) -> tuple[nn.Module, set[str]]:
     """The model, and the names of parameters that the files lack and transformers made up.
 

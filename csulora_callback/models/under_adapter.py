@@ -56,7 +56,7 @@ def weights_under(adapter: Adapter) -> nn.Module | Checkpoint:
 def quantized_layers(adapter: Adapter) -> dict[str, str]:
     """How the weights under an adapter are stored, by module, of those that are quantized."""
     stored = {
-        name: layer_storage(layer.module.get_base_layer(), (layer.shape[0], layer.shape[2]))
+        name: layer_storage(layer.base_layer, (layer.shape[0], layer.shape[2]))
         for name, layer in adapter.layers.items()
     }
     return {name: how for name, how in stored.items() if how is not None}

@@ -12,6 +12,7 @@ from rich.text import Text
 from csulora_callback.budget import NOTE, REFUSAL
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.wholes import Whole
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
@@ -31,10 +32,13 @@ def start_table(
         target: the share of their refusals for which the penalty's strength is looked for.
     """
     subspace, layers = corrector.subspace, corrector.adapter.layers
-    lora_ranks = [layer.shape[1] for layer in layers.values()]
+    lora_ranks = [layer.shape[1] for layer in layers.values() if not isinstance(layer, Whole)]
+    wholes = [name for name, layer in layers.items() if isinstance(layer, Whole)]
     ranks = [subspace[name].U.shape[1] for name in layers]
     rows = {
-        "adapter": f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {span(lora_ranks)}",
+        "adapter": f"{corrector.adapter.name}, {len(lora_ranks)} modules, LoRA rank {span(lora_ranks)}",
+        **({"trained whole": ", ".join(wholes)} if wholes else {}),
+        **({"not corrected": "; ".join(f"{n} ({w})" for n, w in corrector.passing.items())} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",

@@ -1,0 +1,85 @@
+"""The modules of an adapter that are trained whole, with their bases: each is corrected by itself, as they are few."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from csulora_callback.method.basis import Basis
+from csulora_callback.method.drift import Effect
+from csulora_callback.method.measure import Drift
+from csulora_callback.method.penalty import Penalty
+from csulora_callback.method.token_space import InputGain, input_gain
+from csulora_callback.method.whole import WholeCorrection, correct_whole
+from csulora_callback.models.factors import Factors
+from csulora_callback.models.wholes import Whole
+from csulora_callback.subspace import SafetySubspace, basis_for
+
+
+class WholeModules:
+    """What :class:`~.correcting.Correcting` knows of them.
+
+    Args:
+        layers: by module name.
+        subspace: must hold a basis for each, with the columns of its weight, and its rows or fewer.
+
+    Attributes:
+        bases: oriented as the layers: ``U`` on the output side.
+        passing: which rows have no counterpart, by name, and why.
+
+    Raises:
+        ValueError: if there is none, or one of another shape; the module is named.
+
+    Example:
+        >>> WholeModules({}, SafetySubspace({}, {})).passing
+        {}
+    """
+
+    def __init__(self, layers: Mapping[str, Whole], subspace: SafetySubspace) -> None:
+        self._layers = layers
+        self.bases: dict[str, Basis] = {}
+        self.passing: dict[str, str] = {}
+        for name, layer in layers.items():
+            stored = basis_for(subspace, name)
+            (rows, columns), held = layer.stored, len(stored.U)
+            if len(stored.V) != columns:
+                raise ValueError(
+                    f"`subspace`: module '{name}' has {columns} columns in the model, but {len(stored.V)} in the "
+                    "subspace. It was estimated for another architecture."
+                )
+            if held < rows:
+                new = f"rows {held} to {rows - 1}"
+                self.passing[f"{name}, {new}"] = "new: base and aligned checkpoint do not both have them"
+            U, V = stored.U[:rows], stored.V
+            self.bases[name] = replace(stored, U=V, V=U) if layer.stored_transposed else replace(stored, U=U, V=V)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._layers
+
+    def correct(
+        self,
+        factors: Factors,
+        penalty: Penalty,
+        gains: Mapping[str, InputGain] | None = None,
+        measure_only: bool = False,
+    ) -> dict[str, WholeCorrection]:
+        """The correction of each; arguments as of :meth:`~.correcting.Correcting.correct`.
+
+        Raises:
+            CorrectionOverflowError: if a corrected weight would overflow its dtype; the module is named.
+        """
+        done = {}
+        for name, layer in self._layers.items():
+            (weight,), basis = factors[name], self.bases[name]
+            by = None
+            if gains is not None:
+                unread = weight.new_empty(0, layer.shape[2])  # nothing to attenuate by
+                by = gains.get(name) or input_gain(unread, unread, penalty.on_probes)
+            sides = layer.aligned(), basis.U, basis.V
+            done[name] = correct_whole(weight, *sides, penalty, layer.stored_transposed, by, name, measure_only)
+        return done
+
+    def drifts(self, factors: Factors) -> dict[str, Drift]:
+        """Where the update of each lies, and which way it points."""
+        measured = self.correct(factors, Penalty.table(), measure_only=True)
+        return {name: Effect.of(each, self.bases[name]).raw for name, each in measured.items()}
