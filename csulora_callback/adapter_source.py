@@ -10,6 +10,7 @@ from pathlib import Path
 from peft.utils import CONFIG_NAME
 
 from csulora_callback.model_card import CARD
+from csulora_callback.models.beside import NAMED
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside, adapter_folder
 from csulora_callback.models.saved_adapter import SavedAdapter
@@ -98,8 +99,13 @@ class RawAdapter:
         return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar, place / CARD)
 
 
-def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
+def read_states(
+    root: Path, aligned: str | os.PathLike | None = None
+) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
     """What can be looked at of the adapter in a folder: its layers, factors by state, and its record if it has one.
+
+    What was trained beside LoRA and cannot be measured is left out. ``aligned`` is the checkpoint under the adapter,
+    where it does not lie where its config says.
 
     The states are ``adapter`` alone, where it was never corrected; ``raw`` and ``corrected``; or, with a log line,
     ``corrected`` alone, where it was published without its raw adapter.
@@ -114,15 +120,21 @@ def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | No
         logger.info("%s", error)
         place = sidecar_place(root)
         record = read_record(place)
-        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]))
+        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]), aligned, _named(record), strict=False)
         return saved, {"corrected": saved.factors}, record
-    saved = SavedAdapter.read(source.folder)
+    record = None if source.sidecar is None else source.sidecar.record
+    saved = SavedAdapter.read(source.folder, aligned, _named(record), strict=False)
     if source.sidecar is None:
         return saved, {"adapter": saved.factors}, None
     states = {"raw": saved.factors}
     if source.sidecar.corrected is not None:  # beside shards there is none
         states["corrected"] = source.sidecar.corrected
-    return saved, states, source.sidecar.record
+    return saved, states, record
+
+
+def _named(record: dict | None) -> list[str]:
+    """What was let pass knowingly when the adapter was corrected."""
+    return [name for name, why in ((record or {}).get("not_corrected") or {}).items() if why == NAMED]
 
 
 def sidecar_place(root: Path) -> Path | None:

@@ -11,7 +11,14 @@ from typing import Literal
 
 from torch import nn
 
-from csulora_callback.arguments import check_flags, check_folders, check_names, check_source, check_steps, choose_penalty
+from csulora_callback.arguments import (
+    check_flags,
+    check_folders,
+    check_names,
+    check_source,
+    check_steps,
+    choose_penalty,
+)
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
 from csulora_callback.checked_probes import CheckedProbes, check_probes

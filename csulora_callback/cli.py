@@ -25,6 +25,7 @@ from csulora_callback.cli_options import (
     SubspaceOption,
     choose_preset,
     examples,
+    names_in,
 )
 from csulora_callback.cli_screen import EXAMPLES as SCREEN_EXAMPLES
 from csulora_callback.cli_screen import screen
@@ -101,7 +102,7 @@ def subspace(
         demand(base and aligned and output, "expected BASE ALIGNED -o FILE, or --show FILE. See --help.")
         demand(rank is None or energy is None, "`--energy`: expected no --rank beside it, but got both. Pass one.")
         demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
-        targets = [name for names in target_modules or () for name in names.split(",") if name] or None
+        targets = names_in(target_modules) or None
         rule = {"rank": rank, "energy": energy}
         with arguments():
             check_rank_rule(**rule)
@@ -142,7 +143,8 @@ def inspect(
         "`--aligned`: expected it beside --base only. Leave it out.",
     )
     with working():
-        saved, states, record = read_states(find_adapter_folder(adapter))
+        under = None if aligned is None else model_named(aligned)
+        saved, states, record = read_states(find_adapter_folder(adapter), under)
         pair = None if base is None else _pair(saved, base, aligned)
         found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
         seen = inspect_adapter(saved, states, found, pair)
@@ -193,6 +195,10 @@ def correct(
     task: Annotated[
         str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
     ] = None,
+    uncorrected: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B", help="What was trained beside LoRA and may pass as it is; may be repeated."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -203,21 +209,20 @@ def correct(
     """
     _check_one_of(subspace, base)
     demand(output or dry_run, "`--output`: expected a folder to be made, but got none. Pass -o OUT, or --dry-run.")
+    passing = names_in(uncorrected)
     with arguments():
         chosen = choose_preset(penalty, strength, target)
     needs_model = not isinstance(chosen, Penalty) or chosen.on_probes is not None
     demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
+        model = None if aligned is None else model_named(aligned)
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter)).folder
-            found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
-        # A subspace that was just estimated from ALIGNED needs no check that it is of it.
-        needed = aligned is not None and (base is None or needs_model)
-        model = model_named(aligned) if needed else None
+            found = _estimate(_pair(SavedAdapter.read(raw, model, passing), base, aligned))
         texts = {"probes": probes, "task": task}
         done = correct_adapter(
-            adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model, target=target
+            adapter, found, place, chosen, rank.value, **texts, aligned_model=model, target=target, uncorrected=passing
         )
     written = not dry_run
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))

@@ -16,9 +16,9 @@ from csulora_callback.method.drift import Effect, drift_metrics
 from csulora_callback.method.forecast import foresee
 from csulora_callback.method.grams import Grams
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement
+from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.precision import width_of_logs, width_on
-from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.token_space import InputGain, TokenSystem, gains_of, input_gain, token_systems
 from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.factors import Factors
@@ -55,6 +55,7 @@ class Correcting:
     Example:
         >>> import torch
         >>> from csulora_callback import Penalty, SafetySubspace
+        >>> from csulora_callback.models.saved_adapter import SavedLayer
         >>> base, aligned = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.nn.Sequential(torch.nn.Linear(8, 6))
         >>> subspace = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
         >>> layers = {"0": SavedLayer(shape=(6, 1, 8), scaling=2.0, stored_transposed=False)}
@@ -178,7 +179,7 @@ class Correcting:
     def _pairs(self, factors: Factors) -> Factors:
         return {name: tensors for name, tensors in factors.items() if name not in self._wholes}
 
-    def _correct(self, stack: Stack, gains: Mapping[str, InputGain] | None) -> list[Correction]:
+    def _correct(self, stack: Stack, gains: Mapping[str, InputGain] | None) -> list[Outcome]:
         scalings = [self.layers[name].scaling for name in stack.names]
         factors, sides = (stack.lora_A, stack.lora_B), (stack.U, stack.V)
         by, wide = self._input_gains(stack, gains), width_on(stack.lora_A.device)

@@ -74,9 +74,7 @@ class SafetyCorrector:
         self._input_gains: dict[str, InputGain] | None = None
         self.notes: dict[str, object] = {}  # what else records say, from now on
         own = self.adapter
-        self._correcting = Correcting(
-            own.name, own.layers, subspace, penalty, notes=self.notes, passing=own.passing
-        )
+        self._correcting = Correcting(own.name, own.layers, subspace, penalty, notes=self.notes, passing=own.passing)
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._swaps = Swaps(self.adapter)

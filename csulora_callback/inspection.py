@@ -14,6 +14,7 @@ from csulora_callback.models.names import layer_and_kind
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.whole_modules import WholeModules
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,12 @@ def inspect_adapter(
             )
     stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
-    for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
+    layers = adapter.layers(adapter.stored_transposed(stored))
+    wholes = WholeModules(adapter.beside.wholes, subspace)
+    for state, factors in states.items():
+        measured[state] |= wholes.drifts(factors, pair)
+    for name in adapter.pairs:
+        layer = layers[name]
         U, V = oriented_basis(subspace, name, layer)
         D = None if pair is None else _displacement(pair, name, layer.stored_transposed)
         for state, factors in states.items():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def correct_adapter(
     task: TaskRows | None = None,
     aligned_model: str | os.PathLike | None = None,
     target: float | None = None,
+    uncorrected: Sequence[str] = (),
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
 
@@ -90,6 +92,8 @@ def correct_adapter(
         target: the share of the likelihood of refusing ``probes`` that is to be kept, 0.9 by default for a preset
             without its strength: the smallest strength that keeps it is looked for, as the callback does. The model is
             loaded for that. Only with ``rank="truncate"``.
+        uncorrected: names of what was trained beside LoRA and may pass as it is, as for the callback. What is
+            corrected whole, such as an ``lm_head``, is compared with the checkpoint under the adapter.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
@@ -118,7 +122,7 @@ def correct_adapter(
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
-    saved = SavedAdapter.read(source.folder)
+    saved = SavedAdapter.read(source.folder, aligned_model, uncorrected)
     if not all_finite(saved.factors):
         raise ValueError(
             f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an "
@@ -130,22 +134,22 @@ def correct_adapter(
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model)
+        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected)
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
         texts = texts if penalty.on_probes is None else activations.texts
     elif penalty.on_probes is None:
-        if aligned_model is not None:
-            check_origin(subspace, aligned_model, Processes())
+        if aligned_model is not None or saved.beside.wholes:
+            check_origin(subspace, aligned_model or saved.config.base_model_name_or_path, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
         checkpoint = aligned_model or saved.config.base_model_name_or_path
         texts = choose_texts(saved, texts, probes, task, checkpoint)
-        live = load_of_subspace(saved, subspace, aligned_model)
+        live = load_of_subspace(saved, subspace, aligned_model, uncorrected)
         layers, activations = live.layers, read_again(live, texts, None if task is None else checkpoint)
         texts = activations.texts
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
-    correcting = Correcting(name, layers, subspace, penalty, rank, chosen)
+    correcting = Correcting(name, layers, subspace, penalty, rank, chosen, passing=saved.beside.passing)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"), texts)
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
@@ -260,5 +264,5 @@ def _copy_card(card: Path, folder: Path) -> None:
 
 
 def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:
-    ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
+    ranks = {name: len(factors[name][0]) for name in saved.pairs}
     return options_for_ranks(ranks, saved.scalings, bool(saved.config.use_rslora))

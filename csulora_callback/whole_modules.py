@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from csulora_callback.method.basis import Basis
+from torch import Tensor
+
+from csulora_callback.method.basis import Basis, displacement
 from csulora_callback.method.drift import Effect
 from csulora_callback.method.measure import Drift
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.token_space import InputGain, input_gain
 from csulora_callback.method.whole import WholeCorrection, correct_whole
 from csulora_callback.models.factors import Factors
+from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.wholes import Whole
 from csulora_callback.subspace import SafetySubspace, basis_for
+
+_ROWS = 2**10  # of a weight at a time
 
 
 class WholeModules:
@@ -79,7 +84,24 @@ class WholeModules:
             done[name] = correct_whole(weight, *sides, penalty, layer.stored_transposed, by, name, measure_only)
         return done
 
-    def drifts(self, factors: Factors) -> dict[str, Drift]:
-        """Where the update of each lies, and which way it points."""
+    def drifts(self, factors: Factors, pair: CheckpointPair | None = None) -> dict[str, Drift]:
+        """Where the update of each lies, and which way it points.
+
+        Args:
+            factors: with the weights of these modules.
+            pair: the checkpoints that the subspace is of: with them ``⟨Δ, D⟩`` is that of the whole displacement.
+        """
         measured = self.correct(factors, Penalty.table(), measure_only=True)
-        return {name: Effect.of(each, self.bases[name]).raw for name, each in measured.items()}
+        drifts = {name: Effect.of(each, self.bases[name]).raw for name, each in measured.items()}
+        if pair is None:
+            return drifts
+        return {name: replace(drift, **self._of_all(name, factors[name][0], pair)) for name, drift in drifts.items()}
+
+    def _of_all(self, name: str, weight: Tensor, pair: CheckpointPair) -> dict[str, float]:
+        D = displacement(pair.weights_for(name, [name]))
+        before, count = self._layers[name].aligned(), min(len(D), len(weight))
+        along = sum(
+            ((after.to(D) - old.to(weight.dtype).to(D)).double() * each.double()).sum().item()
+            for after, old, each in zip(*(t[:count].split(_ROWS) for t in (weight, before, D)), strict=True)
+        )
+        return {"along": along, "displacement": self.bases[name].displacement ** 2}

@@ -10,8 +10,8 @@ import torch
 from torchmetrics import Metric
 
 from csulora_callback.method.basis import Basis
-from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement, total
+from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.penalty import BLOCKS
 
 DRIFT_KEYS = (

@@ -159,9 +159,7 @@ class _Whole:
         g_rows, g_columns = (gain[half] for half in (("input", "output") if self.transposed else ("output", "input")))
         off = gain["off"]
         mixed = gain["aligned"] - g_rows - g_columns + off
-        right = torch.cat(
-            [(g_rows - off) * self.on_rows + mixed * self.core @ self.C.T, (g_columns - off) * self.C.T]
-        )
+        right = torch.cat([(g_rows - off) * self.on_rows + mixed * self.core @ self.C.T, (g_columns - off) * self.C.T])
         for place, part in self._parts():
             left = torch.cat([self.R[place], self.on_columns[place]], dim=1)
             corrected[place] = (self.weight[place].to(self.wide) + (off - 1.0) * part + left @ right).to(corrected)

@@ -21,7 +21,7 @@ from csulora_callback.models.parts import Part
 from csulora_callback.models.supported import MODULES_TO_SAVE, TRAINABLE_TOKENS, not_beside
 from csulora_callback.models.wholes import whole_part
 
-_NAMED = "named in `uncorrected`"
+NAMED = "named in `uncorrected`"
 _NEW = "new: the aligned checkpoint has no such module"
 _OTHER_SHAPE = "new: the aligned checkpoint has one of another shape"
 
@@ -39,6 +39,10 @@ class Uncorrected:
 
     names: Sequence[str]
     _taken: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise ValueError(f"`uncorrected`: expected a list of names, but got {self.names!r}. Pass it in one.")
 
     def takes(self, *names: str) -> bool:
         """Whether one of these, which are of the same part, is meant."""
@@ -88,7 +92,7 @@ def judge_whole(
         ValueError: if it has one, and is not a matrix.
     """
     if uncorrected.takes(name):
-        return _NAMED
+        return NAMED
     shapes = {f"{name}.{own}".removesuffix(".weight"): shape for own, shape in tensors.items()}
     found = {own: aligned.shape(own) for own in shapes}
     if not any(found.values()):
@@ -109,7 +113,7 @@ def judge_tokens(name: str, tokens: Sequence[int], aligned: Aligned, uncorrected
         ValueError: if the aligned checkpoint knows one of these tokens.
     """
     if uncorrected.takes(name):
-        return _NAMED
+        return NAMED
     known = [token for token in tokens if aligned.knows(name, token)]
     if known:
         kind = (
@@ -168,7 +172,7 @@ def find_beside(
         if parameter.requires_grad and id(parameter) not in factors | parameters | wholes.keys():
             name = module_name(path)
             if asked.takes(name, name.rpartition(".")[0]):
-                passing[name] = _NAMED
+                passing[name] = NAMED
                 parameters.add(id(parameter))
     asked.check([*passing, *(name for name, _, _ in wholes.values())])
     parts = tuple(whole_part(name, wrapper, adapter, tuple(tied)) for name, wrapper, tied in wholes.values())

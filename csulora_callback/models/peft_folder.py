@@ -91,6 +91,8 @@ def write_with_factors(
     slots = slots_in(state, factors) or slots
     made = to_peft_state_dict(factors, slots)
     if state and config.ensure_weight_tying:
-        made = {key: made[slot.keys[0]].clone() for slot in (each for each in slots if isinstance(each, WholeSlot)) for key in tied_keys(state, slot)} | made
+        for slot in [each for each in slots if isinstance(each, WholeSlot)]:
+            tied = {key: made[slot.keys[0]].clone() for key in tied_keys(state, slot) if key not in made}
+            made |= tied
     state |= made
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})

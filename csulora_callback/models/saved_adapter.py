@@ -6,9 +6,9 @@ What cannot be corrected is refused here as it is in a live model (:mod:`csulora
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.peft_folder import read_adapter
+from csulora_callback.models.saved_beside import SavedBeside
 from csulora_callback.models.slots import slots_in
-from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
-
-logger = logging.getLogger(__name__)
+from csulora_callback.models.supported import check_config, check_options, check_tuner
+from csulora_callback.models.wholes import SavedWhole
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class SavedAdapter:
         config: the same as the PEFT that is installed reads it.
         factors: on the CPU, as stored.
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
+        beside: what was trained beside LoRA.
     """
 
     folder: Path
@@ -52,10 +53,24 @@ class SavedAdapter:
     config: LoraConfig
     factors: Factors
     scalings: dict[str, float]
+    beside: SavedBeside
 
     @classmethod
-    def read(cls, folder: Path) -> SavedAdapter:
+    def read(
+        cls,
+        folder: Path,
+        aligned: str | os.PathLike | None = None,
+        uncorrected: Sequence[str] = (),
+        strict: bool = True,
+    ) -> SavedAdapter:
         """Read a folder with ``adapter_config.json`` and the weights.
+
+        Args:
+            folder: the folder.
+            aligned: the checkpoint under the adapter, where it does not lie where the config says; only looked at
+                where something was trained beside LoRA.
+            uncorrected: names of what was, and may pass as it is.
+            strict: whether what cannot be corrected is refused; to look at an adapter it need not be.
 
         Raises:
             FileNotFoundError: if one of them is not there.
@@ -82,19 +97,24 @@ class SavedAdapter:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
             )
-        beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
-        if beside:
-            logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
+        keys = [key for slot in slots for key in slot.keys]
+        beside = SavedBeside.of(state, keys, config, aligned, uncorrected, strict, str(folder))
         factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
         scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
-        return cls(folder, options, config, factors, scalings)
+        factors |= from_peft_state_dict(state, list(beside.wholes), str(folder))
+        return cls(folder, options, config, factors, scalings, beside)
 
-    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
+    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer | SavedWhole]:
         """Its layers, with the orientation that each weight is stored in."""
         return {
             name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[name])
-            for name, (A, B) in self.factors.items()
-        }
+            for name, (A, B) in self.pairs.items()
+        } | self.beside.wholes
+
+    @property
+    def pairs(self) -> Factors:
+        """Those of LoRA alone."""
+        return {name: self.factors[name] for name in self.scalings}
 
     def stored_transposed(self, stored: Mapping[str, tuple[int, int]]) -> dict[str, bool]:
         """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does.
@@ -110,7 +130,7 @@ class SavedAdapter:
             ValueError: if that of a square module cannot be told.
         """
         said, shown, square = bool(self.config.fan_in_fan_out), {}, []
-        for name, (A, B) in self.factors.items():
+        for name, (A, B) in self.pairs.items():
             if len(B) == A.shape[1]:
                 square.append(name)
             elif name in stored:
@@ -123,7 +143,7 @@ class SavedAdapter:
                 f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
                 "SafetyCorrector(model, subspace, penalty).apply()."
             )
-        return {**dict.fromkeys(self.factors, said), **shown}
+        return {**dict.fromkeys(self.pairs, said), **shown}
 
 
 def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:

@@ -38,7 +38,7 @@ def start_table(
     rows = {
         "adapter": f"{corrector.adapter.name}, {len(lora_ranks)} modules, LoRA rank {span(lora_ranks)}",
         **({"trained whole": ", ".join(wholes)} if wholes else {}),
-        **({"not corrected": "; ".join(f"{n} ({w})" for n, w in corrector.passing.items())} if corrector.passing else {}),
+        **({"not corrected": _passing(corrector.passing)} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
@@ -85,6 +85,10 @@ def _budget(budget: Mapping) -> str:
     if budget["min_refusal"] is not None:
         limits.append(f"{REFUSAL} ≥ {budget['min_refusal']:g}")
     return f"{', '.join(limits)}; {'stop' if budget['on_exceed'] == 'stop' else 'warn'} where it is exceeded"
+
+
+def _passing(passing: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in passing.items())
 
 
 def _probes(probes: CheckedProbes) -> str:
