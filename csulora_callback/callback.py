@@ -28,6 +28,7 @@ from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
@@ -282,6 +283,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if aligned is None:
             aligned = processes.together(lambda: weights_under(adapter))
         names, layout = sorted(adapter.layers), Layout.of(adapter.holder)
+        if adapter.wholes:
+            processes.together(lambda: check_displaced(adapter.wholes, open_checkpoint(self.base_model), layout))
         pair = (
             processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
             for source in (self.base_model, aligned)

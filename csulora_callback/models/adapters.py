@@ -31,6 +31,7 @@ from csulora_callback.models.supported import (
     check_nothing_else_trains,
     check_tuner,
 )
+from csulora_callback.models.wholes import Whole
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Adapter:
     model: nn.Module
     holder: nn.Module  # in `model`: what the adapter was put into, and where the layers have their names
     beside: Beside = field(default_factory=lambda: Beside((), {}, set(), ()))
+
+    @property
+    def wholes(self) -> list[str]:
+        """Names of the layers that are trained whole."""
+        return [name for name, layer in self.layers.items() if isinstance(layer, Whole)]
 
     @property
     def passing(self) -> Mapping[str, str]:

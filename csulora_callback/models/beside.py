@@ -15,7 +15,8 @@ from torch import nn
 
 from csulora_callback.models import sharding
 from csulora_callback.models.aligned import Aligned
-from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.checkpoint import Checkpoint, Source
+from csulora_callback.models.layout import Layout
 from csulora_callback.models.names import module_name
 from csulora_callback.models.parts import Part
 from csulora_callback.models.supported import MODULES_TO_SAVE, TRAINABLE_TOKENS, not_beside
@@ -171,12 +172,27 @@ def find_beside(
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in factors | parameters | wholes.keys():
             name = module_name(path)
-            if asked.takes(name, name.rpartition(".")[0]):
+            if asked.takes(name, name.removesuffix(".weight")):
                 passing[name] = NAMED
                 parameters.add(id(parameter))
     asked.check([*passing, *(name for name, _, _ in wholes.values())])
     parts = tuple(whole_part(name, wrapper, adapter, tuple(tied)) for name, wrapper, tied in wholes.values())
     return Beside(parts, passing, parameters, tuple(wrappers.values()))
+
+
+def check_displaced(wholes: Collection[str], base: Checkpoint, layout: Layout) -> None:
+    """Refuse, with a ValueError, a module that is trained whole and that the base checkpoint lacks.
+
+    Args:
+        wholes: names of modules.
+        base: the unaligned checkpoint.
+        layout: where the modules are.
+    """
+    named = base.named_as(wholes, layout)
+    for name in wholes:
+        if name not in named:
+            kind = f"modules_to_save of what `base_model` ({base.source}) has not, so that no displacement is known,"
+            raise not_beside(name, kind, "Leave it out.")
 
 
 def _wrappers(holder: nn.Module, adapter: str) -> dict[str, AuxiliaryTrainingWrapper]:

@@ -109,7 +109,7 @@ class SavedBeside:
         """Those that the option ``bias`` trains; others may belong to embeddings that PEFT saves along."""
         biases = {key: module_name(key) for key in rest if key.endswith(".bias") and self.config.bias != "none"}
         for name in biases.values():
-            if self.uncorrected.takes(name, name.rpartition(".")[0]) or not self.strict:
+            if self.uncorrected.takes(name) or not self.strict:
                 self.passing[name] = NAMED
             else:
                 raise not_beside(name, f"bias={self.config.bias!r}", "Train with bias='none'.")

@@ -12,7 +12,6 @@ from rich.text import Text
 from csulora_callback.budget import NOTE, REFUSAL
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.models.wholes import Whole
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
@@ -32,8 +31,8 @@ def start_table(
         target: the share of their refusals for which the penalty's strength is looked for.
     """
     subspace, layers = corrector.subspace, corrector.adapter.layers
-    lora_ranks = [layer.shape[1] for layer in layers.values() if not isinstance(layer, Whole)]
-    wholes = [name for name, layer in layers.items() if isinstance(layer, Whole)]
+    wholes = corrector.adapter.wholes
+    lora_ranks = [layer.shape[1] for name, layer in layers.items() if name not in wholes]
     ranks = [subspace[name].U.shape[1] for name in layers]
     rows = {
         "adapter": f"{corrector.adapter.name}, {len(lora_ranks)} modules, LoRA rank {span(lora_ranks)}",
