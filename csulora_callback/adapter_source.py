@@ -124,6 +124,8 @@ def read_states(
         return saved, {"corrected": saved.factors}, record
     record = None if source.sidecar is None else source.sidecar.record
     saved = SavedAdapter.read(source.folder, aligned, _named(record), strict=False)
+    for name, why in saved.beside.passing.items():
+        logger.info("'%s' was trained too, and is left out: %s", name, why)
     if source.sidecar is None:
         return saved, {"adapter": saved.factors}, None
     states = {"raw": saved.factors}

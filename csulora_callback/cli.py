@@ -46,7 +46,6 @@ from csulora_callback.subspace_cache import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
-
 app = typer.Typer(
     name="csulora",
     help="Keep LoRA fine-tuning inside the safety subspace of an aligned model. BASE, ALIGNED and ADAPTER are folders "
@@ -143,8 +142,7 @@ def inspect(
         "`--aligned`: expected it beside --base only. Leave it out.",
     )
     with working():
-        under = None if aligned is None else model_named(aligned)
-        saved, states, record = read_states(find_adapter_folder(adapter), under)
+        saved, states, record = read_states(find_adapter_folder(adapter), aligned and model_named(aligned))
         pair = None if base is None else _pair(saved, base, aligned)
         found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
         seen = inspect_adapter(saved, states, found, pair)
@@ -196,8 +194,7 @@ def correct(
         str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
     ] = None,
     uncorrected: Annotated[
-        list[str] | None,
-        typer.Option(metavar="A,B", help="What was trained beside LoRA and may pass as it is; may be repeated."),
+        list[str] | None, typer.Option(metavar="A,B", help="Names of what was trained beside LoRA, and may pass.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: JsonOption = False,
@@ -209,14 +206,13 @@ def correct(
     """
     _check_one_of(subspace, base)
     demand(output or dry_run, "`--output`: expected a folder to be made, but got none. Pass -o OUT, or --dry-run.")
-    passing = names_in(uncorrected)
     with arguments():
         chosen = choose_preset(penalty, strength, target)
     needs_model = not isinstance(chosen, Penalty) or chosen.on_probes is not None
     demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
-        model = None if aligned is None else model_named(aligned)
+        model, passing = aligned and model_named(aligned), names_in(uncorrected)
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter)).folder
             found = _estimate(_pair(SavedAdapter.read(raw, model, passing), base, aligned))

@@ -275,11 +275,11 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
         del weight  # which has to be out of memory before the next is read
 
 
-def basis_for(subspace: SafetySubspace, name: str) -> Basis:
-    """The basis of an adapted module, as its weight is stored.
+def oriented_basis(subspace: SafetySubspace, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
+    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
 
     Raises:
-        ValueError: if the subspace holds none of that name; the nearest are given.
+        ValueError: if the subspace holds none of that name (the nearest are given), or one of another shape.
     """
     if name not in subspace:
         nearest = difflib.get_close_matches(name, list(subspace), n=3)
@@ -287,16 +287,7 @@ def basis_for(subspace: SafetySubspace, name: str) -> Basis:
             f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
             f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
         )
-    return subspace[name]
-
-
-def oriented_basis(subspace: SafetySubspace, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
-    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
-
-    Raises:
-        ValueError: if the subspace holds none of that name (the nearest are given), or one of another shape.
-    """
-    basis = basis_for(subspace, name)
+    basis = subspace[name]
     U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
     (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
     expected = d_out, d_in

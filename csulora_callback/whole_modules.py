@@ -16,8 +16,9 @@ from csulora_callback.method.whole import WholeCorrection, correct_whole
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.wholes import Whole
-from csulora_callback.subspace import SafetySubspace, basis_for
+from csulora_callback.subspace import SafetySubspace, oriented_basis
 
+_NEW = "new: base and aligned checkpoint do not both have them"
 _ROWS = 2**10  # of a weight at a time
 
 
@@ -45,18 +46,13 @@ class WholeModules:
         self.bases: dict[str, Basis] = {}
         self.passing: dict[str, str] = {}
         for name, layer in layers.items():
-            stored = basis_for(subspace, name)
-            (rows, columns), held = layer.stored, len(stored.U)
-            if len(stored.V) != columns:
-                raise ValueError(
-                    f"`subspace`: module '{name}' has {columns} columns in the model, but {len(stored.V)} in the "
-                    "subspace. It was estimated for another architecture."
-                )
+            rows = layer.stored[0]
+            held = len(subspace[name].U) if name in subspace else rows
             if held < rows:
-                new = f"rows {held} to {rows - 1}"
-                self.passing[f"{name}, {new}"] = "new: base and aligned checkpoint do not both have them"
-            U, V = stored.U[:rows], stored.V
-            self.bases[name] = replace(stored, U=V, V=U) if layer.stored_transposed else replace(stored, U=U, V=V)
+                self.passing[f"{name}, rows {held} to {rows - 1}"] = _NEW
+            U, V = oriented_basis(subspace, name, layer.with_rows(held))
+            U, V = (U, V[:rows]) if layer.stored_transposed else (U[:rows], V)
+            self.bases[name] = replace(subspace[name], U=U, V=V)
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers

@@ -214,12 +214,11 @@ def find_adapter(model: nn.Module, aligned: Source | None = None, uncorrected: S
         check_layer(name, module, adapter)
         parts += parts_of(name, module, adapter)
     config = configs[adapter]
-    factors = {id(parameter) for part in parts for parameter in part.parameters}
+    factors = {name: part.parameters for part in parts for name in part.slot.names}
     source = (config.base_model_name_or_path, config.revision) if aligned is None else (aligned, None)
     beside = find_beside(model, holder, adapter, source, factors, uncorrected)
     parts += beside.parts
-    factors |= {id(parameter) for part in beside.parts for parameter in part.parameters}
-    check_nothing_else_trains(model, factors | beside.parameters)
+    check_nothing_else_trains(model, beside.parameters | {id(each) for part in parts for each in part.parameters})
     return Adapter(adapter, tuple(parts), config, model, holder, beside)
 
 

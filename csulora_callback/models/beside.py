@@ -7,6 +7,7 @@ matrix. All else is refused, unless a user names it in ``uncorrected``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -96,14 +97,21 @@ def judge_whole(
         return NAMED
     shapes = {f"{name}.{own}".removesuffix(".weight"): shape for own, shape in tensors.items()}
     found = {own: aligned.shape(own) for own in shapes}
+    inner = any(part.isdigit() for part in name.split("."))  # of a layer; heads lie outside of all
     if not any(found.values()):
+        if inner:
+            kind = f"modules_to_save of a module whose weight cannot be told by its name in {aligned.source}"
+            raise not_beside(name, kind, MODULES_TO_SAVE)
         return _NEW
     table = aligned.is_table(name) and found.get(name) and found[name][1:] == shapes[name][1:]
-    if not table and all(found[own] != shapes[own] for own in found if found[own]):
+    if not table and not inner and all(found[own] != shapes[own] for own in found if found[own]):
         return _OTHER_SHAPE
     if list(tensors) != ["weight"] or len(tensors["weight"]) != 2:
         held = ", ".join(tensors)
         raise not_beside(name, f"modules_to_save of a module with {held}, which {aligned.source} has", MODULES_TO_SAVE)
+    if not table and found[name] != shapes[name]:
+        kind = f"modules_to_save of a weight that is {found[name]} in {aligned.source} and {shapes[name]} in training"
+        raise not_beside(name, kind, MODULES_TO_SAVE)
     return None
 
 
@@ -122,7 +130,7 @@ def judge_tokens(name: str, tokens: Sequence[int], aligned: Aligned, uncorrected
             f"{len(tokens)}, in {aligned.source})"
         )
         raise not_beside(name, kind, TRAINABLE_TOKENS)
-    return f"new: rows of {len(tokens)} tokens that the aligned checkpoint has not"
+    return f"new: rows of {len(tokens)} tokens that the aligned model has not"
 
 
 def find_beside(
@@ -130,7 +138,7 @@ def find_beside(
     holder: nn.Module,
     adapter: str,
     source: tuple[Source | None, str | None],
-    factors: set[int],
+    factors: Mapping[str, Sequence[nn.Parameter]],
     uncorrected: Sequence[str] = (),
 ) -> Beside:
     """Of a live model.
@@ -141,7 +149,7 @@ def find_beside(
         adapter: its name.
         source: the aligned checkpoint and its revision on the Hub; where it is ``None`` or cannot be had, the model in
             memory stands for it.
-        factors: ids of the parameters of LoRA.
+        factors: the parameters of LoRA by module.
         uncorrected: names of what may pass.
 
     Raises:
@@ -150,7 +158,7 @@ def find_beside(
     asked = Uncorrected(uncorrected)
     wrappers = _wrappers(holder, adapter)
     names = [module_name(path) for path in wrappers]
-    aligned = _aligned(source, names, holder) if wrappers else None
+    aligned = _aligned(source, names, list(factors), holder) if wrappers else None
     passing: dict[str, str] = {}
     parameters: set[int] = set()
     wholes: dict[int, tuple[str, ModulesToSaveWrapper, list[str]]] = {}
@@ -169,8 +177,9 @@ def find_beside(
                 wholes[id(own[0])] = name, wrapper, []
             else:
                 passing[name], parameters = why, parameters | set(map(id, own))
+    known = {id(each) for own in factors.values() for each in own} | parameters | wholes.keys()
     for path, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in factors | parameters | wholes.keys():
+        if parameter.requires_grad and id(parameter) not in known:
             name = module_name(path)
             if asked.takes(name, name.removesuffix(".weight")):
                 passing[name] = NAMED
@@ -210,11 +219,17 @@ def _trained(wrapper: AuxiliaryTrainingWrapper, adapter: str) -> dict[str, nn.Pa
     return dict(modules[adapter].named_parameters()) if adapter in modules else {}
 
 
-def _aligned(source: tuple[Source | None, str | None], names: list[str], holder: nn.Module) -> Aligned:
+def _aligned(
+    source: tuple[Source | None, str | None], names: list[str], adapted: list[str], holder: nn.Module
+) -> Aligned:
+    """The checkpoint, if it can be had and has any adapted module, so that what it lacks is new; else the model."""
     checkpoint, revision = source
-    if checkpoint:
+    is_folder = isinstance(checkpoint, str) and os.path.isdir(checkpoint)
+    if checkpoint is not None and checkpoint != "":
         try:
-            return Aligned(checkpoint, names, revision, holder)
+            found = Aligned(checkpoint, [*names, *adapted], None if is_folder else revision, holder)
+            if any(name in found.checkpoint for name in adapted):
+                return found
         except FileNotFoundError:  # a model that was made elsewhere; what is in memory is all that is known of it
             pass
     return Aligned(holder, names, model=holder)

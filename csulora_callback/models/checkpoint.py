@@ -5,13 +5,12 @@ Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,14 @@ from torch import Tensor, nn
 from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.in_memory import read_module
 from csulora_callback.models.layout import Layout, by_stored_name
-from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
-from csulora_callback.models.sharding import full_shape, gather, is_sharded
 from csulora_callback.models.through_transformers import load_through_transformers, stored_names
 from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Checkpoint:
@@ -40,7 +37,7 @@ class Checkpoint:
         source: where the weights come from, for messages.
         collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
         layout: where transformers' models sit in a module in memory; None for files.
-        folder: where the files lie; None for a module in memory.
+        folder: where the files lie; None in memory.
 
     Example:
         >>> from torch import nn
@@ -61,12 +58,10 @@ class Checkpoint:
         folder: Path | None = None,
         collective: bool = False,
         layout: Layout | None = None,
-        cut: Mapping[str, int] | None = None,
     ) -> None:
-        self._cut = cut or {}  # how many rows are left of weights that had more
         self.source, self.collective, self.layout = source, collective, layout
         self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
-        self.folder = folder
+        self.folder, self._cut = folder, {}  # how many rows are left of weights that had more
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -113,27 +108,21 @@ class Checkpoint:
         if not called:
             return self
 
-        def renamed(entries: dict[str, T]) -> dict[str, T]:
+        def renamed(entries: dict) -> dict:
             return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
 
-        stored = map(renamed, (self._readers, self._shapes, self._files, self._quantized))
-        return Checkpoint(self.source, *stored, self.folder, self.collective, self.layout, self._cut)
+        found, parts = copy.copy(self), (self._readers, self._shapes, self._files, self._quantized, self._cut)
+        found._readers, found._shapes, found._files, found._quantized, found._cut = map(renamed, parts)
+        return found
 
     def first_rows(self, rows: Mapping[str, int]) -> Checkpoint:
-        """This checkpoint with no more than so many rows of some modules' weights: a vocabulary may have grown since.
-
-        Example:
-            >>> from torch import nn
-            >>> open_checkpoint(nn.Sequential(nn.Linear(3, 2))).first_rows({"0": 1}).weight("0").shape
-            torch.Size([1, 3])
-        """
+        """This checkpoint with no more than so many rows of some modules' weights: a vocabulary may have grown."""
         cut = {name: count for name, count in rows.items() if count < self._shapes[name][0]}
-        if not cut:
-            return self
-        readers = {name: partial(_first_rows, self._readers[name], count) for name, count in cut.items()}
-        shapes = {name: (count, *self._shapes[name][1:]) for name, count in cut.items()}
-        stored = {**self._readers, **readers}, {**self._shapes, **shapes}, self._files, self._quantized
-        return Checkpoint(self.source, *stored, self.folder, self.collective, self.layout, {**self._cut, **cut})
+        found, whole = copy.copy(self), self._readers
+        found._readers = whole | {n: lambda n=n: whole[n]()[: cut[n]] for n in cut}
+        found._shapes = self._shapes | {name: (count, *self._shapes[name][1:]) for name, count in cut.items()}
+        found._cut = self._cut | cut
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -149,10 +138,7 @@ class Checkpoint:
         return self.stored(name).dtype
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
-        """The files that these modules' weights are read from, as they were when opened; none of one in memory.
-
-        Where not all rows are read, the module's name says so.
-        """
+        """The files that these modules' weights are read from, as when opened, with names that say which rows are."""
         found: dict[FileState, list[str]] = {}
         for name in sorted(names):
             if name in self._files:
@@ -308,21 +294,6 @@ def open_checkpoint(
     return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
 
 
-def _first_rows(read: Callable[[], Tensor], count: int) -> Tensor:
-    return read()[:count]
-
-
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes, quantized, collective = {}, {}, {}, False
-    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
-        prefix, _, kind = raw.rpartition(".")
-        if kind == "weight" and ".lora_" not in raw and ".modules_to_save." not in raw and raw not in invented:
-            name = module_name(prefix)
-            readers[name] = lambda parameter=parameter: (
-                gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
-            )
-            shapes[name] = full_shape(parameter)
-            collective |= is_sharded(parameter)
-            if (found := storage(parameter)) is not None:
-                quantized[name] = found
-    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective, layout=Layout.of(module))
+    *stored, quantized, collective = read_module(module, invented)
+    return Checkpoint(source, *stored, quantized=quantized, collective=collective, layout=Layout.of(module))

@@ -43,6 +43,8 @@ class SavedBeside:
     strict: bool
     wholes: dict[str, SavedWhole] = field(default_factory=dict)
     passing: dict[str, str] = field(default_factory=dict)
+    _names: list[str] = field(default_factory=list)  # of what may have a counterpart
+    _adapted: list[str] = field(default_factory=list)  # of the modules of LoRA
 
     @classmethod
     def of(
@@ -69,6 +71,15 @@ class SavedBeside:
         """
         found = cls(config, source, Uncorrected(uncorrected), strict)
         rest = {key: tensor for key, tensor in state.items() if key not in factors and _ORIGINAL not in key}
+        rows = [module_name(key.removesuffix(_ROWS)) for key in rest if key.endswith(_ROWS)]
+        found._names = [*rows, *found._modules_to_save(rest)]
+        found._adapted = sorted({module_name(key.partition(".lora_")[0]) for key in factors})
+        for option, held in (("modules_to_save", found._modules_to_save(rest)), ("trainable_token_indices", rows)):
+            if getattr(config, option) and not held:
+                raise ValueError(
+                    f"{place}: expected the weights of {option}={getattr(config, option)!r}, which stands in the "
+                    "config there, but got none. Take config and weights from one copy."
+                )
         for judge in (found._judge_tokens, found._judge_modules, found._judge_biases):
             handled = judge(rest)
             rest = {key: tensor for key, tensor in rest.items() if key not in handled}
@@ -82,16 +93,16 @@ class SavedBeside:
     def _judge_tokens(self, rest: Mapping[str, Tensor]) -> set[str]:
         judged: list[Tensor] = []
         rows = {module_name(key.removesuffix(_ROWS)): rest[key] for key in rest if key.endswith(_ROWS)}
-        self._names = list(rows)
         for name in sorted(rows, key=self._order):
             if not any(rows[name].equal(each) for each in judged):  # else it is tied to that one
                 judged.append(rows[name])
                 self._passes(name, lambda name=name: judge_tokens(name, self._indices(name), *self._by))
-        return {key for key in rest if _TOKENS in key}
+        whole = {key for keys in self._modules_to_save(rest).values() for key in keys.values()}
+        return {key for key in rest if _TOKENS in key} - whole
 
     def _judge_modules(self, rest: Mapping[str, Tensor]) -> set[str]:
         modules = self._modules_to_save(rest)
-        self._names, handled = list(modules), set()
+        handled: set[str] = set()
         for name in sorted(modules, key=self._order):
             keys = modules[name]
             if handled.issuperset(keys.values()):  # it is tied to one before
@@ -133,7 +144,7 @@ class SavedBeside:
     def _modules_to_save(self, rest: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
         """Keys by name within the module, by module."""
         found: dict[str, dict[str, str]] = {}
-        for key in rest:
+        for key in (key for key in rest if not key.endswith(_ROWS)):
             parts = module_name(key).split(".")
             for end in range(1, len(parts)):
                 name = ".".join(parts[:end])
@@ -160,7 +171,10 @@ class SavedBeside:
         why = "the adapter's config names none"
         try:
             if source:
-                return Aligned(source, self._names, revision)
+                found = Aligned(source, [*self._names, *self._adapted], revision)
+                if any(name in found.checkpoint for name in self._adapted):  # so that what it lacks is new
+                    return found
+                why = f"{found.source} has none of the modules that LoRA is on"
         except FileNotFoundError as error:
             why = f"it cannot be had ({error})"
         raise ValueError(

@@ -197,6 +197,8 @@ _TENSORS = {
     ".lora_magnitude_vector": ("DoRA (use_dora=True)", "Train with use_dora=False."),
     ".lora_embedding_": ("LoRA on an embedding", "Leave it out of target_modules."),
     ".lora_B.bias": ("lora_bias=True", "Train with lora_bias=False."),
+    ".token_adapter": ("the option trainable_token_indices", TRAINABLE_TOKENS),
+    ".modules_to_save": ("modules_to_save", MODULES_TO_SAVE),
     ".lora_": ("a variant of LoRA", "Train with plain peft.LoraConfig instead."),
 }
 

@@ -32,6 +32,10 @@ class Whole(ABC):
         d_out, d_in = self.stored[::-1] if self.stored_transposed else self.stored
         return d_out, min(self.stored), d_in
 
+    def with_rows(self, count: int) -> SavedWhole:
+        """The same as if its weight had so many rows."""
+        return SavedWhole((count, self.stored[1]), self.stored_transposed, self.aligned)
+
     @abstractmethod
     def aligned(self) -> Tensor:
         """The weight that training began with, as stored, with all its rows or fewer; not collective."""

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from csulora_callback.budget import NOTE, REFUSAL
+from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.reporting.penalties import IN_WORDS
@@ -37,7 +38,7 @@ def start_table(
     rows = {
         "adapter": f"{corrector.adapter.name}, {len(lora_ranks)} modules, LoRA rank {span(lora_ranks)}",
         **({"trained whole": ", ".join(wholes)} if wholes else {}),
-        **({"not corrected": _passing(corrector.passing)} if corrector.passing else {}),
+        **({"not corrected": passing_in_words(corrector.passing)} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
@@ -84,10 +85,6 @@ def _budget(budget: Mapping) -> str:
     if budget["min_refusal"] is not None:
         limits.append(f"{REFUSAL} ≥ {budget['min_refusal']:g}")
     return f"{', '.join(limits)}; {'stop' if budget['on_exceed'] == 'stop' else 'warn'} where it is exceeded"
-
-
-def _passing(passing: Mapping[str, str]) -> str:
-    return "; ".join(f"{name} ({why})" for name, why in passing.items())
 
 
 def _probes(probes: CheckedProbes) -> str:
