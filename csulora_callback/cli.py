@@ -27,6 +27,7 @@ from csulora_callback.cli_options import (
     SubspaceOption,
     choose_preset,
     examples,
+    names_in,
 )
 from csulora_callback.cli_screen import EXAMPLES as SCREEN_EXAMPLES
 from csulora_callback.cli_screen import screen
@@ -46,7 +47,6 @@ from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 
 logger = logging.getLogger(__name__)
-
 
 app = typer.Typer(
     name="csulora",
@@ -103,7 +103,7 @@ def subspace(
         demand(base and aligned and output, "expected BASE ALIGNED -o FILE, or --show FILE. See --help.")
         demand(rank is None or energy is None, "`--energy`: expected no --rank beside it, but got both. Pass one.")
         demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
-        targets = [name for names in target_modules or () for name in names.split(",") if name] or None
+        targets = names_in(target_modules) or None
         rule = {"rank": rank, "energy": energy}
         with arguments():
             check_rank_rule(**rule)
@@ -146,7 +146,7 @@ def inspect(
     with working():
         found = None if subspace is None else SafetySubspace.load(subspace)
         stored = partial(_shapes_in, aligned) if found is None else lambda names, config: stored_shapes(found, names)
-        saved, states, record = read_states(find_adapter_folder(adapter), stored)
+        saved, states, record = read_states(find_adapter_folder(adapter), stored, aligned and model_named(aligned))
         pair = None if base is None else _pair(saved, base, aligned)
         found = _estimate(pair) if found is None else found
         seen = inspect_adapter(saved, states, found, pair)
@@ -197,6 +197,9 @@ def correct(
     task: Annotated[
         str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
     ] = None,
+    uncorrected: Annotated[
+        list[str] | None, typer.Option(metavar="A,B", help="Names of what was trained beside LoRA, and may pass.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -213,15 +216,13 @@ def correct(
     demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
+        model, passing = aligned and model_named(aligned), names_in(uncorrected)
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter))
-            found = _estimate(_pair(raw.read(partial(_shapes_in, aligned)), base, aligned))
-        # A subspace that was just estimated from ALIGNED needs no check that it is of it.
-        needed = aligned is not None and (base is None or needs_model)
-        model = model_named(aligned) if needed else None
+            found = _estimate(_pair(raw.read(partial(_shapes_in, aligned), model, passing), base, aligned))
         texts = {"probes": probes, "task": task}
         done = correct_adapter(
-            adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model, target=target
+            adapter, found, place, chosen, rank.value, **texts, aligned_model=model, target=target, uncorrected=passing
         )
     written = not dry_run
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))

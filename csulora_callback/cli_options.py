@@ -70,3 +70,13 @@ AlignedOption = Annotated[
     typer.Option("--aligned", metavar="ALIGNED", help="The aligned checkpoint; else what the adapter names."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+def names_in(given: list[str] | None) -> list[str]:
+    """The names in options that may be repeated, and may hold several each.
+
+    Example:
+        >>> names_in(["q_proj,v_proj", "score"]), names_in(None)
+        (['q_proj', 'v_proj', 'score'], [])
+    """
+    return [name for names in given or () for name in names.split(",") if name]

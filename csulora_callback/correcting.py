@@ -11,12 +11,13 @@ import torch
 
 from csulora_callback.corrected import CorrectedAdapter, record_of
 from csulora_callback.inspection import Inspection
-from csulora_callback.method.closest import Correction, correct_each
+from csulora_callback.method.closest import correct_each
 from csulora_callback.method.drift import Effect, drift_metrics
 from csulora_callback.method.forecast import foresee
 from csulora_callback.method.grams import Grams
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement
 from csulora_callback.method.one_hot import OneHotGain, OneHotSystem, input_gains_of, input_systems
+from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.penalty import BLOCKS, Penalty
 from csulora_callback.method.precision import width_of_logs, width_on
 from csulora_callback.method.token_space import InputGain, TokenSystem, input_gain
@@ -25,9 +26,11 @@ from csulora_callback.models.factors import Factors
 from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.parts import Layer
 from csulora_callback.models.slots import bias_of
+from csulora_callback.models.wholes import Whole, check_reads_vectors
 from csulora_callback.stacks import Stack, Stacks
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_sides import oriented_basis
+from csulora_callback.whole_modules import WholeModules
 
 Rank = Literal["truncate", "expand"]
 Gains = Mapping[str, InputGain | OneHotGain]
@@ -46,6 +49,10 @@ class Correcting:
         rank: see :func:`~csulora_callback.correct`.
         chosen: how the penalty's strength was found, if it was looked for; a section of records.
         notes: further sections of records, as they are when a record is asked for.
+        passing: what is trained beside the layers and not corrected, by name, and why.
+
+    Attributes:
+        passing: that, and of the layers those rows that have no counterpart.
 
     Raises:
         ValueError: if a layer has no basis in ``subspace`` or one of another shape; the module is named.
@@ -73,11 +80,18 @@ class Correcting:
         rank: Rank = "truncate",
         chosen: Mapping[str, float] | None = None,
         notes: Mapping[str, object] | None = None,
+        passing: Mapping[str, str] | None = None,
     ) -> None:
         self.adapter, self.layers, self.subspace, self.penalty, self.rank = adapter, layers, subspace, penalty, rank
         self.chosen, self._notes = chosen, {} if notes is None else notes
-        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in layers.items()}
+        if penalty.on_probes is not None:
+            check_reads_vectors(layers)
+        self._wholes = WholeModules({n: each for n, each in layers.items() if isinstance(each, Whole)}, subspace)
+        self.passing = {**(passing or {}), **self._wholes.passing}
+        pairs = {name: layer for name, layer in layers.items() if name not in self._wholes}
+        self._bases = {name: oriented_basis(subspace, name, layer) for name, layer in pairs.items()}
         self._stacks = Stacks({name: (own.U, own.V, own.singular_values) for name, own in self._bases.items()})
+        self._bases |= self._wholes.bases
         self._chances = {name: chance_shares(own.U.shape, own.V.shape) for name, own in self._bases.items()}
         self._displacements = {name: kept_displacement(own) for name, own in self._bases.items()}
         self._systems: tuple[Activations, dict[str, TokenSystem | OneHotSystem]] | None = None
@@ -102,13 +116,14 @@ class Correcting:
         Raises:
             CorrectionOverflowError: if the corrected factors would overflow their dtype; the module is named.
         """
-        corrections: dict[str, Correction] = {}
-        for stack in self._stacks.of(raw):
+        corrections: dict[str, Outcome] = {}
+        for stack in self._stacks.of(self._pairs(raw)):
             corrections |= zip(stack.names, self._correct(stack, gains), strict=True)
+        corrections |= self._wholes.correct(raw, self.penalty, gains)
         corrections = {name: corrections[name] for name in raw}
         effects = {name: Effect.of(correction, self._bases[name]) for name, correction in corrections.items()}
         metrics = self._metrics(effects)
-        corrected = {name: (correction.lora_A, correction.lora_B) for name, correction in corrections.items()}
+        corrected = {name: correction.factors for name, correction in corrections.items()}
         corrected |= {name: bias_of(*pair) for name, pair in corrected.items() if owner_of_bias(name) is not None}
         record = self._recorder(raw, corrected, corrections, effects, metrics, "corrected", texts)
         return CorrectedAdapter(raw, corrected, metrics, record, texts)
@@ -122,7 +137,7 @@ class Correcting:
         products, or cancel each other.
         """
         by_rank: dict[tuple, list[tuple[Stack, Grams]]] = {}
-        for stack in self._stacks.of(raw):
+        for stack in self._stacks.of(self._pairs(raw)):
             sides = stack.U, stack.V, stack.singular_values
             wide, by = width_of_logs(stack.lora_A.device), self._input_gains(stack, gains)
             grams = Grams.of(stack.lora_A, stack.lora_B, *sides, wide, by)
@@ -140,7 +155,8 @@ class Correcting:
         empty = [name for name, effect in effects.items() if effect.raw.total_energy == 0.0]
         if any(bool(raw[name][0].any() and raw[name][1].any()) for name in empty):  # too small for float32
             return None
-        return self._metrics(effects)
+        measured = self._wholes.correct(raw, self.penalty, gains, measure_only=True)
+        return self._metrics(effects | {name: Effect.of(each, self._bases[name]) for name, each in measured.items()})
 
     def left_raw(self, raw: Factors, reason: str, texts: Texts | None = None) -> CorrectedAdapter:
         """What stands for a correction that could not be made: the raw factors, and a record that says so."""
@@ -153,7 +169,7 @@ class Correcting:
 
     def _drifts(self, factors: Factors, scalings: Mapping[str, float]) -> dict[str, Drift]:
         drifts: dict[str, Drift] = {}
-        for stack in self._stacks.of({name: factors[name] for name in self.layers}):
+        for stack in self._stacks.of(self._pairs({name: factors[name] for name in self.layers})):
             sides = stack.U, stack.V, stack.singular_values
             grams = Grams.of(stack.lora_A, stack.lora_B, *sides, width_on(stack.lora_A.device))
             numbers = torch.cat([grams.energies(), grams.along()[:, None]], dim=1).tolist()
@@ -161,9 +177,13 @@ class Correcting:
                 s, (chance, displacement) = scalings[name], (of[name] for of in (self._chances, self._displacements))
                 energy = {block: s * s * square for block, square in zip(BLOCKS, squares, strict=True)}
                 drifts[name] = drift_of(energy, chance, s * along, displacement)
+        drifts |= self._wholes.drifts(factors)
         return {name: drifts[name] for name in self.layers}
 
-    def _correct(self, stack: Stack, gains: Gains | None) -> list[Correction]:
+    def _pairs(self, factors: Factors) -> Factors:
+        return {name: tensors for name, tensors in factors.items() if name not in self._wholes}
+
+    def _correct(self, stack: Stack, gains: Gains | None) -> list[Outcome]:
         scalings = [self.layers[name].scaling for name in stack.names]
         factors, sides = (stack.lora_A, stack.lora_B), (stack.U, stack.V)
         by, wide = self._input_gains(stack, gains), width_on(stack.lora_A.device)
@@ -192,7 +212,7 @@ class Correcting:
         self,
         raw: Factors,
         corrected: Factors,
-        corrections: Mapping[str, Correction],
+        corrections: Mapping[str, Outcome],
         effects: Mapping[str, Effect],
         metrics: dict[str, float],
         status: str,
@@ -212,6 +232,8 @@ class Correcting:
             },
             **_sampled_rows(texts),
         }
+        if self.passing:
+            about["not_corrected"] = self.passing
         if self.chosen is not None:
             about["target"] = self.chosen
         return partial(record_of, raw, corrected, corrections, metrics, scalings, measured, about, self._notes)

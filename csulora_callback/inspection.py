@@ -15,6 +15,7 @@ from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_sides import oriented_basis
+from csulora_callback.whole_modules import WholeModules
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,12 @@ def inspect_adapter(
             )
     stored = stored_shapes(subspace, adapter.factors)
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
-    for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
+    layers = adapter.layers(adapter.stored_transposed(stored))
+    wholes = WholeModules(adapter.beside.wholes, subspace)
+    for state, factors in states.items():
+        measured[state] |= wholes.drifts(factors, pair)
+    for name in adapter.pairs:
+        layer = layers[name]
         basis = oriented_basis(subspace, name, layer)
         U, V = basis.U, basis.V
         D = None if pair is None or name not in pair.names else _displacement(pair, name, layer.stored_transposed)

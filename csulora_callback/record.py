@@ -130,6 +130,10 @@ def _is_budget(value: object) -> bool:
     )
 
 
+def _are_reasons(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
+
+
 _FIELDS = {
     "status": (_is_text, "a text"),
     "adapter": (_is_name, "the name of an adapter"),
@@ -141,6 +145,7 @@ _FIELDS = {
     "modules": (_are_modules, "sections by module, each with a finite `scaling`"),
     "versions": (_is_section, "a section"),
     "budget": (_is_budget, "a section with `on_exceed` and texts of what was `exceeded`, or to be missing"),
+    "not_corrected": (_are_reasons, "reasons by name, or to be missing"),
     "files": (_are_digests, "SHA-256 by file"),
     "sha256": (_is_digest, "a SHA-256"),
 }

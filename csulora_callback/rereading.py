@@ -99,15 +99,20 @@ def no_probes(saved: SavedAdapter, why: str) -> ValueError:
 
 
 def load_of_subspace(
-    saved: SavedAdapter, subspace: SafetySubspace, aligned_model: str | os.PathLike | None
+    saved: SavedAdapter,
+    subspace: SafetySubspace,
+    aligned_model: str | os.PathLike | None,
+    uncorrected: Sequence[str] = (),
 ) -> Adapter:
     """The adapter in its model, as :func:`load_with_adapter`; a subspace of another model is refused first."""
-    adapter = load_with_adapter(saved, aligned_model)
+    adapter = load_with_adapter(saved, aligned_model, uncorrected)
     check_under(subspace, adapter, Processes())
     return adapter
 
 
-def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | None) -> Adapter:
+def load_with_adapter(
+    saved: SavedAdapter, aligned_model: str | os.PathLike | None, uncorrected: Sequence[str] = ()
+) -> Adapter:
     """The adapter in its model, which is loaded, on a GPU if there is one, in the dtype that it is stored in.
 
     Raises:
@@ -132,7 +137,7 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
             f"penalty or a target has it read, but it cannot be loaded with the adapter ({first_line(error)}). "
             "Pass the folder or Hub id of the one that the adapter was trained on."
         ) from error
-    adapter = find_adapter(model)
+    adapter = find_adapter(model, checkpoint, uncorrected)
     if adapter.layers.keys() != saved.factors.keys():
         odd = sorted(adapter.layers.keys() ^ saved.factors.keys())
         raise ValueError(

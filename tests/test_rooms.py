@@ -29,7 +29,7 @@ FILES = {
     **dict.fromkeys(("adapter_source", "card_section", "corrected", "corrected_config", "correcting"), STATE),
     **dict.fromkeys(("aligned_answers", "answers_cache", "behaviour", "budget", "checked_probes"), STATE),
     **dict.fromkeys(("corrector", "inspection", "model_card", "posthoc", "pushing", "record"), STATE),
-    **dict.fromkeys(("presets", "refused_rows", "rereading", "screening", "searching"), STATE),
+    **dict.fromkeys(("presets", "refused_rows", "rereading", "screening", "searching", "whole_modules"), STATE),
     **dict.fromkeys(("sidecar", "stacks", "swap", "target"), STATE),
     **dict.fromkeys(("fingerprints", "kept_json"), STATE),
     **dict.fromkeys(("subspace", "subspace_cache", "subspace_file", "subspace_origin", "subspace_sides"), STATE),

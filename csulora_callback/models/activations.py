@@ -22,6 +22,7 @@ from csulora_callback.models.listening import Drawn, Listener, TokenVectors
 from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
+from csulora_callback.models.wholes import check_reads_vectors
 
 TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
@@ -186,6 +187,7 @@ def vectors_of(
     pairs = [(row, own) for row, own in zip(rows, inputs or [{}] * len(rows), strict=True) if len(row)]
     if not pairs:
         return {}
+    check_reads_vectors(adapter.layers)
     model = running_model(adapter)
     refuse_unless_causal(adapter, "penalty")
     known = known_inputs(adapter, model.get_input_embeddings(), [row for row, _ in pairs])

@@ -5,10 +5,11 @@ Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Checkpoint:
         source: where the weights come from, for messages.
         collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
         layout: where transformers' models sit in a module in memory; None for files.
+        folder: where the files lie; None in memory.
 
     Example:
         >>> from torch import nn
@@ -60,8 +62,10 @@ class Checkpoint:
         layout: Layout | None = None,
     ) -> None:
         self.source, self.collective, self.layout = source, collective, layout
-        self._stored, self._shapes = stored, stored.shapes
-        self._folder = folder  # where the files lie; None for a module in memory
+        self._stored, self._shapes, self.folder = stored, stored.shapes, folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
@@ -82,7 +86,7 @@ class Checkpoint:
         """
         found = self.named_as(names := list(names), trained)
         missing = [name for name in names if name not in found._shapes]
-        if missing and self._folder is not None:
+        if missing and self.folder is not None:
             self._refuse(missing[0], self._stored.packed(missing[0]))  # loading would not give it, either
             why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
@@ -101,19 +105,24 @@ class Checkpoint:
             ValueError: if several modules may be meant by a name; two of them are given.
         """
         asked, here = set(names), self
-        if self._folder is not None:
+        if self.folder is not None:
             others = asked - self._shapes.keys()
-            here = self._holding(with_experts(self._stored, self._folder, others, trained, self.source))
+            here = self._holding(with_experts(self._stored, self.folder, others, trained, self.source))
         called = by_stored_name(here._candidates(sorted(asked - here._shapes.keys()), trained), asked, self.source)
         return here._holding(here._stored.renamed(called)) if called else here
 
     def with_all_experts(self) -> Checkpoint:
         """This checkpoint with all experts that transformers fuses on load, in place of what they are made of."""
-        return self if self._folder is None else self._holding(with_all_experts(self._stored, self._folder))
+        return self if self.folder is None else self._holding(with_all_experts(self._stored, self.folder))
+
+    def first_rows(self, rows: Mapping[str, int]) -> Checkpoint:
+        """This checkpoint with no more than so many rows of some modules' weights: a vocabulary may have grown."""
+        return self._holding(self._stored.first_rows(rows))
 
     def _holding(self, stored: Stored) -> Checkpoint:
-        same = stored is self._stored
-        return self if same else Checkpoint(self.source, stored, self._folder, self.collective, self.layout)
+        found = copy.copy(self)
+        found._stored, found._shapes = stored, stored.shapes
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -139,11 +148,12 @@ class Checkpoint:
         return self._stored.parts.get(name) or [self._stored.readers[name]]
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
-        """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
+        """The files that these modules' weights are read from, as when opened, with names that say which rows are."""
         found: dict[FileState, list[str]] = {}
         for name in sorted(names):
+            cut = self._stored.cut.get(name)
             for state in self._stored.files.get(name, ()):
-                found.setdefault(state, []).append(name)
+                found.setdefault(state, []).append(name if cut is None else f"{name}[:{cut}]")
         return found
 
     def in_order(self, names: Iterable[str]) -> list[str]:
@@ -236,14 +246,14 @@ class Checkpoint:
         if self.layout is not None:
             return self.layout.meant(names, self._shapes, trained)
         try:
-            return stored_names(self._folder, names, self._shapes, trained) if names and self._folder else {}
+            return stored_names(self.folder, names, self._shapes, trained) if names and self.folder else {}
         except Exception:  # of a config that is missing or broken in one of many ways: what loading it says is raised
             return {}
 
     def _through_transformers(self, missing: str, trained: Layout | None) -> Checkpoint:
         """Of the same files, with the names that transformers gives on loading."""
         try:
-            model, invented = load_through_transformers(self._folder, trained)
+            model, invented = load_through_transformers(self.folder, trained)
         except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
                 f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "

@@ -30,7 +30,7 @@ def weights_in(module: nn.Module, invented: Collection[str] = ()) -> Stored:
     """
     stored = Stored({}, {})
     for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
-        if ".lora_" in raw or raw in invented:
+        if _is_trained(raw) or raw in invented:
             continue
         prefix, _, kind = raw.rpartition(".")
         shape, name = full_shape(parameter), parameter_name(module_name(prefix), kind)
@@ -52,7 +52,12 @@ def is_divided(module: nn.Module) -> bool:
         >>> is_divided(nn.Linear(2, 2))
         False
     """
-    return any(is_sharded(parameter) for name, parameter in module.named_parameters() if ".lora_" not in name)
+    return any(is_sharded(parameter) for name, parameter in module.named_parameters() if not _is_trained(name))
+
+
+def _is_trained(name: str) -> bool:
+    """Whether a parameter is PEFT's: what it trains in the place of a module is none of the module's weights."""
+    return ".lora_" in name or ".modules_to_save." in name
 
 
 def _reader(parameter: nn.Parameter, place: int | None) -> Reader:

@@ -55,6 +55,10 @@ class Part:
                 name, converted = stored, None
             if converted is None and name in there:
                 found.setdefault(name.removesuffix(".weight"), set()).add(key)
+        for tied, source in self.empty.all_tied_weights_keys.items():  # which files hold once
+            module, held = tied.removesuffix(".weight"), found.get(source.removesuffix(".weight"))
+            if module not in found and held:
+                found[module] = held
         return found
 
     def inner(self, name: str) -> str:

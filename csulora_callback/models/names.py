@@ -8,7 +8,9 @@ _BIAS = ".bias"
 _DDP = re.compile(r"^(?:_orig_mod\.)?module\.")  # compiled or not
 _NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))[0-9]+(?=\.|$)")
 _EXPERT = re.compile(r"\[([0-9]+)\]$")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer)(?:\.|$)")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|base_layer|original_module|token_adapter)(?:\.|$)"
+)
 
 
 def module_name(raw: str) -> str:
@@ -18,6 +20,8 @@ def module_name(raw: str) -> str:
         >>> module_name("base_model.model.model.layers.0.self_attn.q_proj.base_layer")
         'model.layers.0.self_attn.q_proj'
         >>> module_name("_orig_mod.base_model.model.lm_head")
+        'lm_head'
+        >>> module_name("base_model.model.lm_head.original_module")
         'lm_head'
     """
     name = _WRAPPERS.sub("", _DDP.sub("", raw)).rstrip(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from csulora_callback.models.checkpoint import Checkpoint, Source, open_checkpoint
 from csulora_callback.models.names import fused_parameter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class CheckpointPair:
             ValueError: as :meth:`open` does.
         """
         base, aligned = base.require(names, aligned.layout), aligned.require(names, base.layout)
+        base, aligned = _with_common_rows(base, aligned, names)
         for name in names:
             if base.shape(name) != aligned.shape(name):
                 base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
@@ -88,6 +92,21 @@ class CheckpointPair:
     def weights_for(self, own: str | None, turn: list[str]) -> tuple[Tensor | None, Tensor | None]:
         """Base and aligned weight of the module that this process takes, see :meth:`Checkpoint.weight_for`."""
         return self.base.weight_for(own, turn), self.aligned.weight_for(own, turn)
+
+
+def _with_common_rows(base: Checkpoint, aligned: Checkpoint, names: Sequence[str]) -> tuple[Checkpoint, Checkpoint]:
+    """Both with the rows that both have of an embedding or head, outside of all numbered layers: tokens were added."""
+    rows = {}
+    for name in names:
+        shapes = base.shape(name), aligned.shape(name)
+        outside = not any(part.isdigit() for part in name.split("."))
+        if outside and len(shapes[0]) == 2 and shapes[0] != shapes[1] and shapes[0][1:] == shapes[1][1:]:
+            rows[name] = min(shapes[0][0], shapes[1][0])
+            logger.warning(
+                "'%s' has %d rows in %s and %d in %s: the first %d are compared.",
+                *(name, shapes[0][0], base.source, shapes[1][0], aligned.source, rows[name]),
+            )
+    return base.first_rows(rows), aligned.first_rows(rows)
 
 
 def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:

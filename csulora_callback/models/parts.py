@@ -65,15 +65,20 @@ class AdaptedLayer:
         return self.module.scaling[self.adapter]
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The layer without its adapters."""
+        return self.module.get_base_layer()
+
+    @property
     def stored_transposed(self) -> bool:
         """See :class:`Layer`."""
-        layer = self.module.get_base_layer()
+        layer = self.base_layer
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
 
     @property
     def storage(self) -> str | None:
         """How the weight under it is quantized, ``None`` if it is not."""
-        return layer_storage(self.module.get_base_layer(), (self.shape[0], self.shape[2]))
+        return layer_storage(self.base_layer, (self.shape[0], self.shape[2]))
 
 
 class AdaptedEmbedding(AdaptedLayer):

@@ -6,9 +6,9 @@ What cannot be corrected is refused here as it is in a live model (:mod:`csulora
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.names import fused_parameter, owner_of_bias
 from csulora_callback.models.peft_folder import read_adapter
+from csulora_callback.models.saved_beside import SavedBeside
 from csulora_callback.models.saved_names import ShapesOf, targets_in
 from csulora_callback.models.slots import BiasSlot, EmbeddingSlot, Slot, slots_in
-from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner, tied
-
-logger = logging.getLogger(__name__)
+from csulora_callback.models.supported import check_config, check_options, check_tuner, tied
+from csulora_callback.models.wholes import SavedWhole
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class SavedAdapter:
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
         targets: what the config's rules call each module; of experts their parameter, of biases their module.
         slots: where PEFT keeps the factors.
+        beside: what was trained beside LoRA.
     """
 
     folder: Path
@@ -58,15 +59,28 @@ class SavedAdapter:
     scalings: dict[str, float]
     targets: dict[str, str]
     slots: list[Slot]
+    beside: SavedBeside
 
     @classmethod
-    def read(cls, folder: Path, stored: ShapesOf | None = None, names: Collection[str] | None = None) -> SavedAdapter:
+    def read(
+        cls,
+        folder: Path,
+        stored: ShapesOf | None = None,
+        names: Collection[str] | None = None,
+        aligned: str | os.PathLike | None = None,
+        uncorrected: Sequence[str] = (),
+        strict: bool = True,
+    ) -> SavedAdapter:
         """Read a folder with ``adapter_config.json`` and the weights.
 
         Args:
             folder: the folder.
             stored: asked for shapes of weights where the files do not tell which modules the factors are of.
             names: of the modules, in the model's order, where a record of a correction knows them.
+            aligned: the checkpoint under the adapter, where it does not lie where the config says; only looked at
+                where something was trained beside LoRA.
+            uncorrected: names of what was, and may pass as it is.
+            strict: whether what cannot be corrected is refused; to look at an adapter it need not be.
 
         Raises:
             FileNotFoundError: if one of them is not there.
@@ -89,19 +103,20 @@ class SavedAdapter:
         check_config(config, "adapter")
         state = read_adapter(folder)
         targets = targets_in(state, config, lambda config, name: scaling_of(config, name)[0], stored, names)
-        targets |= _beside(state, targets, folder)
+        targets |= _without_layers(state, targets, folder)
         slots = slots_in(state, targets)
         if not slots:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
             )
-        beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
-        if beside:
-            logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        factors = from_peft_state_dict(state, list(targets), str(folder))
-        _check_biases(config, factors, folder)
-        scalings = {name: _scaling(config, name, target, *factors[name]) for name, target in targets.items()}
-        saved = cls(folder, options, config, factors, scalings, targets, slots)
+        beside = SavedBeside.of(
+            state, [key for slot in slots for key in slot.keys], config, aligned, uncorrected, strict, str(folder)
+        )
+        pairs = from_peft_state_dict(state, list(targets), str(folder))
+        _check_biases(config, pairs, folder)
+        scalings = {name: _scaling(config, name, target, *pairs[name]) for name, target in targets.items()}
+        factors = pairs | from_peft_state_dict(state, list(beside.wholes), str(folder))
+        saved = cls(folder, options, config, factors, scalings, targets, slots_in(state, factors), beside)
         if saved.embeddings and config.ensure_weight_tying:
             raise tied("adapter")
         return saved
@@ -109,19 +124,24 @@ class SavedAdapter:
     @property
     def matrices(self) -> Factors:
         """The factors of modules, without those of their biases: what changed in alignment."""
-        return {name: pair for name, pair in self.factors.items() if owner_of_bias(name) is None}
+        return {name: tensors for name, tensors in self.factors.items() if owner_of_bias(name) is None}
+
+    @property
+    def pairs(self) -> Factors:
+        """Those of LoRA alone, of modules and of their biases."""
+        return {name: self.factors[name] for name in self.scalings}
 
     @property
     def embeddings(self) -> list[str]:
-        """Those of the modules that are embeddings."""
+        """Those of the modules that have LoRA and are embeddings."""
         return [slot.names[0] for slot in self.slots if isinstance(slot, EmbeddingSlot)]
 
-    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
+    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer | SavedWhole]:
         """Its layers, with the orientation that each weight is stored in."""
         return {
             name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[owner_of_bias(name) or name])
-            for name, (A, B) in self.factors.items()
-        }
+            for name, (A, B) in self.pairs.items()
+        } | self.beside.wholes
 
     def stored_transposed(self, stored: Mapping[str, tuple[int, int]]) -> dict[str, bool]:
         """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D and embeddings do.
@@ -167,8 +187,8 @@ class SavedAdapter:
         """The experts by the module that they are in, which stores all of them alike; all other modules."""
         groups: dict[str | None, list[str]] = {}
         embeddings = set(self.embeddings)
-        for name in self.matrices:
-            if name in embeddings:
+        for name in self.pairs:
+            if name in embeddings or owner_of_bias(name) is not None:
                 continue
             is_expert = fused_parameter(name)[1] is not None
             groups.setdefault(self.targets[name].rpartition(".")[0] if is_expert else None, []).append(name)
@@ -241,7 +261,7 @@ def read_config(folder: Path) -> tuple[dict, PeftConfig]:
         ) from error
 
 
-def _beside(state: Mapping[str, Tensor], targets: Mapping[str, str], folder: Path) -> dict[str, str]:
+def _without_layers(state: Mapping[str, Tensor], targets: Mapping[str, str], folder: Path) -> dict[str, str]:
     """What PEFT calls the modules of embeddings and biases in a file, by their names."""
     found = {}
     for slot in slots_in(state):

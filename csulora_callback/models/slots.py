@@ -14,9 +14,10 @@ from torch import Tensor
 
 from csulora_callback.models.fused_experts import by_parameter, join_experts, split_experts
 from csulora_callback.models.names import bias_name, fused_parameter, module_name, owner_of_bias
+from csulora_callback.models.whole_slots import whole_slots_in
 
 Factors = dict[str, tuple[Tensor, ...]]
-"""By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``."""
+"""By module name ``(lora_A, lora_B)``, shapes ``(r, d_in)`` and ``(d_out, r)``; of one trained whole ``(weight,)``."""
 
 # PEFT's keys inside an adapter file, fixed by its documented checkpoint format.
 _PREFIX = "base_model.model."
@@ -161,14 +162,15 @@ def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[
     Args:
         keys: all of the file.
         names: of the modules whose factors are looked for, in the order of the model that they are of; by default all
-            but experts of fused weights, whose names the keys do not tell.
+            of LoRA but experts of fused weights: only who knows the names can tell these, and a module that was
+            trained whole from what PEFT saves beside.
 
     Example:
         >>> slots_in([f"base_model.model.q_proj.lora_{factor}.weight" for factor in "AB"])[0].names
         ('q_proj',)
     """
     found: dict[tuple[type[Slot], str], dict[int, str]] = {}  # by kind and prefix, its keys by their places
-    for key in keys:
+    for key in (keys := list(keys)):
         for kind, ends in _KINDS:
             for place, end in enumerate(ends):
                 if key.endswith(end):
@@ -182,7 +184,7 @@ def slots_in(keys: Iterable[str], names: Collection[str] | None = None) -> list[
             continue
         kept = kind if fused_parameter(own[0])[1] is None else FusedSlot
         slots.append(kept(own, tuple(there.get(place, prefix + end) for place, end in enumerate(dict(_KINDS)[kind]))))
-    return slots
+    return slots + whole_slots_in(keys, set(names or ()) - {name for slot in slots for name in slot.names})
 
 
 def _held(prefixes: Sequence[str], names: Collection[str]) -> dict[str, tuple[str, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class Stored:
         files: those that it is read from, as they were when they were opened; none of what is in memory.
         quantized: how weights are stored that are quantized, where the tensor alone does not tell.
         parts: readers of what it is made of, where that are several tensors, or a part of one.
+        cut: how many rows are left of weights that had more.
 
     Example:
         >>> import torch
@@ -38,6 +39,7 @@ class Stored:
     files: dict[str, tuple[FileState, ...]] = field(default_factory=dict)
     quantized: dict[str, str] = field(default_factory=dict)
     parts: dict[str, list[Reader]] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=dict)
 
     def packed(self, name: str) -> str | None:
         """How a weight that is not there is stored instead: of an expert, in its parameter's place or its module's."""
@@ -51,7 +53,19 @@ class Stored:
         def renamed(entries: dict[str, T]) -> dict[str, T]:
             return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
 
-        return Stored(*map(renamed, (self.readers, self.shapes, self.files, self.quantized, self.parts)))
+        return Stored(*map(renamed, (self.readers, self.shapes, self.files, self.quantized, self.parts, self.cut)))
+
+    def first_rows(self, rows: Mapping[str, int]) -> Stored:
+        """The same with no more than so many rows of some weights."""
+        cut = {name: count for name, count in rows.items() if count < self.shapes[name][0]}
+        whole = self.readers
+        return replace(
+            self,
+            readers=whole | {name: lambda name=name: whole[name]()[: cut[name]] for name in cut},
+            shapes=self.shapes | {name: (count, *self.shapes[name][1:]) for name, count in cut.items()},
+            parts={name: parts for name, parts in self.parts.items() if name not in cut},
+            cut=self.cut | cut,
+        )
 
     def with_others(self, others: Stored, after: Mapping[str, Collection[str]]) -> Stored:
         """These and others, which are read fastest just after some of these."""
@@ -65,4 +79,5 @@ class Stored:
             self.files | others.files,
             self.quantized | others.quantized,
             self.parts | others.parts,
+            self.cut | others.cut,
         )

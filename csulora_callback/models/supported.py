@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from csulora_callback.models.names import module_name
@@ -24,21 +22,20 @@ _PLAIN_INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal")
 _CONVERTED = ("pissa", "olora", "corda", "lora_ga")
 
 # What to do about each, where a user need not have set it.
-_TRAINABLE_TOKENS = (
-    "Leave that option out. TRL sets it by itself, with modules_to_save=['lm_head'], where `chat_template_path` names "
-    "a tokenizer and tokens are added to take its template: give it a .jinja file, which adds none."
+TRAINABLE_TOKENS = (
+    "Train rows of new tokens only, which have nothing to drift from, or the whole embedding by modules_to_save, "
+    "which can be corrected. TRL sets that option by itself where `chat_template_path` names a tokenizer."
 )
-_MODULES_TO_SAVE = (
-    "Leave that option out. PEFT sets it by itself for task_type='SEQ_CLS' and 'TOKEN_CLS', whose new heads cannot be "
-    "corrected, and TRL for the lm_head where it adds tokens to take a chat template."
+MODULES_TO_SAVE = (
+    "What can be corrected of modules_to_save is the one matrix of a Linear layer without bias, or of an embedding; "
+    "what the aligned model has not passes. Leave it out."
 )
+_KNOWINGLY = "Or let it pass as it is trained, listed as not corrected: uncorrected=[{name!r}]."
 
 
 # Options of a LoraConfig whose update is not s·B·A of the modules that it names, and what to do about each.
 _OPTIONS = {
     "use_dora": "DoRA scales each row of the whole weight to a trained length. Train with use_dora=False.",
-    "modules_to_save": _MODULES_TO_SAVE,
-    "trainable_token_indices": _TRAINABLE_TOKENS,
     **dict.fromkeys(
         (
             "alora_invocation_tokens",
@@ -65,9 +62,6 @@ def check_tuner(config: PeftConfig, argument: str = "model") -> None:
 
 def check_kind(name: str, module: BaseTunerLayer) -> None:
     """Raise ``ValueError`` unless a PEFT layer is one of LoRA."""
-    if isinstance(module, TrainableTokensLayer):
-        kind = "the option trainable_token_indices, which trains an embedding's rows,"
-        raise _unsupported(name.removesuffix(".token_adapter"), kind, _TRAINABLE_TOKENS)
     if not isinstance(module, LoraLayer):
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise _unsupported(name, kind, "Train with peft.LoraConfig instead.")
@@ -149,24 +143,32 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
     """Raise ``ValueError`` if a parameter is trainable whose ``id`` is not among those of the ``factors``."""
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in factors:
             continue
-        for wrapper, module in wrappers.items():
-            if name.startswith(f"{wrapper}."):
-                raise _unsupported(wrapper, f"modules_to_save ({type(module).__name__})", _MODULES_TO_SAVE)
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
             kind, remedy = "a second adapter that is trained", "Train one at a time: model.set_adapter(name)."
-        elif name.endswith(".bias"):
-            kind, remedy = "a bias that is trained", "Set bias='none' in the LoraConfig, or freeze it."
-        else:
-            kind, remedy = "a parameter trained outside the LoRA factors", "Freeze it: requires_grad_(False)."
-        raise _unsupported(name, kind, remedy)
+            raise _unsupported(name, kind, remedy)
+        if name.endswith(".bias"):
+            raise not_beside(name, "a bias that is trained", "Set bias='none' in the LoraConfig, or freeze it.")
+        kind, remedy = "a parameter trained outside the LoRA factors", "Freeze it: requires_grad_(False)."
+        raise not_beside(name, kind, remedy)
+
+
+def not_beside(name: str, kind: str, remedy: str) -> ValueError:
+    """What to raise where something cannot be corrected that is trained beside LoRA, and may pass knowingly.
+
+    Example:
+        >>> str(not_beside("q_proj.bias", "a bias that is trained", "Freeze it.")).rpartition("listed ")[2]
+        "as not corrected: uncorrected=['q_proj.bias']."
+    """
+    return _unsupported(name, kind, f"{remedy} {_KNOWINGLY.format(name=module_name(name))}")
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise ``ValueError`` unless a saved config of LoRA, whichever PEFT wrote it, asks for nothing beside ``s·B·A``.
+    """Raise ``ValueError`` unless a saved config of LoRA, whichever PEFT wrote it, asks for ``s·B·A``.
+
+    What it asks for beside that, its tensors tell.
 
     Example:
         >>> check_options({"r": 8, "use_dora": False, "bias": "none"})
@@ -177,8 +179,6 @@ def check_options(options: Mapping[str, object]) -> None:
     for option, remedy in _OPTIONS.items():
         if options.get(option):
             raise _not_from_file(option, options[option], remedy)
-    if options.get("bias", "none") != "none":
-        raise _not_from_file("bias", options["bias"], "Train with bias='none'.")
 
 
 def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: str) -> list[str]:
@@ -226,8 +226,8 @@ def check_tensors(state: Mapping[str, Tensor], factors: Iterable[str], source: s
 
 _TENSORS = {
     ".lora_magnitude_vector": ("DoRA (use_dora=True)", _OPTIONS["use_dora"]),
-    ".token_adapter": ("the option trainable_token_indices", _TRAINABLE_TOKENS),
-    ".modules_to_save": ("modules_to_save", _MODULES_TO_SAVE),
+    ".token_adapter": ("the option trainable_token_indices", TRAINABLE_TOKENS),
+    ".modules_to_save": ("modules_to_save", MODULES_TO_SAVE),
     ".lora_": ("a variant of LoRA", "Train with plain peft.LoraConfig instead."),
 }
 

@@ -85,6 +85,16 @@ def all_experts(folder: Path, shapes: Shapes) -> tuple[dict[str, Fused | None], 
     return fused, whole.loaded(shapes) if fused else {}
 
 
+def empty_model(folder: Path) -> nn.Module:
+    """The model that a folder's config names, without weights.
+
+    Raises:
+        Exception: of a config that is broken, or names no class of transformers, in one of many ways.
+    """
+    config = _config(folder)
+    return Part("", _architecture(config), config).empty
+
+
 def load_through_transformers(folder: Path, trained: Layout | None = None) -> tuple[nn.Module, set[str]]:
     """The model, and the names of parameters that the files lack and transformers made up.
 

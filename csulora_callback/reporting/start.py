@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from csulora_callback.budget import NOTE, REFUSAL
+from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.names import fused_parameter
@@ -32,11 +33,14 @@ def start_table(
         target: the share of their refusals for which the penalty's strength is looked for.
     """
     subspace, layers, matrices = corrector.subspace, corrector.adapter.layers, corrector.adapter.matrices
-    biases = " with their biases" if len(layers) > len(matrices) else ""
-    lora_ranks = [layer.shape[1] for layer in matrices.values()]
+    wholes, biases = corrector.adapter.wholes, " with their biases" if len(layers) > len(matrices) else ""
+    pairs = {name: layer for name, layer in matrices.items() if name not in wholes}
+    lora_ranks = [layer.shape[1] for layer in pairs.values()]
     ranks = [subspace[name].U.shape[1] for name in matrices]
     rows = {
-        "adapter": f"{corrector.adapter.name}, {_modules(matrices)}{biases}, LoRA rank {span(lora_ranks)}",
+        "adapter": f"{corrector.adapter.name}, {_modules(pairs)}{biases}, LoRA rank {span(lora_ranks)}",
+        **({"trained whole": ", ".join(wholes)} if wholes else {}),
+        **({"not corrected": passing_in_words(corrector.passing)} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",

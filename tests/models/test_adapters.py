@@ -170,7 +170,7 @@ def _unsupported_models():
             lambda: get_peft_model(Convolution(), LoraConfig(target_modules=["convolution"])),
             "module 'convolution': LoRA on Conv2d",
         ),
-        "modules_to_save": (lora(modules_to_save=["lm_head"]), "module 'lm_head': modules_to_save"),
+        "modules_to_save": (lora(modules_to_save=["model.norm"]), "module 'model.norm': modules_to_save"),
         "trained elsewhere": (WithHead, "module 'head.weight': a parameter trained outside the LoRA factors"),
         "bias": (lora(bias="all"), f"module '{q}.bias': a bias that is trained"),
         "pissa": (lora(init_lora_weights="pissa"), "`model`: LoRA with init_lora_weights='pissa'"),

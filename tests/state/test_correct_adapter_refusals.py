@@ -60,9 +60,6 @@ def put(folder: Path, **tensors) -> None:
 
 OPTIONS = {
     "use_dora": True,
-    "bias": "lora_only",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [3],
     "alora_invocation_tokens": [3],
     "arrow_config": {"top_k": 3},
     "layer_replication": [[0, 2]],
@@ -84,6 +81,12 @@ def test_an_option_that_only_a_newer_peft_knows_is_judged_by_its_tensors(copy, s
     assert json.loads((tmp_path / "a" / CONFIG).read_text())["use_something_new"] is True
     put(copy, **{f"{Q}.lora_new": torch.ones(2, 2)})
     refusal(copy, subspace, tmp_path, r"q_proj': a variant of LoRA is not supported", output=tmp_path / "b")
+
+
+def test_options_whose_tensors_are_not_there(copy, subspace, tmp_path):
+    for option, value in {"modules_to_save": ["lm_head"], "trainable_token_indices": [3]}.items():
+        change(copy, **{"modules_to_save": None, option: value})
+        refusal(copy, subspace, tmp_path, f"expected the weights of {option}=.*, which stands in the config there")
 
 
 TENSORS = {

@@ -12,7 +12,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback
 from csulora_callback.models.adapters import find_adapter
@@ -99,12 +99,12 @@ ADAPTERS = {
         ["a second adapter that is trained is not", "Train one at a time: model.set_adapter(name)"],
     ),
     "modules_to_save": (
-        lora(modules_to_save=["lm_head"]),
-        ["module 'lm_head': modules_to_save (ModulesToSaveWrapper) is not", "Leave that option out."],
+        lora(modules_to_save=["model.norm"]),
+        ["module 'model.norm': modules_to_save of a module with weight", "uncorrected=['model.norm']"],
     ),
     "trained tokens": (
         lora(trainable_token_indices=[3, 4]),
-        ["module 'model.embed_tokens': the option trainable_token_indices", "Leave that option out. TRL sets it by"],
+        ["module 'model.embed_tokens': trainable_token_indices of tokens that the aligned model has", "TRL sets that"],
     ),
 }
 
@@ -116,14 +116,10 @@ def test_adapters_are_refused_as_what_they_are(pair, tmp_path, kind):
     refusal(pair, tmp_path, build(AutoModelForCausalLM.from_pretrained(pair[1])), *parts)
 
 
-def test_biases_and_heads_that_are_trained(pair, tmp_path):
-    """PEFT makes a new head trainable by itself."""
+def test_biases_that_are_trained(pair, tmp_path):
     biased = AutoModelForCausalLM.from_pretrained(pair[1], attention_bias=True)
     parts = ["self_attn.q_proj.bias': a bias that is trained is not supported", "Set bias='none' in the LoraConfig"]
     refusal(pair, tmp_path, with_lora(biased, bias="all"), *parts)
-    head = AutoModelForSequenceClassification.from_pretrained(pair[1], num_labels=2)
-    parts = ["module 'score': modules_to_save", "PEFT sets it by itself for task_type='SEQ_CLS'"]
-    refusal(pair, tmp_path, with_lora(head, task_type="SEQ_CLS"), *parts)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), float("-inf")])
@@ -153,25 +149,7 @@ def test_plain_initializations_in_any_spelling_that_peft_takes(pair):
         find_adapter(model)
 
 
-def test_tokens_that_trl_adds_by_itself(pair, tmp_path):
-    """Its user asks for a chat template, and gets trained tokens."""
-    words = in_trl.words()
-    words.save_pretrained(pair[1])
-    words.add_tokens(["<user>"])
-    words.chat_template = "<bos> <user> {{ messages[0]['content'] }}"
-    words.save_pretrained(tmp_path / "chat")
-    callback = CSULoRACallback(base_model=pair[0], rank=RANK, cache_dir=tmp_path / "cache")
-    trainer = in_trl.make_trainer(pair, tmp_path / "out", [callback], chat_template_path=str(tmp_path / "chat"))
-    assert trainer.model.peft_config["default"].trainable_token_indices is not None
-    with pytest.raises(ValueError, match="the option trainable_token_indices") as raised:
-        trainer.train()
-    for part in ("TRL sets it by itself", "`chat_template_path` names a tokenizer", "a .jinja file, which adds none"):
-        assert part in str(raised.value)
-    assert not list((tmp_path / "out").rglob("checkpoint-*"))
-
-
 def test_trl_with_a_template_from_a_file_adds_none(pair, tmp_path):
-    """What that message says to do."""
     in_trl.words().save_pretrained(pair[1])
     (tmp_path / "chat.jinja").write_text("<bos> {{ messages[0]['content'] }}")
     callback = CSULoRACallback(base_model=pair[0], rank=RANK, cache_dir=tmp_path / "cache")
