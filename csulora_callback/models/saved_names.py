@@ -87,7 +87,8 @@ def _parameters_at(
         counts = [
             _experts(pair, rank_of(config, f"{path}.{kind}")) for pair, kind in zip(wrappers, chosen, strict=True)
         ]
-        if None not in counts and len({count for count in counts if count > 1}) <= 1:
+        experts = {count for kind, count in zip(chosen, counts, strict=True) if kind != "weight"}
+        if None not in counts and len(experts) <= 1:  # a module has as many of each
             readings.append([_modules(path, kind, count) for kind, count in zip(chosen, counts, strict=True)])
     # One expert alone is hardly a mixture: a matrix is its module's weight, where it may be. Without such a module in
     # the subspace it is refused later on.

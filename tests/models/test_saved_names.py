@@ -60,8 +60,9 @@ def test_a_matrix_is_the_weight_of_its_module_also_where_other_names_end_alike(t
     assert_told(SavedAdapter.read(tmp_path), adapter)
 
 
-def test_ranks_tell(tmp_path):
-    adapter = saved(tmp_path, "gate", "up", rank_pattern={"gate": 4}, alpha_pattern={"up": 5})
+@pytest.mark.parametrize("rank", [3, 4, 6])  # other readings: no whole number of experts, or unequal numbers
+def test_ranks_tell(tmp_path, rank):
+    adapter = saved(tmp_path, "gate", "up", rank_pattern={"gate": rank}, alpha_pattern={"up": 5})
     assert_told(SavedAdapter.read(tmp_path), adapter)
 
 
