@@ -102,12 +102,8 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         raise _unsupported(name, "lora_bias=True", "Set lora_bias=False.")
     if adapter in module.lora_embedding_A:
         raise _unsupported(name, "LoRA on an embedding", leave_out)
-    if (
-        isinstance(module, ParamWrapper)
-        and module.parameter_name != "weight"
-        and len(full_shape(module.get_param())) == 2
-    ):
-        kind = f"LoRA on its parameter '{module.parameter_name}', a matrix that is not its weight,"
+    if isinstance(module, ParamWrapper) and (why := _no_weight(module)) is not None:
+        kind = f"LoRA on its parameter '{module.parameter_name}', {why},"
         raise _unsupported(name, kind, "Leave it out of the LoraConfig's target_parameters.")
     if adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
@@ -119,6 +115,14 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             f"{module.lora_alpha[adapter]!r}, which makes the scaling of its update {module.scaling[adapter]}. "
             "Set another lora_alpha or alpha_pattern in the LoraConfig."
         )
+
+
+def _no_weight(module: ParamWrapper) -> str | None:
+    """Why a parameter is not the weight of a module, or those of experts; ``None`` if it is."""
+    shape = full_shape(module.get_param())
+    if len(shape) == 2:
+        return None if module.parameter_name == "weight" else "a matrix that is not its weight"
+    return None if shape[0] > 1 else "a stack of one matrix"
 
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:
