@@ -182,8 +182,8 @@ class Checkpoint:
 
     def storage(self, name: str) -> str | None:
         """How a module's weight is quantized; ``None`` if it is not, or not there."""
-        return self._stored.quantized.get(name) or (
-            storage(self._stored.readers[name]()) if name in self._shapes else None
+        return self._stored.quantized.get(name) or next(
+            filter(None, (storage(part()) for part in (self.parts(name) if name in self._shapes else ()))), None
         )
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd
 
 from csulora_callback.models import sharding
 from csulora_callback.models.names import expert_name, fused_parameter, module_name
@@ -96,7 +97,6 @@ def names_of_parameter(path: str, module: ParamWrapper) -> list[str]:
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
-        >>> from torch import nn
         >>> experts = nn.Module()
         >>> experts.up = nn.Parameter(torch.ones(2, 5, 4))
         >>> lora = LoraConfig(r=1, target_modules=[], target_parameters=["experts.up"])
@@ -119,6 +119,18 @@ def parameter_name(module: str, parameter: str) -> str:
         ('mlp.experts.down_proj', 'mlp.input_linear')
     """
     return module if parameter == "weight" else f"{module}.{parameter}"
+
+
+def holds_experts(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of a model may hold the weights of several experts: all of three dimensions but kernels.
+
+    Example:
+        >>> convolution = nn.Sequential(nn.Conv1d(3, 2, 1))
+        >>> holds_experts(convolution, "0.weight", convolution[0].weight)
+        False
+    """
+    shape = sharding.full_shape(parameter)
+    return len(shape) == 3 and shape[0] > 1 and not isinstance(model.get_submodule(name.rpartition(".")[0]), _ConvNd)
 
 
 def by_parameter(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

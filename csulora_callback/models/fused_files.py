@@ -27,6 +27,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from csulora_callback.models.fused_experts import holds_experts
+
 Shapes = Mapping[str, tuple[int, ...]]
 """Of what files hold, by the name of the module whose weight it is, or of the parameter itself."""
 
@@ -92,6 +94,8 @@ class _OfOneExpert:
 def fused_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, Fused | None]:
     """The fused parameters that transformers makes of what files hold; ``None`` where only loading tells how.
 
+    They are named as modules are: without ``.weight``.
+
     Args:
         model: an instance without weights.
         shapes: of what the files hold.
@@ -108,7 +112,7 @@ def fused_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, Fused 
         >>> fused.of_expert(1)[0], fused.shape(shapes)
         (('model.layers.0.block_sparse_moe.experts.1.w1', None), (32, 8))
     """
-    there = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 3}
+    there = {name: parameter for name, parameter in model.named_parameters() if holds_experts(model, name, parameter)}
     if not there:
         return {}
     conversions = get_model_conversion_mapping(model)
@@ -130,7 +134,7 @@ def fused_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, Fused 
             if parameter in there:
                 one = Fused(parameter, held, model, converter, first)
                 alone = len(own) <= 1 and (converter is None or None not in held) and _is_by_expert(one, shapes)
-                found[parameter] = one if alone else None
+                found[parameter.removesuffix(".weight")] = one if alone else None
     return found
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from csulora_callback.models.fused_experts import parameter_name
+from csulora_callback.models.fused_experts import holds_experts, parameter_name
 from csulora_callback.models.names import expert_name, module_name
 from csulora_callback.models.quantized import storage
 from csulora_callback.models.sharding import full_shape, gather, is_sharded
@@ -35,7 +34,7 @@ def weights_in(module: nn.Module, invented: Collection[str] = ()) -> Stored:
         prefix, _, kind = raw.rpartition(".")
         shape, name = full_shape(parameter), parameter_name(module_name(prefix), kind)
         places: dict[str, int | None] = {name: None} if kind == "weight" else {}
-        if len(shape) == 3 and not isinstance(module.get_submodule(prefix), _ConvNd):
+        if holds_experts(module, raw, parameter):
             places |= {expert_name(name, number): number for number in range(shape[0])}
         how = storage(parameter) if places else None
         for own, place in places.items():

@@ -87,11 +87,9 @@ def _parameters_at(
         counts = [
             _experts(pair, rank_of(config, f"{path}.{kind}")) for pair, kind in zip(wrappers, chosen, strict=True)
         ]
-        if None not in counts and len({count for count in counts if count > 1}) <= 1:
+        experts = {count for kind, count in zip(chosen, counts, strict=True) if kind != "weight"}
+        if None not in counts and len(experts) <= 1 and 1 not in experts:  # a module has as many of each
             readings.append([_modules(path, kind, count) for kind, count in zip(chosen, counts, strict=True)])
-    # One expert alone is hardly a mixture: a matrix is its module's weight, where it may be. Without such a module in
-    # the subspace it is refused later on.
-    readings = [reading for reading in readings if path in reading[0]] or readings
     if names is not None:
         order = [name for name in names if any(name in own for reading in readings for own in reading)]
         readings = [reading for reading in readings if [name for own in reading for name in own] == order]

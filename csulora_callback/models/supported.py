@@ -122,12 +122,8 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
         if module.get_base_layer().max_norm is not None:
             kind = "LoRA on an embedding with max_norm, which rescales weight and factors in every forward pass,"
             raise _unsupported(name, kind, "Leave it out of target_modules, or make it with max_norm=None.")
-    elif (
-        isinstance(module, ParamWrapper)
-        and module.parameter_name != "weight"
-        and len(full_shape(module.get_param())) == 2
-    ):
-        kind = f"LoRA on its parameter '{module.parameter_name}', a matrix that is not its weight,"
+    elif isinstance(module, ParamWrapper) and (why := _no_weight(module)) is not None:
+        kind = f"LoRA on its parameter '{module.parameter_name}', {why},"
         raise _unsupported(name, kind, "Leave it out of the LoraConfig's target_parameters.")
     elif adapter not in module.lora_A or not isinstance(module.lora_A[adapter], nn.Linear):
         raise _unsupported(name, f"LoRA on {type(module.get_base_layer()).__name__}", leave_out)
@@ -139,6 +135,14 @@ def check_layer(name: str, module: LoraLayer, adapter: str) -> None:
             f"{module.lora_alpha[adapter]!r}, which makes the scaling of its update {module.scaling[adapter]}. "
             "Set another lora_alpha or alpha_pattern in the LoraConfig."
         )
+
+
+def _no_weight(module: ParamWrapper) -> str | None:
+    """Why a parameter is not the weight of a module, or those of experts; ``None`` if it is."""
+    shape = full_shape(module.get_param())
+    if len(shape) == 2:
+        return None if module.parameter_name == "weight" else "a matrix that is not its weight"
+    return None if shape[0] > 1 else "a stack of one matrix"
 
 
 def check_nothing_else_trains(model: nn.Module, factors: set[int]) -> None:

@@ -60,8 +60,9 @@ def test_a_matrix_is_the_weight_of_its_module_also_where_other_names_end_alike(t
     assert_told(SavedAdapter.read(tmp_path), adapter)
 
 
-def test_ranks_tell(tmp_path):
-    adapter = saved(tmp_path, "gate", "up", rank_pattern={"gate": 4}, alpha_pattern={"up": 5})
+@pytest.mark.parametrize("rank", [3, 4, 6])  # other readings: no whole number of experts, or unequal numbers
+def test_ranks_tell(tmp_path, rank):
+    adapter = saved(tmp_path, "gate", "up", rank_pattern={"gate": rank}, alpha_pattern={"up": 5})
     assert_told(SavedAdapter.read(tmp_path), adapter)
 
 
@@ -108,9 +109,10 @@ def test_a_matrix_by_any_name_is_a_module_only_if_it_is_a_weight(tmp_path):
     linear = saved(tmp_path, model=Model(), target_modules=[], target_parameters=["linear.weight"])
     assert list(linear.layers) == ["linear"]
     assert_told(SavedAdapter.read(tmp_path), linear)
-    model = Model()
-    model.experts.table = nn.Parameter(torch.randn(5, 4))
-    with pytest.raises(
-        ValueError, match="module 'experts': LoRA on its parameter 'table', a matrix that is not its w"
+    for number, (shape, why) in enumerate(
+        (((5, 4), "a matrix that is not its weight"), ((1, 5, 4), "a stack of one"))
     ):
-        saved(tmp_path / "table", "table", model=model)
+        model = Model()
+        model.experts.table = nn.Parameter(torch.randn(shape))
+        with pytest.raises(ValueError, match=f"module 'experts': LoRA on its parameter 'table', {why}"):
+            saved(tmp_path / str(number), "table", model=model)
