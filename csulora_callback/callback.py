@@ -21,17 +21,15 @@ from csulora_callback.arguments import (
 )
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, check_probes
+from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
-from csulora_callback.models.activations import refuse_unless_causal
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
-from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
@@ -238,10 +236,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         started, processes = time.perf_counter(), Processes.all()
         adapter = processes.together(lambda: find_adapter(model, self.aligned_model, self.uncorrected))
         penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
-        if penalty.on_probes is not None:
-            check_inputs(adapter.layers)
         if self.probes is not None:
-            refuse_unless_causal(adapter, "probes")
+            check_readable(adapter, reads=penalty.on_probes is not None)
         subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
@@ -249,8 +245,10 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         activations = None if self._recorder is None else self._recorder.unread()
         corrector = SafetyCorrector(adapter, subspace, penalty, activations)
         corrector.notes |= self.budget.begin()
-        if self.subspace is not None:
-            self._check_origin(adapter, subspace, processes)
+        if self.subspace is not None and self.aligned_model is None:
+            check_under(subspace, adapter, processes, self.cache_dir)
+        elif self.subspace is not None:
+            check_origin(subspace, self.aligned_model, processes, self.cache_dir)
         if verbose:
             print_start(corrector, time.perf_counter() - started, probes, self.target)
         return corrector
@@ -273,12 +271,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, back, target, probes.tokenizer)
         self._behaviour = Behaviour(measured)
         return probes
-
-    def _check_origin(self, adapter: Adapter, subspace: SafetySubspace, processes: Processes) -> None:
-        if self.aligned_model is None:
-            check_under(subspace, adapter, processes, self.cache_dir)
-        else:
-            check_origin(subspace, self.aligned_model, processes, self.cache_dir)
 
     def _subspace_for(self, adapter: Adapter, progress: bool, processes: Processes) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):

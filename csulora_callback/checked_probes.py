@@ -16,6 +16,7 @@ from csulora_callback.behaviour import BEGINNING
 from csulora_callback.models.activations import refuse_unless_causal, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
+from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.probes import ask, check_ids, load_tokenizer
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -49,6 +50,18 @@ class CheckedProbes:
     def is_checked(self) -> bool:
         """Whether the answers were judged: those to texts are, those to token ids are not."""
         return self.tokenizer is not None
+
+
+def check_readable(adapter: Adapter, reads: bool) -> None:
+    """Raise ``ValueError`` unless the model under an adapter can be asked probes, and its modules' inputs be read.
+
+    Args:
+        adapter: in its model.
+        reads: whether inputs will be.
+    """
+    refuse_unless_causal(adapter, "probes")
+    if reads:
+        check_inputs(adapter.layers)
 
 
 def check_probes(

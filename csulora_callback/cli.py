@@ -287,14 +287,13 @@ def _check_one_of(subspace: Path | None, base: str | None) -> None:
     demand((subspace is None) != (base is None), f"expected either --subspace FILE or --base BASE, but got {got}.")
 
 
-def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
-    return CheckpointPair.of_modules(
-        checkpoint_named(base), aligned_under(adapter.config, aligned), sorted(adapter.matrices)
-    )
+def _pair(saved: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
+    sides = checkpoint_named(base), aligned_under(saved.config, aligned)
+    return CheckpointPair.of_modules(*sides, sorted(saved.matrices))
 
 
 def _shapes_in(aligned: str | None, names: Collection[str], config: LoraConfig) -> dict[str, tuple[int, ...]]:
-    return aligned_under(config, aligned).shapes(names)
+    return aligned_under(config, aligned).named_as(names).shapes(names)
 
 
 def _estimate(pair: CheckpointPair) -> SafetySubspace:

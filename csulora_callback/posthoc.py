@@ -23,7 +23,8 @@ from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
 from csulora_callback.models.processes import Processes
-from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
+from csulora_callback.models.ranks import options_for_ranks
+from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer
 from csulora_callback.models.slots import join_all, split_all
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder

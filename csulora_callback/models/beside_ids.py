@@ -64,6 +64,7 @@ def cut_inputs(
         length: how many tokens of a document are kept, where no placeholder stands further on.
 
     Example:
+        >>> import torch
         >>> from transformers import LlavaConfig
         >>> from csulora_callback.models.documents import documents_of
         >>> ids, given = torch.tensor([[9, 5], [9, 7]]), {"pixel_values": torch.ones(2, 3, 8, 8)}

@@ -35,7 +35,6 @@ class Checkpoint:
     """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
 
     Experts of a three-dimensional weight are modules of their own: ``experts.up_proj[7]`` is what lies at 7 in it.
-
     Made by :func:`open_checkpoint`.
 
     Attributes:
@@ -120,6 +119,8 @@ class Checkpoint:
         return self._holding(self._stored.first_rows(rows))
 
     def _holding(self, stored: Stored) -> Checkpoint:
+        if stored is self._stored:
+            return self
         found = copy.copy(self)
         found._stored, found._shapes = stored, stored.shapes
         return found
@@ -130,13 +131,13 @@ class Checkpoint:
         Raises:
             ValueError: if the checkpoint has no such module; the nearest names are given.
         """
-        self._check(name)
+        if name not in self._shapes:
+            raise ValueError(self._lacks(name))
         return self._shapes[name]
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes as stored, of those of these modules that there are by names alone."""
-        found = self.named_as(names := list(names))
-        return {name: found._shapes[name] for name in names if name in found._shapes}
+        """Shapes as stored, of those of these modules that there are."""
+        return {name: self._shapes[name] for name in names if name in self._shapes}
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
@@ -144,17 +145,12 @@ class Checkpoint:
 
     def parts(self, name: str) -> list[Reader]:
         """Readers of the tensors that a module's weight is made of. Raises as :meth:`shape` does."""
-        self._check(name)
+        self.shape(name)  # is known, or the name refused
         return self._stored.parts.get(name) or [self._stored.readers[name]]
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
         """The files that these modules' weights are read from, as when opened, with names that say which rows are."""
-        found: dict[FileState, list[str]] = {}
-        for name in sorted(names):
-            cut = self._stored.cut.get(name)
-            for state in self._stored.files.get(name, ()):
-                found.setdefault(state, []).append(name if cut is None else f"{name}[:{cut}]")
-        return found
+        return self._stored.files_of(names)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Names in the order in which their weights are read fastest: by file, and by place in it."""
@@ -175,7 +171,7 @@ class Checkpoint:
 
     def stored(self, name: str) -> Tensor:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
-        self._check(name)
+        self.shape(name)  # is known, or the name refused
         weight = self._stored.readers[name]()
         self._refuse(name, self._stored.quantized.get(name) or storage(weight))
         return weight
@@ -230,10 +226,6 @@ class Checkpoint:
                 "Pass the path or Hub id of the unquantized checkpoint instead."
             )
 
-    def _check(self, name: str) -> None:
-        if name not in self._shapes:
-            raise ValueError(self._lacks(name))
-
     def _lacks(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
         return (
@@ -247,7 +239,7 @@ class Checkpoint:
             return self.layout.meant(names, self._shapes, trained)
         try:
             return stored_names(self.folder, names, self._shapes, trained) if names and self.folder else {}
-        except Exception:  # of a config that is missing or broken in one of many ways: what loading it says is raised
+        except Exception:  # of a config that is missing or broken in one of many ways: loading it says how
             return {}
 
     def _through_transformers(self, missing: str, trained: Layout | None) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -47,6 +47,15 @@ class Stored:
         module = parameter if number is None else parameter.rpartition(".")[0]
         return self.quantized.get(parameter) or self.quantized.get(module)
 
+    def files_of(self, names: Iterable[str]) -> dict[FileState, list[str]]:
+        """The files that these weights are read from, with names that say which rows are."""
+        found: dict[FileState, list[str]] = {}
+        for name in sorted(names):
+            cut = self.cut.get(name)
+            for state in self.files.get(name, ()):
+                found.setdefault(state, []).append(name if cut is None else f"{name}[:{cut}]")
+        return found
+
     def renamed(self, called: Mapping[str, Collection[str]]) -> Stored:
         """The same with other names of some, of which an entry may have several, or none, and then is left out."""
 
@@ -59,6 +68,8 @@ class Stored:
         """The same with no more than so many rows of some weights."""
         cut = {name: count for name, count in rows.items() if count < self.shapes[name][0]}
         whole = self.readers
+        if not cut:
+            return self
         return replace(
             self,
             readers=whole | {name: lambda name=name: whole[name]()[: cut[name]] for name in cut},

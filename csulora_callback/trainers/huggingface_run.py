@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.trainer_utils import EvalLoopOutput
 
-
 logger = logging.getLogger(__name__)
 
 

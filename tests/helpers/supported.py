@@ -107,17 +107,17 @@ CORRECTED: dict[str, tuple[Callable[[], nn.Module], Build]] = {
 LIKE = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
 # A word of the refusal for each.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Build, str]] = {
-    "fused experts (`target_parameters`)": (mixtral, lora(target_modules="all-linear"), "target_parameters"),
-    "LoRA on embeddings": (llama, lora(target_modules=["embed_tokens", "q_proj"]), "LoRA on an embedding"),
-    "`lora_bias`": (llama, lora(lora_bias=True, target_modules=["q_proj"]), "lora_bias=True"),
     '`bias="all"`, `"lora_only"`': (
         lambda: tiny_llama(attention_bias=True),
         lora(bias="all"),
         "bias",
     ),
-    "a new head (`SEQ_CLS`, `TOKEN_CLS`)": (llama, classifier, "modules_to_save"),
-    "`modules_to_save` of what the base has": (llama, lora(modules_to_save=["lm_head"]), "modules_to_save"),
-    "new tokens (`trainable_token_indices`)": (llama, lora(trainable_token_indices=[3]), "trainable_token_indices"),
+    "norms and the like in `modules_to_save`": (llama, lora(modules_to_save=["norm"]), "modules_to_save"),
+    "rows of known tokens (`trainable_token_indices`)": (
+        llama,
+        lora(trainable_token_indices=[3]),
+        "trainable_token_indices",
+    ),
     "DoRA": (llama, lora(use_dora=True), "use_dora=True"),
     "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA": (llama, lora(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "a second adapter that is trained": (llama, with_a_second, "a second adapter that is trained"),

@@ -36,6 +36,7 @@ def test_every_argument_of_the_callback_is_a_key(tmp_path):
         "min_refusal": 0.8,
         "on_exceed": "stop",
         "heat_maps": True,
+        "uncorrected": ["score"],
     }
     assert list(given) == list(inspect.signature(CSULoRACallback).parameters)
     made = make_callback(given)

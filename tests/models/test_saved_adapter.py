@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import equal
-from csulora_callback.models.saved_adapter import SavedAdapter, options_for_ranks, scaling_of
+from csulora_callback.models.ranks import options_for_ranks, scaling_of
+from csulora_callback.models.saved_adapter import SavedAdapter
 from tests.helpers.lab import tiny_llama, with_biases, with_lora
 
 PATTERNS = {

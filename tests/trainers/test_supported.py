@@ -36,8 +36,7 @@ CASES = [
     for row in CORRECTED
     for column in COLUMNS
 ]
-# SFT trains language models; two adapters have a folder each.
-NONE_THERE = {("a new head (`SEQ_CLS`, `TOKEN_CLS`)", "TRL"), ("a second adapter that is trained", AFTERWARDS)}
+NONE_THERE = {("a second adapter that is trained", AFTERWARDS)}  # two have a folder each
 REFUSALS = [
     pytest.param(row, column, marks=pytest.mark.slow, id=f"{row}-{column}")
     for row in REFUSED
