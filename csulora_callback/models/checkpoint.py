@@ -34,8 +34,7 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
 
-    Experts of a three-dimensional weight are modules of their own: ``experts.up_proj[7]`` is what lies at 7 in it.
-    Made by :func:`open_checkpoint`.
+    Experts of a three-dimensional weight are modules of their own, as ``experts.up_proj[7]``. See `open_checkpoint`.
 
     Attributes:
         source: where the weights come from, for messages.
@@ -119,9 +118,7 @@ class Checkpoint:
         return self._holding(self._stored.first_rows(rows))
 
     def _holding(self, stored: Stored) -> Checkpoint:
-        if stored is self._stored:
-            return self
-        found = copy.copy(self)
+        found = self if stored is self._stored else copy.copy(self)
         found._stored, found._shapes = stored, stored.shapes
         return found
 
