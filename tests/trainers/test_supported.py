@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter
 from recipes.families.pair import RANK, Pair
 from recipes.families.reference import check
-from tests.helpers.lab import TARGETS, saved, saved_pair
+from tests.helpers.lab import saved, saved_pair
 from tests.helpers.supported import (
     AFTERWARDS,
     COLUMNS,
@@ -25,9 +23,6 @@ from tests.helpers.supported import (
     REFUSED,
     TRAINERS,
     corrected,
-    in_trainer,
-    llama,
-    lora,
 )
 
 QUICK = {("LoRA", "Trainer")}
@@ -77,27 +72,6 @@ def test_refused(row, column, tmp_path):
             correct_adapter(tmp_path / "trained", subspace, tmp_path / "out", PENALTY)
     assert word.lower() in str(raised.value).lower()
     assert not list((tmp_path / "out").rglob("adapter_model.*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_what_peft_converts_to_plain_lora_is_corrected_afterwards(start, tmp_path):
-    pair = saved_pair(tmp_path, llama())
-    model = lora(init_lora_weights=start)(pair[1])
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it, to load it again as it is
-    model.save_pretrained(tmp_path / "initial")
-    model.peft_config["default"].init_lora_weights = start
-    in_trainer(pair, model, tmp_path / "out", [])
-    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    subspace = SafetySubspace.estimate(*pair, TARGETS, rank=RANK, progress=False)
-    done = correct_adapter(tmp_path / "plain", subspace, tmp_path / "corrected", PENALTY)
-    checked = check(Pair(*pair, type(llama())), done.output / "csulora/raw", done.output)
-    assert checked.worst < 1e-5
-    # What was converted is the update that was trained.
-    converted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pair[1]), tmp_path / "plain")
-    converted, merged = converted.merge_and_unload(), model.merge_and_unload()
-    for name, weight in converted.named_parameters():
-        assert (weight - merged.get_parameter(name)).norm() < 1e-5 * weight.norm(), name
 
 
 def rows() -> tuple[dict[str, list[str]], dict[str, str]]:
