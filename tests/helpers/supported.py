@@ -24,7 +24,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -80,10 +79,6 @@ def with_a_second(aligned: Path) -> PeftModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     return model
-
-
-def classifier(aligned: Path) -> PeftModel:
-    return with_lora(AutoModelForSequenceClassification.from_pretrained(aligned, num_labels=2), task_type="SEQ_CLS")
 
 
 CORRECTED: dict[str, tuple[Callable[[], nn.Module], Build]] = {
