@@ -198,7 +198,8 @@ def _held(prefixes: Sequence[str], names: Collection[str]) -> dict[str, tuple[st
         nested.setdefault(module_name(prefix), []).append(prefix)
     held: dict[str, tuple[str, ...]] = {}
     for parameter, own in by_parameter(name for name in names if owner_of_bias(name) is None).items():
-        path = parameter if parameter in nested else parameter.rpartition(".")[0]
+        is_of_module = parameter in nested or fused_parameter(own[0])[1] is None
+        path = parameter if is_of_module else parameter.rpartition(".")[0]
         if nested.get(path):
             held[nested[path].pop(0)] = own
     return held
