@@ -151,6 +151,7 @@ def saved_factors(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in saved(folder).items() if ".lora_" in key}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EACH)
 def test_resuming_is_exact_and_the_corrected_adapter_is_the_posthoc_one(trained, case, tmp_path):
     run = trained(case)

@@ -150,6 +150,7 @@ def test_peft_alone_loads_it_in_a_new_process_expanded_or_not(trained, name):
 
 
 @pytest.mark.parametrize("arguments", [{"probes": [[3, 4]] * 8}, {"probes": [[3, 4]] * 8, "target": 0.9}])
+@pytest.mark.slow
 def test_a_data_aware_penalty_is_refused_before_training_with_what_helps(tmp_path, arguments):
     pair = experts_pair(tmp_path, FAST)
     with pytest.raises(

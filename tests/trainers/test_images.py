@@ -103,6 +103,7 @@ def test_rows_are_read_with_their_images(kind, images, batch, tmp_path, caplog):
     assert "not in the sample" not in caplog.text
 
 
+@pytest.mark.slow
 def test_rows_of_which_no_one_knows_whose_images_they_are_are_left_out(tmp_path, caplog):
     """Two rows and two images, both of the first row: the same shapes as one each."""
     images = [1, 1, 2, 0, 0, 2, 1, 2]

@@ -82,7 +82,7 @@ def make_trainer(kind, output, **arguments):
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in ("t5", "vit") else pytest.mark.slow) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=() if kind == "vit" else pytest.mark.slow) for kind in KINDS]
 )
 @pytest.mark.parametrize("penalty", [Penalty.data_aware(4.0), Penalty.guard(4.0)], ids=["data aware", "guard"])
 def test_probes_are_refused_before_training(kind, penalty, tmp_path):

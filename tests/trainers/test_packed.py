@@ -51,9 +51,8 @@ def assert_read_as_trained(ours, overheard):
         torch.testing.assert_close(read, overheard.moments[name], rtol=0.02, atol=0.005 * read.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "signs", ["position_ids", *(pytest.param(name, marks=pytest.mark.slow) for name in ("seq_idx", "cu_seq_lens"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signs", ["position_ids", "seq_idx", "cu_seq_lens"])
 def test_a_flattened_batch_is_cut_into_its_documents(signs, pair, tmp_path):
     rows = documents()
     extra = {"return_seq_idx": signs == "seq_idx", "return_flash_attn_kwargs": signs == "cu_seq_lens"}
