@@ -86,8 +86,7 @@ def texts_in(checkpoint: Path) -> dict[str, list]:
     """
     saved = torch.load(checkpoint.with_suffix(".ckpt"), map_location="cpu", mmap=True, weights_only=True)
     texts = Texts.from_json(saved[CHECKPOINT_KEY]["texts"])
-    rows, _ = texts.counted
-    return {"probes": texts.probes, "task": rows or None}
+    return {"probes": texts.probes, "task": texts.counted.rows or None}
 
 
 def _file(folder: Path, step: int) -> Path:
