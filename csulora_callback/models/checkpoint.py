@@ -227,7 +227,7 @@ class Checkpoint:
         nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
         return (
             f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
-            f"{f'; nearest names: {nearest}' if nearest else ''}. Leave out of target_modules what is new, as of a head."
+            f"{f'; nearest names: {nearest}' if nearest else ''}. Leave layers of a new head out of target_modules."
         )
 
     def _candidates(self, names: list[str], trained: Layout | None) -> dict[str, set[str]]:
