@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
 
 from csulora_callback.model_card import CARD
+from csulora_callback.models.beside import NAMED
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.peft_folder import adapter_beside, adapter_folder
 from csulora_callback.models.saved_adapter import SavedAdapter
+from csulora_callback.models.saved_names import ShapesOf
 from csulora_callback.models.weight_files import fetch_adapter
 from csulora_callback.sidecar import FOLDER, RAW, RECORD, NotPublishedError, Sidecar, read_record
 
@@ -97,12 +100,32 @@ class RawAdapter:
             return cls(folder, folder, None, root / CARD)
         return cls(place / FOLDER / RAW, adapter_folder(place, sidecar.record["adapter"]), sidecar, place / CARD)
 
+    def read(
+        self,
+        stored: ShapesOf | None = None,
+        aligned: str | os.PathLike | None = None,
+        uncorrected: Sequence[str] = (),
+        strict: bool = True,
+    ) -> SavedAdapter:
+        """What lies in the folder, see :meth:`SavedAdapter.read`, which raises where it cannot be corrected."""
+        names = None if self.sidecar is None else list(self.sidecar.raw)
+        return SavedAdapter.read(self.folder, stored, names, aligned, uncorrected, strict)
 
-def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
+
+def read_states(
+    root: Path, stored: ShapesOf | None = None, aligned: str | os.PathLike | None = None
+) -> tuple[SavedAdapter, dict[str, Factors], dict | None]:
     """What can be looked at of the adapter in a folder: its layers, factors by state, and its record if it has one.
+
+    What was trained beside LoRA and cannot be measured is left out.
 
     The states are ``adapter`` alone, where it was never corrected; ``raw`` and ``corrected``; or, with a log line,
     ``corrected`` alone, where it was published without its raw adapter.
+
+    Args:
+        root: the folder.
+        stored: see :meth:`SavedAdapter.read`.
+        aligned: the checkpoint under the adapter, where it does not lie where its config says.
 
     Raises:
         FileNotFoundError: as :meth:`RawAdapter.find` and :meth:`SavedAdapter.read` do.
@@ -114,15 +137,26 @@ def read_states(root: Path) -> tuple[SavedAdapter, dict[str, Factors], dict | No
         logger.info("%s", error)
         place = sidecar_place(root)
         record = read_record(place)
-        saved = SavedAdapter.read(adapter_folder(place, record["adapter"]))
+        names = list(record["modules"])
+        saved = SavedAdapter.read(
+            adapter_folder(place, record["adapter"]), stored, names, aligned, _named(record), strict=False
+        )
         return saved, {"corrected": saved.factors}, record
-    saved = SavedAdapter.read(source.folder)
+    record = None if source.sidecar is None else source.sidecar.record
+    saved = source.read(stored, aligned, _named(record), strict=False)
+    for name, why in saved.beside.passing.items():
+        logger.info("'%s' was trained too, and is left out: %s", name, why)
     if source.sidecar is None:
         return saved, {"adapter": saved.factors}, None
     states = {"raw": saved.factors}
     if source.sidecar.corrected is not None:  # beside shards there is none
         states["corrected"] = source.sidecar.corrected
-    return saved, states, source.sidecar.record
+    return saved, states, record
+
+
+def _named(record: dict | None) -> list[str]:
+    """What was let pass knowingly when the adapter was corrected."""
+    return [name for name, why in ((record or {}).get("not_corrected") or {}).items() if why == NAMED]
 
 
 def sidecar_place(root: Path) -> Path | None:

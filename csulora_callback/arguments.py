@@ -85,6 +85,13 @@ def check_flags(**flags: object) -> None:
         check(name, isinstance(flag, bool), "True or False", flag)
 
 
+def check_names(**names: object) -> None:
+    """Raise ``ValueError`` unless each is a list of names."""
+    for name, given in names.items():
+        fits = isinstance(given, list | tuple) and all(isinstance(each, str) and each for each in given)
+        check(name, fits, "a list of names", given)
+
+
 def check_folders(**paths: object) -> None:
     """Raise ``ValueError`` unless each is the path of a folder or None."""
     for name, path in paths.items():

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from csulora_callback.arguments import check_flags, check_folders, check_source, check_steps, choose_penalty
+from csulora_callback.arguments import (
+    check_flags,
+    check_folders,
+    check_names,
+    check_source,
+    check_steps,
+    choose_penalty,
+)
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, check_probes
+from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
+from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes, read_prompts
@@ -102,6 +110,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
         on_exceed: what to do where one of these is exceeded: ``"warn"`` once, or also ``"stop"`` training with a
             corrected checkpoint saved. The reason is logged, recorded, and stands in the model card.
+        uncorrected: names of what is trained beside LoRA and may pass as it is trained, knowingly, such as
+            ``["score"]`` or ``["q_proj.bias"]``: modules or parameters, in full or their last parts. What is new to
+            the aligned checkpoint passes without. Both are listed in the start table, the record and the model card.
         heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
             the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
 
@@ -139,6 +150,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         min_refusal: float | None = None,
         on_exceed: Literal["warn", "stop"] = "warn",
         heat_maps: bool = False,
+        uncorrected: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -164,6 +176,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         )
         check_flags(evaluate_corrected=evaluate_corrected, export_adapter=export_adapter)
         check_flags(push_raw=push_raw, heat_maps=heat_maps)
+        check_names(uncorrected=uncorrected)
         check_folders(cache_dir=cache_dir, resume_from=resume_from)
         if heat_maps:
             check_drawing()
@@ -186,6 +199,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.resume_from = resume_from
         self.export_adapter = export_adapter
         self.push_raw, self.heat_maps = push_raw, heat_maps
+        self.uncorrected = tuple(uncorrected)
         self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
         self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
@@ -220,17 +234,21 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
     def _prepare(self, model: nn.Module, verbose: bool) -> SafetyCorrector:
         """The corrector for ``model``; everything that can be refused is refused here, before the first step."""
         started, processes = time.perf_counter(), Processes.all()
-        adapter = find_adapter(model)
+        adapter = processes.together(lambda: find_adapter(model, self.aligned_model, self.uncorrected))
+        penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
+        if self.probes is not None:
+            check_readable(adapter, reads=penalty.on_probes is not None)
         subspace = self._subspace_for(adapter, verbose, processes)
         if self._recorder is not None:
             self._recorder.end_step()  # a run that crashed may have left it open
-        penalty = self.penalty if self.target is None else self.penalty(STRONGEST)  # before one is looked for
         probes = self._watch(adapter, penalty, processes, verbose)
         activations = None if self._recorder is None else self._recorder.unread()
-        corrector = SafetyCorrector(model, subspace, penalty, activations)
+        corrector = SafetyCorrector(adapter, subspace, penalty, activations)
         corrector.notes |= self.budget.begin()
-        if self.subspace is not None:
-            self._check_origin(adapter, subspace, processes)
+        if self.subspace is not None and self.aligned_model is None:
+            check_under(subspace, adapter, processes, self.cache_dir)
+        elif self.subspace is not None:
+            check_origin(subspace, self.aligned_model, processes, self.cache_dir)
         if verbose:
             print_start(corrector, time.perf_counter() - started, probes, self.target)
         return corrector
@@ -254,12 +272,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._behaviour = Behaviour(measured)
         return probes
 
-    def _check_origin(self, adapter: Adapter, subspace: SafetySubspace, processes: Processes) -> None:
-        if self.aligned_model is None:
-            check_under(subspace, adapter, processes, self.cache_dir)
-        else:
-            check_origin(subspace, self.aligned_model, processes, self.cache_dir)
-
     def _subspace_for(self, adapter: Adapter, progress: bool, processes: Processes) -> SafetySubspace:
         if isinstance(self.subspace, SafetySubspace):
             return self.subspace
@@ -268,7 +280,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         aligned = self.aligned_model
         if aligned is None:
             aligned = processes.together(lambda: weights_under(adapter))
-        names, layout = sorted(adapter.layers), Layout.of(adapter.holder)
+        names, layout = sorted(adapter.matrices), Layout.of(adapter.holder)
+        if adapter.wholes:
+            processes.together(lambda: check_displaced(adapter.wholes, open_checkpoint(self.base_model), layout))
         pair = (
             processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
             for source in (self.base_model, aligned)

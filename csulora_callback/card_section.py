@@ -100,6 +100,16 @@ def is_corrected(record: Mapping | None) -> bool:
     return record is not None and record["status"] == "corrected"
 
 
+def passing_in_words(passing: Mapping[str, str]) -> str:
+    """What is trained and not corrected, for a person.
+
+    Example:
+        >>> passing_in_words({"score": "new: the aligned checkpoint has no such module"})
+        'score (new: the aligned checkpoint has no such module)'
+    """
+    return "; ".join(f"{name} ({why})" for name, why in passing.items())
+
+
 def strength_in_words(target: Mapping) -> str:
     """How a strength was found, for a person.
 
@@ -127,6 +137,8 @@ def _table(record: Mapping, base_model: str | None) -> str:
     if "fingerprint" in subspace:
         rows["its fingerprint"] = _code(subspace["fingerprint"])
     rows["modules"] = str(len(record["modules"]))
+    if record.get("not_corrected"):
+        rows["trained and not corrected"] = _plain(passing_in_words(record["not_corrected"]))
     if metrics:
         rows["norm of the update ‖Δ‖ before"] = f"{metrics['csulora/update_norm']:.4g}"
         shares = " / ".join(_percent(metrics[share]) for share in _SHARES)

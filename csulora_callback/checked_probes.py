@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from csulora_callback.aligned_answers import ANSWER, aligned_answers, judge, short
 from csulora_callback.answers_cache import CachedAnswers
 from csulora_callback.behaviour import BEGINNING
-from csulora_callback.models.activations import running_model, vocabulary_of
+from csulora_callback.models.activations import refuse_unless_causal, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
+from csulora_callback.models.fused_experts import check_inputs
 from csulora_callback.models.probes import ask, check_ids, load_tokenizer
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -51,6 +52,18 @@ class CheckedProbes:
         return self.tokenizer is not None
 
 
+def check_readable(adapter: Adapter, reads: bool) -> None:
+    """Raise ``ValueError`` unless the model under an adapter can be asked probes, and its modules' inputs be read.
+
+    Args:
+        adapter: in its model.
+        reads: whether inputs will be.
+    """
+    refuse_unless_causal(adapter, "probes")
+    if reads:
+        check_inputs(adapter.layers)
+
+
 def check_probes(
     adapter: Adapter,
     probes: Sequence[str] | Rows,
@@ -67,17 +80,13 @@ def check_probes(
     count.
 
     Raises:
-        ValueError: if probes cannot be asked, the model has an encoder, or too few are refused.
+        ValueError: if probes cannot be asked, the model is no causal language model, or too few are refused.
     """
+    refuse_unless_causal(adapter, "probes")
     processes, checkpoint = processes or Processes(), checkpoint or adapter.config.base_model_name_or_path
     pairs = processes.together(lambda: ask(probes, checkpoint))
     prompts = [ids for _, ids in pairs]
     check_ids(prompts, vocabulary_of(adapter))
-    if running_model(adapter).config.is_encoder_decoder:
-        raise ValueError(
-            "`probes`: expected a decoder-only model, whose answers to them can be read in one pass, but this one has "
-            "an encoder. Leave them out, and use a penalty that is not data-aware."
-        )
     answers, from_cache = _answers(adapter, prompts, cache_dir, processes, progress)
     tokenizer, left_out = None, {}
     if isinstance(probes[0], str):

@@ -7,12 +7,14 @@ The exit status is 0, 1 where something failed or a file is not what it should b
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from peft import LoraConfig
 
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder, read_states
 from csulora_callback.cli_options import (
@@ -25,13 +27,14 @@ from csulora_callback.cli_options import (
     SubspaceOption,
     choose_preset,
     examples,
+    names_in,
 )
 from csulora_callback.cli_screen import EXAMPLES as SCREEN_EXAMPLES
 from csulora_callback.cli_screen import screen
-from csulora_callback.inspection import inspect_adapter
+from csulora_callback.inspection import inspect_adapter, stored_shapes
 from csulora_callback.method.basis import check_rank_rule
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.named import checkpoint_named, model_named
+from csulora_callback.models.named import aligned_under, checkpoint_named, model_named
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
@@ -44,7 +47,6 @@ from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 
 logger = logging.getLogger(__name__)
-
 
 app = typer.Typer(
     name="csulora",
@@ -101,7 +103,7 @@ def subspace(
         demand(base and aligned and output, "expected BASE ALIGNED -o FILE, or --show FILE. See --help.")
         demand(rank is None or energy is None, "`--energy`: expected no --rank beside it, but got both. Pass one.")
         demand(not output.is_dir(), f"`--output`: expected the name of a file, but got the folder {output}.")
-        targets = [name for names in target_modules or () for name in names.split(",") if name] or None
+        targets = names_in(target_modules) or None
         rule = {"rank": rank, "energy": energy}
         with arguments():
             check_rank_rule(**rule)
@@ -142,9 +144,11 @@ def inspect(
         "`--aligned`: expected it beside --base only. Leave it out.",
     )
     with working():
-        saved, states, record = read_states(find_adapter_folder(adapter))
+        found = None if subspace is None else SafetySubspace.load(subspace)
+        stored = partial(_shapes_in, aligned) if found is None else lambda names, config: stored_shapes(found, names)
+        saved, states, record = read_states(find_adapter_folder(adapter), stored, aligned and model_named(aligned))
         pair = None if base is None else _pair(saved, base, aligned)
-        found = SafetySubspace.load(subspace) if pair is None else _estimate(pair)
+        found = _estimate(pair) if found is None else found
         seen = inspect_adapter(saved, states, found, pair)
     kept = pair is None
 
@@ -193,6 +197,9 @@ def correct(
     task: Annotated[
         str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
     ] = None,
+    uncorrected: Annotated[
+        list[str] | None, typer.Option(metavar="A,B", help="Names of what was trained beside LoRA, and may pass.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -209,15 +216,13 @@ def correct(
     demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
+        model, passing = aligned and model_named(aligned), names_in(uncorrected)
         if base is not None:
-            raw = RawAdapter.find(find_adapter_folder(adapter)).folder
-            found = _estimate(_pair(SavedAdapter.read(raw), base, aligned))
-        # A subspace that was just estimated from ALIGNED needs no check that it is of it.
-        needed = aligned is not None and (base is None or needs_model)
-        model = model_named(aligned) if needed else None
+            raw = RawAdapter.find(find_adapter_folder(adapter))
+            found = _estimate(_pair(raw.read(partial(_shapes_in, aligned), model, passing), base, aligned))
         texts = {"probes": probes, "task": task}
         done = correct_adapter(
-            adapter, found, place, chosen, rank=rank.value, **texts, aligned_model=model, target=target
+            adapter, found, place, chosen, rank.value, **texts, aligned_model=model, target=target, uncorrected=passing
         )
     written = not dry_run
     show(as_json, lambda: correction_json(done, written), lambda console: print_correction(console, done, written))
@@ -282,17 +287,13 @@ def _check_one_of(subspace: Path | None, base: str | None) -> None:
     demand((subspace is None) != (base is None), f"expected either --subspace FILE or --base BASE, but got {got}.")
 
 
-def _pair(adapter: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
-    aligned = aligned or _named_by(adapter)
-    if not aligned:
-        raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
-    return CheckpointPair.of_modules(checkpoint_named(base), checkpoint_named(aligned), sorted(adapter.factors))
+def _pair(saved: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
+    sides = checkpoint_named(base), aligned_under(saved.config, aligned)
+    return CheckpointPair.of_modules(*sides, sorted(saved.matrices))
 
 
-def _named_by(adapter: SavedAdapter) -> str | None:
-    """The checkpoint that the adapter's config names, with its revision on the Hub."""
-    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
-    return f"{name}@{revision}" if name and revision and not os.path.isdir(name) else name
+def _shapes_in(aligned: str | None, names: Collection[str], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    return aligned_under(config, aligned).named_as(names).shapes(names)
 
 
 def _estimate(pair: CheckpointPair) -> SafetySubspace:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.presets import FAMILIES, Family, check_share, check_without_strength
+from csulora_callback.presets import FAMILIES, Family, check_projection, check_share, check_without_strength
 
 
 class Kind(str, Enum):
@@ -40,11 +40,7 @@ def choose_preset(kind: Kind | None, strength: float | None, target: float | Non
         (Penalty(name='csulora', parameters={'strength': 10.0}), True)
     """
     if kind is Kind.projection:
-        for name, given in (("strength", strength), ("target", target)):
-            if given is not None:
-                raise ValueError(
-                    f"`--{name}`: expected none for a projection, which has no strength, but got {given}."
-                )
+        check_projection(**{"--strength": strength, "--target": target})
         return Penalty.projection()
     check_share(target)
     check_without_strength(target, strength)
@@ -74,3 +70,13 @@ AlignedOption = Annotated[
     typer.Option("--aligned", metavar="ALIGNED", help="The aligned checkpoint; else what the adapter names."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+def names_in(given: list[str] | None) -> list[str]:
+    """The names in options that may be repeated, and may hold several each.
+
+    Example:
+        >>> names_in(["q_proj,v_proj", "score"]), names_in(None)
+        (['q_proj', 'v_proj', 'score'], [])
+    """
+    return [name for names in given or () for name in names.split(",") if name]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 
-from csulora_callback.method.closest import Correction
+from csulora_callback.method.outcome import Outcome
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.factors import Factors, digest, equal
 from csulora_callback.record import FORMAT
@@ -57,7 +57,7 @@ class CorrectedAdapter:
 def record_of(
     raw: Factors,
     corrected: Factors,
-    corrections: Mapping[str, Correction],
+    corrections: Mapping[str, Outcome],
     metrics: dict[str, float],
     scalings: dict[str, float],
     measured: Callable[[], dict[str, dict]],
@@ -94,7 +94,7 @@ def _with(adapter: CorrectedAdapter, **changed: object) -> dict:
     return {**adapter.record, **changed}
 
 
-def _summary(correction: Correction) -> dict:
+def _summary(correction: Outcome) -> dict:
     return {
         "energy": correction.energy,
         "relative_energy": correction.relative_energy,

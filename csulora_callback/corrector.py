@@ -23,13 +23,14 @@ from csulora_callback.subspace import SafetySubspace
 from csulora_callback.swap import LOCK, Swap, Swaps
 
 logger = logging.getLogger(__name__)
+Model = nn.Module | Adapter
 
 
 class SafetyCorrector:
     """Corrects the LoRA adapter of a live model.
 
     Args:
-        model: a model with one active LoRA adapter (see :func:`~csulora_callback.models.adapters.find_adapter`).
+        model: one with an active LoRA adapter, or what :func:`~.models.adapters.find_adapter` found in it.
         subspace: must hold a basis, of the right shape, for every adapted module.
         penalty: the table of multipliers.
         activations: of every adapted module; needed by a data-aware penalty, and by no other.
@@ -59,16 +60,18 @@ class SafetyCorrector:
     """
 
     def __init__(
-        self, model: nn.Module, subspace: SafetySubspace, penalty: Penalty, activations: Activations | None = None
+        self, model: Model, subspace: SafetySubspace, penalty: Penalty, activations: Activations | None = None
     ) -> None:
         if penalty.on_probes is not None and activations is None:
             raise ValueError(f"`activations`: expected those of the model for the penalty {penalty}, but got none.")
-        self.adapter: Adapter = find_adapter(model)
+        self.adapter = model if isinstance(model, Adapter) else find_adapter(model)
         self.subspace = subspace
         self._activations = activations
         self._input_gains: dict[str, InputGain] | None = None
         self.notes: dict[str, object] = {}  # what else records say, from now on
-        self._correcting = Correcting(self.adapter.name, self.adapter.layers, subspace, penalty, notes=self.notes)
+        own, kept = self.adapter, {"notes": self.notes, "passing": self.adapter.passing}
+        self._correcting = Correcting(own.name, own.layers, subspace, penalty, **kept)
+        self.passing = self._correcting.passing  # what is trained and not corrected, by name, and why
         self._last: CorrectedAdapter | None = None  # the last correction that was computed
         self._swap: Swap | None = None  # the last one that stood in the model, for an evaluation's many batches
         self._swaps = Swaps(self.adapter)
@@ -270,7 +273,8 @@ class SafetyCorrector:
     def _swap_for_live(self) -> Swap:
         with LOCK:
             before = self.adapter.held()
-            if self._everywhere(self._swap is not None and self._swap.fits(before, self._activations)):
+            fits = self._swap is not None and self._swap.fits(before, self._activations)
+            if all(Processes.all().gather(fits)) if self.adapter.is_sharded else fits:
                 return Swap(self._swap.adapter, self._swap.before, self._swap.put, self._activations)
             before = [tensor.clone() for tensor in before]
             live = self.adapter.whole(before)
@@ -280,10 +284,6 @@ class SafetyCorrector:
                 return Swap(adapter, before, [])
             self._swap = Swap(adapter, before, self.adapter.as_held(adapter.corrected), self._activations)
             return Swap(adapter, before, self._swap.put, self._activations)
-
-    def _everywhere(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on every process, where they share the factors."""
-        return all(Processes.all().gather(flag)) if self.adapter.is_sharded else flag
 
     def _left_raw(self, raw: Factors, reason: str) -> CorrectedAdapter:
         """What is saved where nothing can be corrected: training is not stopped for it, and the record says so."""

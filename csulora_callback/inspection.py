@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,9 @@ from csulora_callback.models.factors import Factors, all_finite
 from csulora_callback.models.names import layer_and_kind
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
-from csulora_callback.subspace import SafetySubspace, oriented_basis
+from csulora_callback.subspace import SafetySubspace
+from csulora_callback.subspace_sides import oriented_basis
+from csulora_callback.whole_modules import WholeModules
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ def recorded_inspections(record: Mapping) -> dict[str, Inspection]:
     }
 
 
+def stored_shapes(subspace: SafetySubspace, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """The shapes in which checkpoints store the weights of these modules, of those that a subspace has.
+
+    Example:
+        >>> from torch import nn
+        >>> base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+        >>> stored_shapes(SafetySubspace.estimate(base, aligned, progress=False), ["0", "1"])
+        {'0': (6, 8)}
+    """
+    return {name: (len(subspace[name].U), len(subspace[name].V)) for name in names if name in subspace}
+
+
 def inspect_adapter(
     adapter: SavedAdapter,
     states: Mapping[str, Factors],
@@ -122,18 +136,24 @@ def inspect_adapter(
             raise ValueError(
                 f"`adapter`: expected finite factors, but the {state} ones in {adapter.folder} hold NaN or Inf."
             )
-    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
+    stored = stored_shapes(subspace, adapter.factors)
     measured: dict[str, dict[str, Drift]] = {state: {} for state in states}
-    for name, layer in adapter.layers(adapter.stored_transposed(stored)).items():
-        U, V = oriented_basis(subspace, name, layer)
-        D = None if pair is None else _displacement(pair, name, layer.stored_transposed)
+    layers = adapter.layers(adapter.stored_transposed(stored))
+    wholes = WholeModules(adapter.beside.wholes, subspace)
+    for state, factors in states.items():
+        measured[state] |= wholes.drifts(factors, pair)
+    for name in adapter.pairs:
+        layer = layers[name]
+        basis = oriented_basis(subspace, name, layer)
+        U, V = basis.U, basis.V
+        D = None if pair is None or name not in pair.names else _displacement(pair, name, layer.stored_transposed)
         for state, factors in states.items():
             A, B = factors[name]
             if D is None:
-                drift = measure_kept(A, B, U, V, subspace[name], layer.scaling)
+                drift = measure_kept(A, B, U, V, basis, layer.scaling)
             else:
                 along = along_displacement(A, B, D, layer.scaling)
-                drift = measure(A, B, U, V, along, subspace[name].displacement ** 2, layer.scaling)
+                drift = measure(A, B, U, V, along, basis.displacement**2, layer.scaling)
             measured[state][name] = drift
     return {state: Inspection(modules) for state, modules in measured.items()}
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,16 @@ from csulora_callback import model_card
 from csulora_callback.adapter_source import RawAdapter, find_adapter_folder
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.correcting import Correcting, Rank
+from csulora_callback.inspection import stored_shapes
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
+from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
 from csulora_callback.models.processes import Processes
-from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer, options_for_ranks
+from csulora_callback.models.ranks import options_for_ranks
+from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer
+from csulora_callback.models.slots import join_all, split_all
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder
 from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
@@ -61,6 +66,7 @@ def correct_adapter(
     task: TaskRows | None = None,
     aligned_model: str | os.PathLike | None = None,
     target: float | None = None,
+    uncorrected: Sequence[str] = (),
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
 
@@ -90,6 +96,8 @@ def correct_adapter(
         target: the share of the likelihood of refusing ``probes`` that is to be kept, 0.9 by default for a preset
             without its strength: the smallest strength that keeps it is looked for, as the callback does. The model is
             loaded for that. Only with ``rank="truncate"``.
+        uncorrected: names of what was trained beside LoRA and may pass as it is, as for the callback. What is
+            corrected whole, such as an ``lm_head``, is compared with the checkpoint under the adapter.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
@@ -118,7 +126,8 @@ def correct_adapter(
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
-    saved = SavedAdapter.read(source.folder)
+    subspace = _opened(subspace)
+    saved = source.read(lambda names, config: stored_shapes(subspace, names), aligned_model, uncorrected)
     if not all_finite(saved.factors):
         raise ValueError(
             f"`adapter`: expected finite factors, but those in {saved.folder} hold NaN or Inf. Take an "
@@ -126,27 +135,27 @@ def correct_adapter(
         )
     if source.sidecar is not None:
         logger.info("%s was corrected before: starting from its raw factors in %s.", source.beside, source.folder)
-    subspace = _opened(subspace)
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model)
+        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected)
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
         texts = texts if penalty.on_probes is None else activations.texts
     elif penalty.on_probes is None:
-        if aligned_model is not None:
-            check_origin(subspace, aligned_model, Processes())
+        if aligned_model is not None or saved.beside.wholes:
+            check_origin(subspace, aligned_model or saved.config.base_model_name_or_path, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
         checkpoint = aligned_model or saved.config.base_model_name_or_path
         texts = choose_texts(saved, texts, probes, task, checkpoint)
-        live = load_of_subspace(saved, subspace, aligned_model)
+        live = load_of_subspace(saved, subspace, aligned_model, uncorrected)
         layers, activations = live.layers, read_again(live, texts, None if task is None else checkpoint)
         texts = activations.texts
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
-    correcting = Correcting(name, layers, subspace, penalty, rank, chosen)
+    correcting = Correcting(name, layers, subspace, penalty, rank, chosen, passing=saved.beside.passing)
     done = correcting.correct(saved.factors, correcting.gains(activations, "cpu"), texts)
+    done = done.held_as(split_all(saved.slots, join_all(saved.slots, done.corrected)))  # of experts all of one rank
     put_folder(output, lambda unfinished: _write(unfinished, saved, done, rank, source.card))
     return CorrectedFolder(output, done.metrics, done.record, from_raw=source.sidecar is not None)
 
@@ -240,8 +249,7 @@ def _opened(subspace: SafetySubspace | str | os.PathLike) -> SafetySubspace:
 
 
 def _layers(saved: SavedAdapter, subspace: SafetySubspace) -> dict[str, SavedLayer]:
-    stored = {name: (len(basis.U), len(basis.V)) for name, basis in subspace.items()}
-    return saved.layers(saved.stored_transposed(stored))
+    return saved.layers(saved.stored_transposed(stored_shapes(subspace, saved.factors)))
 
 
 def _write(folder: Path, saved: SavedAdapter, done: CorrectedAdapter, rank: Rank, card: Path) -> None:
@@ -260,5 +268,7 @@ def _copy_card(card: Path, folder: Path) -> None:
 
 
 def _options_for(factors: Factors, saved: SavedAdapter) -> dict[str, object]:
-    ranks = {name: len(lora_A) for name, (lora_A, _) in factors.items()}
-    return options_for_ranks(ranks, saved.scalings, bool(saved.config.use_rslora))
+    names = [name for name in saved.pairs if owner_of_bias(name) is None]
+    ranks = {saved.targets[name]: len(factors[name][0]) for name in names}
+    scalings = {saved.targets[name]: saved.scalings[name] for name in names}
+    return options_for_ranks(ranks, scalings, bool(saved.config.use_rslora))

@@ -44,6 +44,17 @@ def check_without_strength(target: object, strength: object) -> None:
         )
 
 
+def check_projection(**given: object) -> None:
+    """Raise ``ValueError`` where a projection is given what is, or looks for, a strength.
+
+    Example:
+        >>> check_projection(strength=None, target=None)
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}`: expected none for a projection, which has no strength, but got {value!r}.")
+
+
 def check_preset(penalty: object) -> None:
     """Raise ``ValueError`` unless it is a penalty, or a preset that has a strength and is given without it.
 

@@ -17,11 +17,16 @@ def seal(record: dict, files: dict[str, str]) -> str:
     """The record as JSON, with the digests of the files beside it and one of the whole.
 
     Example:
-        >>> sorted(json.loads(seal({"format": 2}, {"raw/adapter_config.json": "0" * 64})))
-        ['files', 'format', 'sha256']
+        >>> sorted(json.loads(seal({"format": 2, "modules": {}}, {"raw/adapter_config.json": "0" * 64})))
+        ['files', 'format', 'modules', 'sha256']
     """
     record = {**record, "files": files}
-    return json.dumps({**record, "sha256": _digest(record)}, indent=2, allow_nan=False)
+    text = json.dumps({**record, "sha256": _digest(record)} | {"modules": {}}, indent=2, allow_nan=False)
+    # One line each: of a mixture of experts there are thousands.
+    modules = [
+        f"    {json.dumps(name)}: {json.dumps(own, allow_nan=False)}" for name, own in record["modules"].items()
+    ]
+    return text.replace('\n  "modules": {}', '\n  "modules": {\n' + ",\n".join(modules) + "\n  }", 1)
 
 
 def checked(content: bytes, source: str) -> dict:
@@ -125,6 +130,10 @@ def _is_budget(value: object) -> bool:
     )
 
 
+def _are_reasons(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
+
+
 _FIELDS = {
     "status": (_is_text, "a text"),
     "adapter": (_is_name, "the name of an adapter"),
@@ -136,6 +145,7 @@ _FIELDS = {
     "modules": (_are_modules, "sections by module, each with a finite `scaling`"),
     "versions": (_is_section, "a section"),
     "budget": (_is_budget, "a section with `on_exceed` and texts of what was `exceeded`, or to be missing"),
+    "not_corrected": (_are_reasons, "reasons by name, or to be missing"),
     "files": (_are_digests, "SHA-256 by file"),
     "sha256": (_is_digest, "a SHA-256"),
 }

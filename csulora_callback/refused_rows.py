@@ -26,8 +26,9 @@ class RefusedRows:
 
     A row's prompt is what stands before the first token that the training loss counts. Where that is nothing, or
     nothing but special tokens, or all that was kept of the row, it is not known, and the row counts as the task; so it
-    does where the model has no room left for an answer. What was answered is remembered for as long as the row is in
-    the sample, so that only new rows are asked, and a resumed run asks those that the uninterrupted one does.
+    does where the model has no room left for an answer, and where images or audio came with it. What was answered is
+    remembered for as long as the row is in the sample, so that only new rows are asked, and a resumed run asks those
+    that the uninterrupted one does.
 
     Args:
         adapter: of the model.
@@ -69,7 +70,7 @@ class RefusedRows:
         prompts = {
             place: tuple(row[:start])
             for place, (row, start) in enumerate(zip(texts.task, starts, strict=True))
-            if start < len(row) and start <= longest
+            if start < len(row) and start <= longest and place not in texts.inputs
         }
         return {place: prompt for place, prompt in prompts.items() if not special.issuperset(prompt)}
 

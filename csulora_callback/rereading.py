@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from csulora_callback.models.activations import Activations, Texts, vocabulary_of
+from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.probes import Probes, check_ids, load_tokenizer, read_prompts, tokenize
@@ -45,8 +45,9 @@ def choose_texts(
         ValueError: if there are no probes, or what is given cannot be read.
 
     Example:
-        >>> choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
-        Texts(task=[[5, 6]], probes=[[8, 9]], seen=3, starts=[], held_back=[], screened=[], refused=[])
+        >>> texts = choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
+        >>> texts.task, texts.probes, texts.seen
+        ([[5, 6]], [[8, 9]], 3)
     """
     if probes is None and kept is None:
         raise no_probes(saved, "the penalty is data-aware")
@@ -67,8 +68,9 @@ def with_task(
         ValueError: if what is given cannot be read.
 
     Example:
-        >>> with_task(None, [[5]], [[6, 7]], None)
-        Texts(task=[[6, 7]], probes=[[5]], seen=1, starts=[0], held_back=[], screened=[], refused=[])
+        >>> texts = with_task(None, [[5]], [[6, 7]], None)
+        >>> texts.task, texts.probes, texts.starts
+        ([[6, 7]], [[5]], [0])
     """
     if task is not None:
         sample = read_task(task, checkpoint)
@@ -97,15 +99,20 @@ def no_probes(saved: SavedAdapter, why: str) -> ValueError:
 
 
 def load_of_subspace(
-    saved: SavedAdapter, subspace: SafetySubspace, aligned_model: str | os.PathLike | None
+    saved: SavedAdapter,
+    subspace: SafetySubspace,
+    aligned_model: str | os.PathLike | None,
+    uncorrected: Sequence[str] = (),
 ) -> Adapter:
     """The adapter in its model, as :func:`load_with_adapter`; a subspace of another model is refused first."""
-    adapter = load_with_adapter(saved, aligned_model)
+    adapter = load_with_adapter(saved, aligned_model, uncorrected)
     check_under(subspace, adapter, Processes())
     return adapter
 
 
-def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | None) -> Adapter:
+def load_with_adapter(
+    saved: SavedAdapter, aligned_model: str | os.PathLike | None, uncorrected: Sequence[str] = ()
+) -> Adapter:
     """The adapter in its model, which is loaded, on a GPU if there is one, in the dtype that it is stored in.
 
     Raises:
@@ -119,9 +126,10 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
         )
     revision = None if aligned_model else saved.config.revision
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, revision=revision, dtype="auto", device_map="auto", trust_remote_code=False
-        )
+        source = {"revision": revision, "trust_remote_code": False}
+        kind = type(AutoConfig.from_pretrained(checkpoint, **source))
+        auto = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+        model = auto.from_pretrained(checkpoint, dtype="auto", device_map="auto", **source)
         model = PeftModel.from_pretrained(model, saved.folder)
     except Exception as error:  # of files that are missing or broken in one of many ways
         raise ValueError(
@@ -129,7 +137,7 @@ def load_with_adapter(saved: SavedAdapter, aligned_model: str | os.PathLike | No
             f"penalty or a target has it read, but it cannot be loaded with the adapter ({first_line(error)}). "
             "Pass the folder or Hub id of the one that the adapter was trained on."
         ) from error
-    adapter = find_adapter(model)
+    adapter = find_adapter(model, checkpoint, uncorrected)
     if adapter.layers.keys() != saved.factors.keys():
         odd = sorted(adapter.layers.keys() ^ saved.factors.keys())
         raise ValueError(
@@ -154,9 +162,20 @@ def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) ->
     vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
     check_ids(texts.task, vocabulary, "task")
+    texts = known_as_text(texts, running_model(adapter).config)
+    if texts.unreadable:
+        logger.warning(
+            "%d of %d rows of the task came with images or audio, which are not kept with their token ids: they are "
+            "not read.%s",
+            len(texts.unreadable),
+            len(texts.task),
+            "" if texts.counted.rows else " So nothing is known of the task, and the correction costs more of it.",
+        )
     if checkpoint is not None and any(texts.starts):
         texts = RefusedRows(adapter, load_tokenizer(checkpoint, "task"), Processes()).mark(texts)
     activations = Activations.read(adapter, texts)
+    if (unreached := activations.unreached(adapter)) is not None:
+        logger.warning(unreached)
     if not activations.finite:
         raise ValueError(
             "`adapter`: expected one whose model reads the texts with finite activations, but got NaN or Inf. Use a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from csulora_callback.behaviour import Refusals
 from csulora_callback.checked_probes import check_probes
@@ -27,6 +28,7 @@ def find_strength(
     probes: Probes | None,
     task: TaskRows | None,
     aligned_model: str | os.PathLike | None,
+    uncorrected: Sequence[str] = (),
 ) -> SafetyCorrector:
     """A corrector of the saved adapter in its model, with the smallest strength that keeps the share, as in a run.
 
@@ -39,6 +41,7 @@ def find_strength(
         probes: prompts that are to be refused.
         task: rows of what the adapter was trained on, for a data-aware preset.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says.
+        uncorrected: names of what was trained beside LoRA, and passes.
 
     Raises:
         ValueError: if there are no probes or too few are refused, something cannot be read, the model cannot be
@@ -47,7 +50,7 @@ def find_strength(
     if probes is None and kept is None:
         raise no_probes(saved, "the strength is looked for by how many are still refused")
     reads, checkpoint = family(STRONGEST).on_probes is not None, aligned_model or saved.config.base_model_name_or_path
-    adapter = load_of_subspace(saved, subspace, aligned_model)
+    adapter = load_of_subspace(saved, subspace, aligned_model, uncorrected)
     asked = kept.probes if probes is None else read_prompts(probes)
     checked = check_probes(adapter, asked, progress=True, checkpoint=checkpoint)
     refusals = Refusals(adapter, checked.prompts, checked.beginnings)
@@ -57,6 +60,6 @@ def find_strength(
         activations = read_again(adapter, texts, None if task is None else checkpoint)
     else:
         activations = Activations({}, {}, Texts([], checked.prompts, 0))
-    corrector = SafetyCorrector(adapter.model, subspace, family(STRONGEST), activations)
+    corrector = SafetyCorrector(adapter, subspace, family(STRONGEST), activations)
     Target(share, family, refusals.of(back) if back else refusals).choose(corrector)
     return corrector

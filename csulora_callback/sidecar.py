@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftConfig
@@ -102,7 +102,7 @@ class Sidecar:
     def _write(self, source: Path, target: Path, config: PeftConfig, slots: Sequence[Slot] | None) -> None:
         write_with_factors(source, self.raw, target / RAW, config, slots)
         if self.texts is not None:
-            (target / TEXTS).write_text(json.dumps(asdict(self.texts)), encoding="utf-8")
+            (target / TEXTS).write_text(json.dumps(self.texts.to_json()), encoding="utf-8")
         (target / RECORD).write_text(seal(self.record, _files_in(target)), encoding="utf-8")
         if uploads_all():
             shutil.rmtree(target / RAW)
@@ -245,4 +245,4 @@ def _factors_beside(folder: Path, names: list[str]) -> Factors | None:
 
 
 def _read_texts(path: Path) -> Texts | None:
-    return Texts(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return Texts.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

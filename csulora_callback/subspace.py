@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from csulora_callback.method.basis import Basis, Reused, basis_of, check_basis, 
 from csulora_callback.models.checkpoint import Source
 from csulora_callback.models.checksum import fingerprint
 from csulora_callback.models.pair import CheckpointPair
-from csulora_callback.models.parts import Layer
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading_ahead import Seen, reading_ahead
 from csulora_callback.subspace_cache import SubspaceCache
@@ -273,27 +271,3 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
         seen.append(one)
         yield weight
         del weight  # which has to be out of memory before the next is read
-
-
-def oriented_basis(subspace: SafetySubspace, name: str, layer: Layer) -> tuple[Tensor, Tensor]:
-    """``(U, V)`` of a module in the orientation of its LoRA factors: ``U`` on the output side.
-
-    Raises:
-        ValueError: if the subspace holds none of that name (the nearest are given), or one of another shape.
-    """
-    if name not in subspace:
-        nearest = difflib.get_close_matches(name, list(subspace), n=3)
-        raise ValueError(
-            f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
-            f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
-        )
-    basis = subspace[name]
-    U, V = (basis.V, basis.U) if layer.stored_transposed else (basis.U, basis.V)
-    (d_out, _, d_in), got = layer.shape, (U.shape[0], V.shape[0])
-    expected = d_out, d_in
-    if expected != got:
-        raise ValueError(
-            f"`subspace`: module '{name}' is {expected[0]} × {expected[1]} (d_out × d_in) in the model, but "
-            f"{got[0]} × {got[1]} in the subspace. It was estimated for another architecture."
-        )
-    return U, V

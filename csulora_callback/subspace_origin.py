@@ -32,6 +32,7 @@ def check_origin(
     """
     origin, names = subspace.metadata["aligned"], list(subspace)
     checkpoint = processes.together(lambda: open_checkpoint(aligned, names))
+    checkpoint = checkpoint.first_rows({name: len(subspace[name].U) for name in names})
     dtype = str(checkpoint.dtype(names[0])).removeprefix("torch.")
     if origin["dtypes"] != [dtype]:
         logger.warning(

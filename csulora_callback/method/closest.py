@@ -13,7 +13,7 @@ on the other side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,50 +22,28 @@ from torch import Tensor
 
 from csulora_callback.method.blocks import Side, along_pairs, blocks_of, picked, shares_of
 from csulora_callback.method.gauge import CorrectionOverflowError, closest_gauge, narrowed
+from csulora_callback.method.outcome import Outcome, closest_norm, relative_change
 from csulora_callback.method.penalty import BLOCKS, Penalty, rank_one
 from csulora_callback.method.precision import as_given
 from csulora_callback.method.token_space import InputGain
 
 
 @dataclass(frozen=True)
-class Correction:
-    """A corrected LoRA update and what the correction did. Shares, gains and errors are dimensionless.
+class Correction(Outcome):
+    """A corrected LoRA update and what the correction did.
 
     Attributes:
         lora_A: ``(r', d_in)``, dtype and device of the input factor; ``r' = r`` unless ``rank="expand"``.
         lora_B: ``(d_out, r')``.
-        energy: ``‖Π_b Δ‖²`` by block, scaling included.
-        relative_energy: ``ρ_b = ‖Π_b Δ‖² / ‖Δ‖²`` by block; all zero for ``Δ = 0``.
-        gain: ``g_b`` by block, of the penalty's table.
-        relative_change: ``‖X − Δ‖ / ‖Δ‖`` of the returned update ``X``; 0 for ``Δ = 0``. At most 1, unless the penalty
-            is data-aware.
-        truncation_error: ``‖X* − X‖ / ‖X*‖``, the part of the closest safe update that rank ``r`` cannot hold.
-        closest_norm: ``‖X*‖``, the norm of the closest safe update before any truncation.
-        along: ``uᵢᵀ Δ vᵢ`` of each pair of columns of ``U`` and ``V``, ``(min(k, k'),)`` float64 on the CPU: which way
-            the update points. With singular values ``σ``, ``Σᵢ σᵢ · along[i] = ⟨Δ, U S Vᵀ⟩``.
-        corrected_along: the same of the returned update.
     """
 
     lora_A: Tensor
     lora_B: Tensor
-    energy: dict[str, float]
-    relative_energy: dict[str, float]
-    gain: dict[str, float]
-    relative_change: float
-    truncation_error: float
-    closest_norm: float
-    along: Tensor
-    corrected_along: Tensor
 
     @property
-    def update_norm(self) -> float:
-        """``‖Δ‖``, the Frobenius norm of the update before correction."""
-        return math.sqrt(sum(self.energy.values()))
-
-    @property
-    def corrected_norm(self) -> float:
-        """``‖X‖``, the norm of the returned update."""
-        return self.closest_norm * math.sqrt(1.0 - self.truncation_error**2)
+    def factors(self) -> tuple[Tensor, ...]:
+        """``(lora_A, lora_B)``, as an adapter's factors are kept by module."""
+        return self.lora_A, self.lora_B
 
 
 def correct_each(
@@ -175,7 +153,7 @@ class _Stack:
         return [self._correction(i, *factors[i], seen[i]) for i in every]
 
     def _correction(self, i: int, A: Tensor, B: Tensor, seen: Tensor) -> Correction:
-        change, truncation_error, closest_norm, fits = seen[:4].tolist()
+        change, truncation_error, norm, fits = seen[:4].tolist()
         if not fits:
             kind, largest = str(self.dtypes[1]).removeprefix("torch."), torch.finfo(self.dtypes[1]).max
             raise self._overflow(
@@ -184,10 +162,20 @@ class _Stack:
                 "a smaller learning rate, and not in float16.",
             )
         along, corrected_along = (self.scalings[i] * seen[4:]).chunk(2)
-        measured = (change, truncation_error, closest_norm, along, corrected_along)
         # Each in memory of its own.
         A, B = (factor.clone(memory_format=torch.contiguous_format) for factor in (A, B))
-        return Correction(A, B, self.energies[i], self.shares[i], self.gains[i], *measured)
+        return Correction(
+            A,
+            B,
+            energy=self.energies[i],
+            relative_energy=self.shares[i],
+            gain=self.gains[i],
+            relative_change=change,
+            truncation_error=truncation_error,
+            closest_norm=norm,
+            along=along,
+            corrected_along=corrected_along,
+        )
 
     def _energies(self) -> list[dict[str, float]]:
         cores = blocks_of(self.output, self.input).values()
@@ -217,8 +205,7 @@ class _Stack:
         numbers, aligned = [], []
         for i in places:
             gain, energy, share = self.gains[i], self.energies[i], self.shares[i]
-            change = math.sqrt(sum((1 - gain[block]) ** 2 * share[block] for block in BLOCKS))
-            numbers.append([change, 0.0, _closest_norm(gain, energy)])
+            numbers.append([relative_change(gain, share), 0.0, closest_norm(gain, energy)])
             aligned.append([gain["aligned"] if self.totals[i] else 1.0])
         along = self._small(aligned) * picked(self.along, places)
         return _Made(places, A, B, self._small(numbers), along)
@@ -264,7 +251,7 @@ class _Stack:
             to_A, to_B = to_A @ gauge_A, to_B @ gauge_B
         to_A, to_B = to_A.to(self.A.dtype), to_B.to(self.A.dtype)
         along = along_pairs(to_B[:, :r].mT @ output.inner, to_A[:, :r].mT @ input_.inner)  # orthonormal: of P alone
-        whole = self._small([_closest_norm(self.gains[i], self.energies[i]) for i in places])
+        whole = self._small([closest_norm(self.gains[i], self.energies[i]) for i in places])
         A, B = to_A.mT @ input_.parts, to_B.mT @ output.parts
         return _Made(places, A, B, torch.stack([change, tail, whole], dim=1), along)
 
@@ -273,10 +260,6 @@ class _Stack:
 
 
 _AS_IT_IS = (1.0, 1.0), (1.0, 1.0)
-
-
-def _closest_norm(gain: Mapping[str, float], energy: Mapping[str, float]) -> float:
-    return math.sqrt(sum(gain[block] ** 2 * energy[block] for block in BLOCKS))
 
 
 def _attenuate(factor: Tensor, kept: Tensor, gains: Sequence[tuple[float, float]]) -> Tensor:

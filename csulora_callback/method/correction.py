@@ -137,9 +137,9 @@ def _check_arguments(
             f"{'none' if input_gain is None else 'one'}. A data-aware penalty needs token_space.input_gain(task, "
             "probes, strength) of the module's activations, and no other can use it."
         )
-    if input_gain is not None and input_gain.probes.shape[1] != d_in:
+    if input_gain is not None and input_gain.probes.shape[-1] != d_in:
         raise ValueError(
-            f"`input_gain`: expected one of {d_in} inputs, d_in of `lora_A`, but got {input_gain.probes.shape[1]}."
+            f"`input_gain`: expected one of {d_in} inputs, d_in of `lora_A`, but got {input_gain.probes.shape[-1]}."
         )
     if not math.isfinite(scaling):
         raise ValueError(f"`scaling`: expected a finite number, but got {scaling!r}.")

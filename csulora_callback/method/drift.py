@@ -10,8 +10,8 @@ import torch
 from torchmetrics import Metric
 
 from csulora_callback.method.basis import Basis
-from csulora_callback.method.closest import Correction
 from csulora_callback.method.measure import Drift, chance_shares, drift_of, kept_displacement, total
+from csulora_callback.method.outcome import Outcome
 from csulora_callback.method.penalty import BLOCKS
 
 DRIFT_KEYS = (
@@ -52,7 +52,7 @@ class Effect:
     corrected_along: float
 
     @classmethod
-    def of(cls, correction: Correction, basis: Basis) -> Effect:
+    def of(cls, correction: Outcome, basis: Basis) -> Effect:
         """Of one module, whose correction was made with the sides of ``basis``.
 
         Example:
@@ -156,7 +156,7 @@ class SafetyDrift(Metric):
         size = 2 * len(BLOCKS) + 2 + len(_SUMS)
         self.add_state("sums", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, correction: Correction, basis: Basis) -> None:
+    def update(self, correction: Outcome, basis: Basis) -> None:
         """Add one module.
 
         Args:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from inspect import signature
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from csulora_callback.models.adapters import Adapter
-from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
+from csulora_callback.models.beside_ids import placeholders_of
+from csulora_callback.models.fused_experts import check_inputs
+from csulora_callback.models.known_inputs import known_inputs
+from csulora_callback.models.listening import Drawn, Listener, TokenVectors
+from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.training_rows import fixed_sample
+from csulora_callback.models.wholes import check_reads_vectors
 
 TOKENS = 512
 """How many token vectors of the task are kept, and as many of the probes."""
 
 _BATCH_TOKENS = 2048  # of a pass without logits
 _BATCH_TOKENS_WITH_LOGITS = 1024  # they take this many times the vocabulary
-_TRANSFER = 2**26  # bytes of vectors that wait on a device, at most about, before they are moved to the host
 
-TokenVectors = dict[str, Tensor]
-"""Token vectors ``(n, d_in)`` by module name, bfloat16, on the CPU; modules that share an input share the tensor."""
+
+class Counted(NamedTuple):
+    """Rows that the task is measured by, their ``starts``, and what the model gets beside the ids of each."""
+
+    rows: Rows
+    starts: Sequence[int]
+    inputs: Sequence[Inputs]
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What a model reads for a data-aware correction, as token ids.
+    """What a model reads for a data-aware correction, as token ids, and in memory what else it got with them.
 
     Attributes:
         task: rows of its training data.
@@ -44,11 +52,16 @@ class Texts:
         held_back: places in ``probes`` of those that are measured by and not read.
         screened: places in ``task`` of rows whose prompt the aligned model was asked.
         refused: those of them that it refuses: such rows are not what the task is measured by.
+        inputs: what the model got beside ids, images say, by place in ``task``; ``None`` where it did and that is not
+            known, as files hold ids alone. Such a row is never read: its placeholders would pass for text.
+        left_out: how many rows of training data are in no sample, as it is not certain what belongs to them.
 
     Example:
         >>> texts = Texts([[5, 6], [7, 8], [9]], [], 3, starts=[1, 1, 0], screened=[0, 1], refused=[1])
         >>> texts.counted
-        ([[5, 6], [9]], [1, 0])
+        Counted(rows=[[5, 6], [9]], starts=[1, 0], inputs=[{}, {}])
+        >>> Texts.from_json({"task": [[5], [6]], "probes": [], "seen": 2, "with_inputs": [0]}).counted.rows
+        [[6]]
     """
 
     task: Rows
@@ -58,6 +71,23 @@ class Texts:
     held_back: Sequence[int] = field(default_factory=list)
     screened: Sequence[int] = field(default_factory=list)
     refused: Sequence[int] = field(default_factory=list)
+    inputs: Mapping[int, Inputs | None] = field(default_factory=dict)
+    left_out: int = 0
+
+    def to_json(self) -> dict:
+        """What files hold: of the inputs, where there are some."""
+        return {**asdict(replace(self, inputs={})), "with_inputs": sorted(self.inputs)}
+
+    @classmethod
+    def from_json(cls, kept: Mapping) -> Texts:
+        """What :meth:`to_json` gave, or what an earlier version did, that knew of no inputs."""
+        known = {name: value for name, value in kept.items() if name not in ("inputs", "with_inputs")}
+        return cls(**known, inputs=dict.fromkeys(kept.get("with_inputs", ())))
+
+    @property
+    def unreadable(self) -> list[int]:
+        """Places in ``task`` of rows that the model got more with than is known."""
+        return [place for place, own in self.inputs.items() if own is None]
 
     @property
     def read(self) -> Rows:
@@ -65,11 +95,12 @@ class Texts:
         return [prompt for place, prompt in enumerate(self.probes) if place not in self.held_back]
 
     @property
-    def counted(self) -> tuple[Rows, Sequence[int]]:
-        """The rows that the task is measured by, and their ``starts``."""
-        starts, left_out = self.starts or [0] * len(self.task), set(self.refused)
+    def counted(self) -> Counted:
+        """The rows that the task is measured by."""
+        starts, left_out = self.starts or [0] * len(self.task), {*self.refused, *self.unreadable}
         kept = [place for place in range(len(self.task)) if place not in left_out]
-        return [self.task[place] for place in kept], [starts[place] for place in kept]
+        rows, inputs = [self.task[place] for place in kept], [self.inputs.get(place, {}) for place in kept]
+        return Counted(rows, [starts[place] for place in kept], inputs)
 
 
 @dataclass(frozen=True)
@@ -86,9 +117,24 @@ class Activations:
 
     @classmethod
     def read(cls, adapter: Adapter, texts: Texts) -> Activations:
-        """Have the model read them, as :func:`vectors_of` does."""
-        rows, _ = texts.counted
-        return cls(vectors_of(adapter, rows), vectors_of(adapter, texts.read), texts)
+        """Have the model read them, as :func:`vectors_of` does.
+
+        Of modules that the probes do not reach nothing is read: nothing of them is attenuated.
+        """
+        probes = vectors_of(adapter, texts.read)
+        rows, _, inputs = texts.counted
+        return cls(vectors_of(adapter, rows, inputs=inputs, modules=probes or None), probes, texts)
+
+    def unreached(self, adapter: Adapter) -> str | None:
+        """What to say of the modules that no probe reaches; ``None`` where there are none."""
+        names = [name for name in adapter.layers if name not in self.probes] if self.texts.read else []
+        if not names:
+            return None
+        return (
+            f"No prompt reaches {len(names)} of {len(adapter.layers)} adapted modules, such as '{names[0]}', as one "
+            "without images does not reach a vision tower: a data-aware penalty leaves them as they were trained. "
+            "Penalty.guard(10) corrects them too."
+        )
 
     @cached_property
     def finite(self) -> bool:
@@ -97,21 +143,32 @@ class Activations:
 
 
 @torch.no_grad()
-def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVectors:
+def vectors_of(
+    adapter: Adapter,
+    rows: Rows,
+    tokens: int = TOKENS,
+    inputs: Sequence[Inputs] = (),
+    modules: Collection[str] | None = None,
+) -> TokenVectors:
     """A sample of at most ``tokens`` of the token vectors that texts send into each adapted module.
+
+    A module outside the language model that they do not reach, as one of a vision tower, has none.
 
     Runs the model as it stands, in evaluation mode; neither its weights nor any random generator change. The same rows
     give the same sample. Only what it needs is read: no text out of which no token was drawn, in a causal model none
     of a text's tokens after the last drawn one, and no logits where no adapted module comes after the model's body.
-    Collective where parameters are sharded.
+    Collective where parameters are sharded. Of inputs that follow from the texts alone, see :func:`.known_inputs`.
 
     Args:
         adapter: of a model that takes ``input_ids`` and ``attention_mask``.
         rows: no row gives no vectors.
         tokens: more are drawn from at random, the same places for all modules.
+        inputs: what the model gets beside the ids of each row; no row has any by default.
+        modules: of which vectors are kept; all by default.
 
     Raises:
-        ValueError: if the model has an encoder, or a module gets no input, or not one vector for each token.
+        ValueError: if the model is not a causal language model, or a module gets no input, or not one vector for each
+            token.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
@@ -126,49 +183,48 @@ def vectors_of(adapter: Adapter, rows: Rows, tokens: int = TOKENS) -> TokenVecto
         >>> query.shape, query is key  # they get the same input
         (torch.Size([5, 8]), True)
     """
-    rows = [row for row in rows if len(row)]
-    if not rows:
+    check_inputs(adapter.layers)
+    pairs = [(row, own) for row, own in zip(rows, inputs or [{}] * len(rows), strict=True) if len(row)]
+    if not pairs:
         return {}
+    check_reads_vectors(adapter.layers)
     model = running_model(adapter)
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            "`penalty`: a data-aware one needs a decoder-only model, but this one has an encoder. Use another penalty."
-        )
+    refuse_unless_causal(adapter, "penalty")
+    known = known_inputs(adapter, model.get_input_embeddings(), [row for row, _ in pairs])
+    wanted = adapter.layers.keys() if modules is None else modules
+    layers = {n: layer.module for n, layer in adapter.layers.items() if n in wanted and n not in known}
+    known = {name: vectors for name, vectors in known.items() if name in wanted}
+    if not layers:
+        return known
     device = adapter.device
-    drawn = _draw(rows, tokens, cut=_is_causal(model))
-    listener = _Listener(sum(len(text.places) for text in drawn))
+    drawn = _draw(pairs, tokens, cut=_is_causal(model))
+    listener = Listener(layers, adapter.model, sum(len(text.places) for text in drawn))
     most, no_logits = _BATCH_TOKENS_WITH_LOGITS, {}
-    if _reads_without_logits(model, adapter):
+    if _reads_without_logits(model, layers):
         most, no_logits = _BATCH_TOKENS, {"logits_to_keep": 1}  # of the last token, as 0 means all
-    with evaluating(model), listener.hooked(adapter):
-        for batch in batches_of_lengths([len(text.ids) for text in drawn], most):
+    alone = [place for place, text in enumerate(drawn) if text.inputs]
+    with evaluating(model), listener.hooked():
+        for batch in batches_of_lengths([len(text.ids) for text in drawn], most, alone):
             texts = [drawn[place] for place in batch]
             ids, mask = padded([text.ids for text in texts])
+            others = {name: value.to(device) for text in texts for name, value in text.inputs.items()}
             listener.begin(ids.shape, texts)
-            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **no_logits)
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **others, **no_logits)
             listener.end()
-    return listener.vectors(adapter)
+    return listener.vectors(may_miss=_beside_the_decoder(_inner(model))) | known
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """What is read of a text: token ``ids``, of which those at ``places`` are drawn, from the ``first`` one on."""
-
-    ids: Sequence[int]
-    places: Tensor
-    first: int
-
-
-def _draw(rows: Rows, tokens: int, cut: bool) -> list[_Drawn]:
-    """Texts out of which some token is drawn; ``cut`` after the last of them."""
-    ordered = sorted(rows, key=len)
-    chosen = torch.zeros(sum(map(len, ordered)), dtype=torch.bool, device="cpu")
+def _draw(pairs: Sequence[tuple[Sequence[int], Inputs]], tokens: int, cut: bool) -> list[Drawn]:
+    """Texts out of which some token is drawn; ``cut`` after the last of them where nothing else belongs to them."""
+    ordered = sorted(pairs, key=lambda pair: len(pair[0]))
+    lengths = [len(row) for row, _ in ordered]
+    chosen = torch.zeros(sum(lengths), dtype=torch.bool, device="cpu")
     chosen[fixed_sample(len(chosen), tokens)] = True
-    places = [own.nonzero().squeeze(1) for own in chosen.split([len(row) for row in ordered])]
+    places = [own.nonzero().squeeze(1) for own in chosen.split(lengths)]
     firsts = accumulate(map(len, places), initial=0)
     return [
-        _Drawn(row[: int(own[-1]) + 1] if cut else row, own, first)
-        for row, own, first in zip(ordered, places, firsts, strict=False)
+        Drawn(row[: int(own[-1]) + 1] if cut and not inputs else row, own, first, inputs)
+        for (row, inputs), own, first in zip(ordered, places, firsts, strict=False)
         if len(own)
     ]
 
@@ -179,17 +235,17 @@ def _is_causal(model: nn.Module) -> bool:
     return bool(said) and all(said)
 
 
-def _reads_without_logits(model: nn.Module, adapter: Adapter) -> bool:
+def _reads_without_logits(model: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
     """Whether a model can leave logits out, and no adapted module would miss tokens by that.
 
     It goes through the model's own forward all the same: that is where engines gather weights and precision is set.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel) or inner.base_model is inner:
+    inner = _inner(model)
+    if inner.base_model is inner:
         return False
     body = set(inner.base_model.modules())
     return "logits_to_keep" in signature(inner.forward).parameters and all(
-        layer.module in body for layer in adapter.layers.values()
+        module in body for module in layers.values()
     )
 
 
@@ -200,91 +256,41 @@ def running_model(adapter: Adapter) -> nn.Module:
     return next(model for model in models if any(module is own for module in model.modules()))
 
 
+def known_as_text(texts: Texts, config: PreTrainedConfig) -> Texts:
+    """Texts out of a file: rows with placeholders of images have lost them, also where that was not written down."""
+    placeholders = {token for tokens in placeholders_of(config).values() for token in tokens}
+    lost = {
+        place: None for place, row in enumerate(texts.task) if place in texts.inputs or placeholders.intersection(row)
+    }
+    return replace(texts, inputs=lost)
+
+
+def refuse_unless_causal(adapter: Adapter, argument: str) -> None:
+    """Raise ``ValueError`` unless the model under an adapter is one that continues texts, by a decoder alone."""
+    model = _inner(running_model(adapter))
+    if not isinstance(model, PreTrainedModel):
+        why = "is no model of transformers"
+    elif model.config.is_encoder_decoder:
+        why = "has an encoder"
+    elif not model.can_generate():
+        why = "has no head that continues texts"
+    else:
+        return
+    raise ValueError(
+        f"`{argument}`: expected a decoder-only language model, which alone can be asked what it is to refuse, but "
+        f"{type(model).__name__} {why}. Correct it by its weights alone: penalty=Penalty.guard(10) without probes."
+    )
+
+
+def _beside_the_decoder(model: PreTrainedModel) -> set[nn.Module]:
+    """What no token of a text need go through, in the body of a model: a vision tower, say."""
+    return set(model.base_model.modules()) - set(model.get_decoder().modules())
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def vocabulary_of(adapter: Adapter) -> int:
     """How many token ids the model under an adapter can read: the rows of its input embedding, sharded or not."""
     return full_shape(running_model(adapter).get_input_embeddings().weight)[0]
-
-
-class _Listener:
-    """Hooks that keep, of each pass, the vectors at some positions: so many in all, of each module."""
-
-    def __init__(self, vectors: int) -> None:
-        self._vectors = vectors
-        self._kept: dict[str, list[Tensor]] = {}  # of each module, and each of its calls in a pass, all vectors
-        self._filled: Counter[str] = Counter()
-        self._same: dict[str, str] = {}  # a module, and the first one that got the very same input
-        self._waiting: list[tuple[str, int, Tensor]] = []  # a module, its call, and vectors on the module's device
-
-    @contextmanager
-    def hooked(self, adapter: Adapter) -> Iterator[None]:
-        hooks = [layer.module.register_forward_pre_hook(self._hook(n)) for n, layer in adapter.layers.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def begin(self, shape: torch.Size, texts: Sequence[_Drawn]) -> None:
-        """A pass over ids of this shape, one row for each text."""
-        self._tokens, self._last, self._calls = shape.numel(), None, Counter()
-        positions = torch.cat([row * shape[1] + text.places for row, text in enumerate(texts)])
-        self._positions = {positions.device: positions}
-        self._into = torch.cat([text.first + torch.arange(len(text.places), device="cpu") for text in texts])
-
-    def end(self) -> None:
-        """The pass is over."""
-        self._last = None
-        self._move()
-
-    def vectors(self, adapter: Adapter) -> TokenVectors:
-        for name in adapter.layers:
-            if name not in self._same:
-                raise _not_all_tokens(name, "none")
-        for name, calls in self._kept.items():
-            if self._filled[name] != len(calls) * self._vectors:  # some pass left it out
-                raise _not_all_tokens(name, f"{self._filled[name]} in {len(calls)} times {self._vectors}")
-        whole = {name: calls[0] if len(calls) == 1 else torch.cat(calls) for name, calls in self._kept.items()}
-        return {name: whole[self._same[name]] for name in adapter.layers}
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple], None]:
-        def before(module: nn.Module, args: tuple) -> None:
-            if self._last is not None and args[0] is self._last[1]:
-                self._same[name] = self._last[0]
-                return
-            self._last, self._same[name] = (name, args[0]), name
-            vectors = args[0].flatten(0, -2)
-            if len(vectors) != self._tokens:
-                raise _not_all_tokens(name, str(len(vectors)))
-            kept = vectors[self._positions_on(vectors.device)].to(torch.bfloat16)
-            self._waiting.append((name, self._calls[name], kept))
-            self._calls[name] += 1
-            if sum(waiting.nbytes for _, _, waiting in self._waiting) > _TRANSFER:
-                self._move()
-
-        return before
-
-    def _positions_on(self, device: torch.device) -> Tensor:
-        if device not in self._positions:
-            self._positions[device] = next(iter(self._positions.values())).to(device)
-        return self._positions[device]
-
-    def _move(self) -> None:
-        """All that waits on a device goes to the host at once: each transfer waits for what the device computes."""
-        for device in {kept.device for _, _, kept in self._waiting}:
-            here = [waiting for waiting in self._waiting if waiting[2].device == device]
-            moved = torch.cat([kept.flatten() for _, _, kept in here]).cpu()
-            parts = moved.split([kept.numel() for _, _, kept in here])
-            for (name, call, kept), part in zip(here, parts, strict=True):
-                calls = self._kept.setdefault(name, [])
-                if call == len(calls):
-                    calls.append(torch.empty(self._vectors, kept.shape[1], dtype=kept.dtype, device="cpu"))
-                calls[call][self._into] = part.view_as(kept)
-                self._filled[name] += len(kept)
-        self._waiting = []
-
-
-def _not_all_tokens(name: str, got: str) -> ValueError:
-    return ValueError(
-        f"module '{name}': expected one vector for each token that the model reads, but got {got}. A data-aware "
-        "penalty needs a model whose adapted modules see all tokens; use another penalty, or adapt fewer modules."
-    )

@@ -6,18 +6,23 @@ checkpoint untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from csulora_callback.models import sharding
+from csulora_callback.models.beside import Beside, find_beside
+from csulora_callback.models.checkpoint import Source
+from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.parts import Layer, Part, parts_of
 from csulora_callback.models.slots import Factors, Slot, join_all, split_all
 from csulora_callback.models.supported import (
@@ -27,6 +32,7 @@ from csulora_callback.models.supported import (
     check_nothing_else_trains,
     check_tuner,
 )
+from csulora_callback.models.wholes import Whole
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,27 @@ class Adapter:
     config: PeftConfig
     model: nn.Module
     holder: nn.Module  # in `model`: what the adapter was put into, and where the layers have their names
+    beside: Beside = field(default_factory=lambda: Beside((), {}, set(), ()))
+
+    @property
+    def wholes(self) -> list[str]:
+        """Names of the layers that are trained whole."""
+        return [name for name, layer in self.layers.items() if isinstance(layer, Whole)]
+
+    @property
+    def passing(self) -> Mapping[str, str]:
+        """What is trained beside the layers and not corrected, by name, and why."""
+        return self.beside.passing
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """What has factors, by the module's name in the model without PEFT."""
         return {name: layer for part in self.parts for name, layer in part.layers.items()}
+
+    @cached_property
+    def matrices(self) -> dict[str, Layer]:
+        """Of these the layers whose weights changed in alignment: all but biases, which belong to one of them."""
+        return {name: layer for name, layer in self.layers.items() if owner_of_bias(name) is None}
 
     @cached_property
     def slots(self) -> list[Slot]:
@@ -117,12 +139,15 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0."""
-        scalings = [part.module.scaling for part in self.parts]
+        scalings = [part.module.scaling for part in self.parts if isinstance(part.module, LoraLayer)]
         kept = [scaling[self.name] for scaling in scalings]
         for scaling in scalings:
             scaling[self.name] = 0.0
         try:
-            yield
+            with ExitStack() as disabled:
+                for wrapper in self.beside.wrappers:
+                    disabled.enter_context(_disabled(wrapper))
+                yield
         finally:
             for scaling, value in zip(scalings, kept, strict=True):
                 scaling[self.name] = value
@@ -143,8 +168,11 @@ class Adapter:
         return {key: tensor.clone() for key, tensor in zip(self._keys(module), joined, strict=True)}
 
     def _keys(self, module: nn.Module) -> list[str]:
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        return [names[id(parameter)] for parameter in self.parameters]
+        names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):  # a tied one has several
+            names.setdefault(id(parameter), []).append(name)
+        iterators = {own: iter(given) for own, given in names.items()}
+        return [next(iterators[id(parameter)]) for parameter in self.parameters]
 
     def _in_place(self) -> list[nn.Parameter]:
         """The parameters, brought back into the model where the engine had put whole ones there."""
@@ -152,11 +180,14 @@ class Adapter:
         return self.parameters
 
 
-def find_adapter(model: nn.Module) -> Adapter:
+def find_adapter(model: nn.Module, aligned: Source | None = None, uncorrected: Sequence[str] = ()) -> Adapter:
     """The active LoRA adapter of a model: the trainable one, or the only active one when nothing is trainable.
 
     Args:
         model: a ``PeftModel``, or a transformers model with an adapter added by ``add_adapter``.
+        aligned: the checkpoint that tells what of the trained is new; by default the one that the adapter's config
+            names, or where that cannot be had the model itself. Looked at only where something is trained beside LoRA.
+        uncorrected: names of what is trained beside LoRA, and may pass as it is.
 
     Raises:
         ValueError: if the model has no LoRA layer, if more than one adapter qualifies, if the adapter is merged, or if
@@ -167,7 +198,11 @@ def find_adapter(model: nn.Module) -> Adapter:
     configs = holder.peft_config if hasattr(holder, "peft_config") else {}
     for config in configs.values():
         check_tuner(config)
-    layers = {n: m for n, m in holder.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = {
+        name: module
+        for name, module in holder.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+    }
     if not layers:
         raise ValueError(
             "`model`: expected a model with LoRA layers, but found none. Wrap it with peft.get_peft_model(model, "
@@ -184,8 +219,13 @@ def find_adapter(model: nn.Module) -> Adapter:
             continue
         check_layer(name, module, adapter)
         parts += parts_of(name, module, adapter)
-    check_nothing_else_trains(model, {id(parameter) for part in parts for parameter in part.parameters})
-    return Adapter(adapter, tuple(parts), configs[adapter], model, holder)
+    config = configs[adapter]
+    factors = {name: part.parameters for part in parts for name in part.slot.names}
+    source = (config.base_model_name_or_path, config.revision) if aligned is None else (aligned, None)
+    beside = find_beside(model, holder, adapter, source, factors, uncorrected)
+    parts += beside.parts
+    check_nothing_else_trains(model, beside.parameters | {id(each) for part in parts for each in part.parameters})
+    return Adapter(adapter, tuple(parts), config, model, holder, beside)
 
 
 def holder_of(model: nn.Module) -> nn.Module:
@@ -212,6 +252,20 @@ def holder_of(model: nn.Module) -> nn.Module:
             "the others with requires_grad_(False)."
         )
     return next(iter(trained if len(found) > 1 else found), model)
+
+
+@contextmanager
+def _disabled(wrapper: AuxiliaryTrainingWrapper) -> Iterator[None]:
+    """PEFT's switch, which also sets what trains."""
+    trained = [parameter for parameter in wrapper.parameters() if parameter.requires_grad]
+    wrapper.enable_adapters(False)
+    try:
+        yield
+    finally:
+        wrapper.enable_adapters(True)
+        wrapper.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _has_adapter(module: LoraLayer, adapter: str) -> bool:

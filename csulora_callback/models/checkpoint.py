@@ -5,12 +5,13 @@ Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +19,28 @@ from torch import Tensor, nn
 from csulora_callback.models.checksum import digest, fingerprint
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.fused_reading import with_all_experts, with_experts
+from csulora_callback.models.in_memory import is_divided, weights_in
 from csulora_callback.models.layout import Layout, by_stored_name
-from csulora_callback.models.names import module_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
-from csulora_callback.models.sharding import full_shape, gather, is_sharded
+from csulora_callback.models.stored import Reader, Stored
 from csulora_callback.models.through_transformers import load_through_transformers, stored_names
-from csulora_callback.models.weight_files import Files, Quantized, Readers, Shapes, fetch_folder, read_folder
+from csulora_callback.models.weight_files import fetch_folder, read_folder
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Checkpoint:
     """The two-dimensional floating-point weights of a checkpoint, by module name, each read when asked for.
 
-    Made by :func:`open_checkpoint`.
+    Experts of a three-dimensional weight are modules of their own, as ``experts.up_proj[7]``. See `open_checkpoint`.
 
     Attributes:
         source: where the weights come from, for messages.
         collective: whether reading a weight takes all processes, as it does from a sharded model in memory.
         layout: where transformers' models sit in a module in memory; None for files.
+        folder: where the files lie; None in memory.
 
     Example:
         >>> from torch import nn
@@ -52,17 +54,16 @@ class Checkpoint:
     def __init__(
         self,
         source: str,
-        readers: Readers,
-        shapes: Shapes,
-        files: Files | None = None,
-        quantized: Quantized | None = None,
+        stored: Stored,
         folder: Path | None = None,
         collective: bool = False,
         layout: Layout | None = None,
     ) -> None:
         self.source, self.collective, self.layout = source, collective, layout
-        self._readers, self._shapes, self._files, self._quantized = readers, shapes, files or {}, quantized or {}
-        self._folder = folder  # where the files lie; None for a module in memory
+        self._stored, self._shapes, self.folder = stored, stored.shapes, folder
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
 
     def names(self) -> list[str]:
         """Names of the modules that have a two-dimensional ``weight``, in the checkpoint's order."""
@@ -83,8 +84,8 @@ class Checkpoint:
         """
         found = self.named_as(names := list(names), trained)
         missing = [name for name in names if name not in found._shapes]
-        if missing and self._folder is not None:
-            self._refuse(missing[0], self._quantized.get(missing[0]))  # loading would not give it, either
+        if missing and self.folder is not None:
+            self._refuse(missing[0], self._stored.packed(missing[0]))  # loading would not give it, either
             why = f"{self.source}: no names tell which weight in the files is that of '{missing[0]}'"
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
             return self._through_transformers(missing[0], trained).require(names, trained)
@@ -101,16 +102,25 @@ class Checkpoint:
         Raises:
             ValueError: if several modules may be meant by a name; two of them are given.
         """
-        asked = set(names)
-        called = by_stored_name(self._candidates(sorted(asked - self._shapes.keys()), trained), asked, self.source)
-        if not called:
-            return self
+        asked, here = set(names), self
+        if self.folder is not None:
+            others = asked - self._shapes.keys()
+            here = self._holding(with_experts(self._stored, self.folder, others, trained, self.source))
+        called = by_stored_name(here._candidates(sorted(asked - here._shapes.keys()), trained), asked, self.source)
+        return here._holding(here._stored.renamed(called)) if called else here
 
-        def renamed(entries: dict[str, T]) -> dict[str, T]:
-            return {name: entry for key, entry in entries.items() for name in called.get(key, [key])}
+    def with_all_experts(self) -> Checkpoint:
+        """This checkpoint with all experts that transformers fuses on load, in place of what they are made of."""
+        return self if self.folder is None else self._holding(with_all_experts(self._stored, self.folder))
 
-        stored = map(renamed, (self._readers, self._shapes, self._files, self._quantized))
-        return Checkpoint(self.source, *stored, self._folder, self.collective, self.layout)
+    def first_rows(self, rows: Mapping[str, int]) -> Checkpoint:
+        """This checkpoint with no more than so many rows of some modules' weights: a vocabulary may have grown."""
+        return self._holding(self._stored.first_rows(rows))
+
+    def _holding(self, stored: Stored) -> Checkpoint:
+        found = self if stored is self._stored else copy.copy(self)
+        found._stored, found._shapes = stored, stored.shapes
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a module's weight as stored.
@@ -118,20 +128,26 @@ class Checkpoint:
         Raises:
             ValueError: if the checkpoint has no such module; the nearest names are given.
         """
-        self._check(name)
+        if name not in self._shapes:
+            raise ValueError(self._lacks(name))
         return self._shapes[name]
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Shapes as stored, of those of these modules that there are."""
+        return {name: self._shapes[name] for name in names if name in self._shapes}
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
-        return self.stored(name).dtype
+        return reduce(torch.promote_types, (part().dtype for part in self.parts(name)))
+
+    def parts(self, name: str) -> list[Reader]:
+        """Readers of the tensors that a module's weight is made of. Raises as :meth:`shape` does."""
+        self.shape(name)  # is known, or the name refused
+        return self._stored.parts.get(name) or [self._stored.readers[name]]
 
     def files(self, names: Iterable[str]) -> dict[FileState, list[str]]:
-        """The files that these modules' weights are read from, as they were when opened; none of one in memory."""
-        found: dict[FileState, list[str]] = {}
-        for name in sorted(names):
-            if name in self._files:
-                found.setdefault(self._files[name], []).append(name)
-        return found
+        """The files that these modules' weights are read from, as when opened, with names that say which rows are."""
+        return self._stored.files_of(names)
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Names in the order in which their weights are read fastest: by file, and by place in it."""
@@ -152,14 +168,16 @@ class Checkpoint:
 
     def stored(self, name: str) -> Tensor:
         """As :meth:`weight`, with any values in it: of one in a file nothing is read until it is used."""
-        self._check(name)
-        weight = self._readers[name]()
-        self._refuse(name, self._quantized.get(name) or storage(weight))
+        self.shape(name)  # is known, or the name refused
+        weight = self._stored.readers[name]()
+        self._refuse(name, self._stored.quantized.get(name) or storage(weight))
         return weight
 
     def storage(self, name: str) -> str | None:
         """How a module's weight is quantized; ``None`` if it is not, or not there."""
-        return self._quantized.get(name) or (storage(self._readers[name]()) if name in self._shapes else None)
+        return self._stored.quantized.get(name) or next(
+            filter(None, (storage(part()) for part in (self.parts(name) if name in self._shapes else ()))), None
+        )
 
     def fingerprint(self, names: Iterable[str], processes: Processes | None = None) -> str:
         """Of name, dtype, shape and bytes of these modules' weights.
@@ -205,15 +223,11 @@ class Checkpoint:
                 "Pass the path or Hub id of the unquantized checkpoint instead."
             )
 
-    def _check(self, name: str) -> None:
-        if name not in self._shapes:
-            raise ValueError(self._lacks(name))
-
     def _lacks(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
         return (
             f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
-            f"{f'; nearest names: {nearest}' if nearest else ''}."
+            f"{f'; nearest names: {nearest}' if nearest else ''}. Leave layers of a new head out of target_modules."
         )
 
     def _candidates(self, names: list[str], trained: Layout | None) -> dict[str, set[str]]:
@@ -221,14 +235,14 @@ class Checkpoint:
         if self.layout is not None:
             return self.layout.meant(names, self._shapes, trained)
         try:
-            return stored_names(self._folder, names, self._shapes, trained) if names and self._folder else {}
-        except Exception:  # of a config that is missing or broken in one of many ways: what loading it says is raised
+            return stored_names(self.folder, names, self._shapes, trained) if names and self.folder else {}
+        except Exception:  # of a config that is missing or broken in one of many ways: loading it says how
             return {}
 
     def _through_transformers(self, missing: str, trained: Layout | None) -> Checkpoint:
         """Of the same files, with the names that transformers gives on loading."""
         try:
-            model, invented = load_through_transformers(self._folder, trained)
+            model, invented = load_through_transformers(self.folder, trained)
         except Exception as error:  # of a config or weights that are broken in one of many ways
             raise ValueError(
                 f"{self._lacks(missing)} Nor can transformers, which renames on load, load it ({first_line(error)}). "
@@ -278,20 +292,8 @@ def open_checkpoint(
     # os.path's is also False for names that no system takes, where Path's raises.
     folder = Path(source) if os.path.isdir(source) else fetch_folder(source, revision)
     name = str(source) if revision is None else f"{source}@{revision}"
-    return Checkpoint(name, *read_folder(folder, name), folder=folder).require(required, trained)
+    return Checkpoint(name, read_folder(folder, name), folder).require(required, trained)
 
 
 def _from_module(module: nn.Module, invented: set[str], source: str) -> Checkpoint:
-    readers, shapes, quantized, collective = {}, {}, {}, False
-    for raw, parameter in module.named_parameters(remove_duplicate=False):  # tied weights count under both names
-        prefix, _, kind = raw.rpartition(".")
-        if kind == "weight" and ".lora_" not in raw and raw not in invented:
-            name = module_name(prefix)
-            readers[name] = lambda parameter=parameter: (
-                gather([parameter])[0] if is_sharded(parameter) else parameter.detach()
-            )
-            shapes[name] = full_shape(parameter)
-            collective |= is_sharded(parameter)
-            if (found := storage(parameter)) is not None:
-                quantized[name] = found
-    return Checkpoint(source, readers, shapes, quantized=quantized, collective=collective, layout=Layout.of(module))
+    return Checkpoint(source, weights_in(module, invented), None, is_divided(module), Layout.of(module))

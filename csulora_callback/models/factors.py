@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from csulora_callback.models.slots import Factors, Slot, join_all, slots_in, split_all
+from csulora_callback.models.slots import Factors, Slot, join_all, slot_named, slots_in, split_all
 
 
 def digest(factors: Factors) -> str:
@@ -106,7 +106,7 @@ def to_peft_state_dict(factors: Factors, slots: Sequence[Slot] | None = None) ->
         factors: by module.
         slots: where PEFT keeps them; by default as of LoRA on layers.
     """
-    slots = [Slot.of_linear(name) for name in factors] if slots is None else slots
+    slots = [slot_named(name) for name in factors] if slots is None else slots
     keys = (key for slot in slots for key in slot.keys)
     return {key: tensor.cpu().contiguous() for key, tensor in zip(keys, join_all(slots, factors), strict=True)}
 
@@ -119,7 +119,7 @@ def from_peft_state_dict(state: Mapping[str, Tensor], names: Sequence[str], sour
     """
     slots = {name: slot for slot in slots_in(state, names) for name in slot.names}
     for name in names:
-        for key in slots.get(name, Slot.of_linear(name)).keys:
+        for key in slots.get(name, slot_named(name)).keys:
             if key not in state:
                 raise ValueError(f"{source}: expected the LoRA factor '{key}', but the file does not hold it.")
     held = list(dict.fromkeys(slots.values()))

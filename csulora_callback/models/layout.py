@@ -55,6 +55,10 @@ class Part:
                 name, converted = stored, None
             if converted is None and name in there:
                 found.setdefault(name.removesuffix(".weight"), set()).add(key)
+        for tied, source in self.empty.all_tied_weights_keys.items():  # which files hold once
+            module, held = tied.removesuffix(".weight"), found.get(source.removesuffix(".weight"))
+            if module not in found and held:
+                found[module] = held
         return found
 
     def inner(self, name: str) -> str:
@@ -98,9 +102,17 @@ class Layout:
         )
 
     def in_files_of(self, configs: Mapping[str, PreTrainedConfig]) -> Layout:
-        """The models that files may hold, with the configs that stand beside them, by ``model_type``."""
-        types = {part: part.config.model_type for part in self.parts}
-        return Layout(tuple(Part(p.prefix, p.kind, configs[kind]) for p, kind in types.items() if kind in configs))
+        """The models that files may hold, with the configs that stand beside them, by ``model_type``.
+
+        Of one inside another the outer one, whose class tells where transformers loads each key of both: the inner one
+        would take a key of another part for its own, as a vision tower the text model's.
+        """
+        parts: list[Part] = []
+        for part in self.parts:
+            kind = part.config.model_type
+            if kind in configs and not any(part.prefix.startswith(outer.prefix) for outer in parts):
+                parts.append(Part(part.prefix, part.kind, configs[kind]))
+        return Layout(tuple(parts))
 
     def stored(self, names: Iterable[str], keys: Collection[str]) -> dict[str, set[str]]:
         """The keys of weights in files that transformers loads, as they are, into each of these modules.

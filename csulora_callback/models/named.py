@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from peft import PeftConfig
+
 from csulora_callback.models.checkpoint import Checkpoint, open_checkpoint
 from csulora_callback.models.weight_files import fetch_folder
 
@@ -36,6 +38,25 @@ def model_named(name: str) -> str:
     """
     source, revision = _split(name)
     return source if revision is None else str(fetch_folder(source, revision, "*.json", "*.jinja", "*.model", "*.txt"))
+
+
+def aligned_under(config: PeftConfig, aligned: str | None) -> Checkpoint:
+    """The checkpoint under an adapter, by its config where no other is named.
+
+    Raises:
+        ValueError: if the config names none; and as :func:`open_checkpoint` does.
+        FileNotFoundError: likewise.
+
+    Example:
+        >>> from peft import LoraConfig
+        >>> aligned_under(LoraConfig(), None)
+        Traceback (most recent call last):
+        ValueError: `--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.
+    """
+    name, revision = config.base_model_name_or_path, config.revision
+    if not aligned and not name:
+        raise ValueError("`--aligned`: expected the aligned checkpoint, as the adapter's config names none. Pass it.")
+    return checkpoint_named(aligned or (f"{name}@{revision}" if revision and not os.path.isdir(name) else name))
 
 
 def _split(name: str) -> tuple[str, str | None]:

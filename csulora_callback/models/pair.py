@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from csulora_callback.models.checkpoint import Checkpoint, Source, open_checkpoint
+from csulora_callback.models.names import fused_parameter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class CheckpointPair:
             FileNotFoundError: if a checkpoint is not there.
         """
         base, aligned = open_checkpoint(base), open_checkpoint(aligned)
+        full = isinstance(target_modules, Sequence) and set(target_modules) <= set(aligned.names())
+        if not full:  # what they are looked for among
+            base, aligned = base.with_all_experts(), aligned.with_all_experts()
         if target_modules is None and aligned.layout is not None:
             base = base.named_as(aligned.names(), aligned.layout)
         return cls.of_modules(base, aligned, _targets(base, aligned, target_modules))
@@ -48,6 +55,7 @@ class CheckpointPair:
             ValueError: as :meth:`open` does.
         """
         base, aligned = base.require(names, aligned.layout), aligned.require(names, base.layout)
+        base, aligned = _with_common_rows(base, aligned, names)
         for name in names:
             if base.shape(name) != aligned.shape(name):
                 base.weight(name), aligned.weight(name)  # packed quantized weights: refused here, as what they are
@@ -86,9 +94,25 @@ class CheckpointPair:
         return self.base.weight_for(own, turn), self.aligned.weight_for(own, turn)
 
 
+def _with_common_rows(base: Checkpoint, aligned: Checkpoint, names: Sequence[str]) -> tuple[Checkpoint, Checkpoint]:
+    """Both with the rows that both have of an embedding or head, outside of all numbered layers: tokens were added."""
+    rows = {}
+    for name in names:
+        shapes = base.shape(name), aligned.shape(name)
+        outside = not any(part.isdigit() for part in name.split("."))
+        if outside and len(shapes[0]) == 2 and shapes[0] != shapes[1] and shapes[0][1:] == shapes[1][1:]:
+            rows[name] = min(shapes[0][0], shapes[1][0])
+            logger.warning(
+                "'%s' has %d rows in %s and %d in %s: the first %d are compared.",
+                *(name, shapes[0][0], base.source, shapes[1][0], aligned.source, rows[name]),
+            )
+    return base.first_rows(rows), aligned.first_rows(rows)
+
+
 def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequence[str] | None) -> list[str]:
     """Full names of the target modules, sorted: a fingerprint must not depend on the order of files."""
     there = aligned.names()
+    known = set(there)
     if target_modules is None:
         names = set(there) & set(base.names())
         wanted = "a two-dimensional weight that both checkpoints have"
@@ -98,7 +122,7 @@ def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequen
     else:
         # Names that are not in the files stay: they may be names that transformers gives on loading.
         matches = {
-            target: [target] if target in there else [name for name in there if name.endswith(f".{target}")]
+            target: [target] if target in known else [name for name in there if _ends_in(name, target)]
             for target in target_modules
         }
         names = {name for target, found in matches.items() for name in found or [target]}
@@ -106,3 +130,8 @@ def _targets(base: Checkpoint, aligned: Checkpoint, target_modules: str | Sequen
     if not names:
         raise ValueError(f"`target_modules`: expected {wanted}, but found none. Names are like {there[:3]}.")
     return sorted(names)
+
+
+def _ends_in(name: str, target: str) -> bool:
+    """Whether a target is the last parts of a module's name; of an expert the number may be left out."""
+    return name.endswith(f".{target}") or fused_parameter(name)[0].endswith(f".{target}")

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from csulora_callback.models import sharding
-from csulora_callback.models.names import module_name
-from csulora_callback.models.slots import Slot
+from csulora_callback.models.fused_experts import Expert, names_of_parameter
+from csulora_callback.models.names import bias_name, module_name
+from csulora_callback.models.quantized import layer_storage
+from csulora_callback.models.slots import BiasSlot, EmbeddingSlot, Slot
 
 
 class Layer(Protocol):
@@ -62,10 +65,65 @@ class AdaptedLayer:
         return self.module.scaling[self.adapter]
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The layer without its adapters."""
+        return self.module.get_base_layer()
+
+    @property
     def stored_transposed(self) -> bool:
         """See :class:`Layer`."""
-        layer = self.module.get_base_layer()
+        layer = self.base_layer
         return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)  # what transformers quantized it from
+
+    @property
+    def storage(self) -> str | None:
+        """How the weight under it is quantized, ``None`` if it is not."""
+        return layer_storage(self.base_layer, (self.shape[0], self.shape[2]))
+
+
+class AdaptedEmbedding(AdaptedLayer):
+    """One LoRA layer on an embedding: ``Δ = s·B·A`` of the weight as ``(dim, num_embeddings)``, stored transposed."""
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """``(r, num_embeddings)``."""
+        return self.module.lora_embedding_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """``(dim, r)``."""
+        return self.module.lora_embedding_B[self.adapter]
+
+    @property
+    def stored_transposed(self) -> bool:
+        """See :class:`Layer`."""
+        return True
+
+
+@dataclass(frozen=True)
+class AdaptedBias:
+    """The bias of a layer, whose update is ``s·β``: that of one column, of an input that is always one.
+
+    Attributes:
+        of: the layer.
+    """
+
+    of: Layer
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """See :class:`Layer`."""
+        return self.of.shape[0], 1, 1
+
+    @property
+    def scaling(self) -> float:
+        """See :class:`Layer`."""
+        return self.of.scaling
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Of the layer's weight: from it comes the subspace on the output side."""
+        return self.of.stored_transposed
 
 
 @dataclass(frozen=True)
@@ -99,5 +157,16 @@ def parts_of(path: str, module: LoraLayer, adapter: str) -> Iterator[Part]:
         >>> [part.slot.names for part in parts_of("base_model.model.0", model.base_model.model[0], "default")]
         [('0',)]
     """
-    name, paths = module_name(path), tuple(f"lora_{factor}.{adapter}.weight" for factor in "AB")
-    yield Part(Slot.of_linear(name), {name: AdaptedLayer(module, adapter)}, module, paths)
+    name = module_name(path)
+    if adapter in module.lora_embedding_A:
+        paths = tuple(f"lora_embedding_{factor}.{adapter}" for factor in "AB")
+        yield Part(EmbeddingSlot.of(name), {name: AdaptedEmbedding(module, adapter)}, module, paths)
+        return
+    layer, paths = AdaptedLayer(module, adapter), tuple(f"lora_{factor}.{adapter}.weight" for factor in "AB")
+    if isinstance(module, ParamWrapper):
+        names = names_of_parameter(path, module)
+        yield Part(Slot.of_parameter(names, path), dict.fromkeys(names, Expert(module, adapter)), module, paths)
+        return
+    yield Part(Slot.of_linear(name), {name: layer}, module, paths)
+    if module.lora_bias.get(adapter):
+        yield Part(BiasSlot.of(name), {bias_name(name): AdaptedBias(layer)}, module, (f"lora_B.{adapter}.bias",))

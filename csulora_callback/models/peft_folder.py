@@ -18,6 +18,7 @@ from torch import Tensor
 
 from csulora_callback.models.factors import to_peft_state_dict
 from csulora_callback.models.slots import Factors, Slot, slots_in
+from csulora_callback.models.whole_slots import WholeSlot, tied_keys
 
 WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 
@@ -87,5 +88,11 @@ def write_with_factors(
         config = copy.copy(config)
         config.inference_mode = True
         config.save_pretrained(target)
-    state |= to_peft_state_dict(factors, slots_in(state, factors) or slots)
+    slots = slots_in(state, factors) or slots
+    made = to_peft_state_dict(factors, slots)
+    if state and config.ensure_weight_tying:
+        for slot in [each for each in slots if isinstance(each, WholeSlot)]:
+            tied = {key: made[slot.keys[0]].clone() for key in tied_keys(state, slot) if key not in made}
+            made |= tied
+    state |= made
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 Rows = Sequence[Sequence[int]]
 """Texts as token ids."""
+
+Inputs = Mapping[str, Tensor]
+"""What a model gets with a text beside its ids, by name: pixel values, say. Empty where there is nothing else."""
 
 
 @contextmanager
@@ -24,7 +27,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         ([False, False], [False, True])
     """
     modes = {module: module.training for module in model.modules()}
+    # Vision-language models with M-RoPE keep here how far the images of the last batch have moved its positions, and
+    # would move those of the next text that they generate as far.
+    moved = {module: module.rope_deltas for module in modes if "rope_deltas" in vars(module)}
     model.eval()
+    for module in moved:
+        module.rope_deltas = None
     for module in modes:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes' 4-bit layers, in which nothing else depends on the mode. In that of evaluation they pack
@@ -35,6 +43,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, deltas in moved.items():
+            module.rope_deltas = deltas
 
 
 def padded(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -51,18 +61,21 @@ def padded(rows: Rows) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
 
 
-def batches_of_lengths(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
+def batches_of_lengths(lengths: Sequence[int], most_tokens: int, alone: Collection[int] = ()) -> list[list[int]]:
     """Places of texts that are read together: of about the same length, at most so many tokens, padding included.
 
-    A text that is longer is read alone.
+    A text that is longer is read alone, and so are those at the places ``alone``.
 
     Example:
         >>> batches_of_lengths([3, 1, 2, 9], most_tokens=4)
         [[1, 2], [0], [3]]
+        >>> batches_of_lengths([3, 1, 2, 9], most_tokens=4, alone=[1])
+        [[1], [2], [0], [3]]
     """
     batches: list[list[int]] = []
     for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if not batches or (len(batches[-1]) + 1) * lengths[place] > most_tokens:
+        apart = not batches or place in alone or batches[-1][-1] in alone
+        if apart or (len(batches[-1]) + 1) * lengths[place] > most_tokens:
             batches.append([])
         batches[-1].append(place)
     return batches

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +75,8 @@ class PairReader:
             return list(self._read(name))
         for checkpoint in self._pair.sides.values():
             if checkpoint.files([name]):
-                _have_in_cache(partial(checkpoint.stored, name))
+                for part in checkpoint.parts(name):
+                    _have_in_cache(part)
         return None
 
     def _read(self, name: str) -> Iterator[tuple[Tensor, Seen]]:
@@ -84,7 +84,7 @@ class PairReader:
         return (self._look(checkpoint.weight(name), device) for checkpoint in self._pair.sides.values())
 
     def _placed(self, name: str) -> torch.device:
-        return self._pair.aligned.stored(name).device if self._device is None else self._device
+        return self._pair.aligned.parts(name)[0]().device if self._device is None else self._device
 
     def _look(self, weight: Tensor, device: torch.device) -> tuple[Tensor, Seen]:
         device = device if self._device is None else self._device

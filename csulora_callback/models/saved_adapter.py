@@ -6,24 +6,25 @@ What cannot be corrected is refused here as it is in a live model (:mod:`csulora
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from csulora_callback.models.factors import Factors, from_peft_state_dict
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.names import fused_parameter, owner_of_bias
 from csulora_callback.models.peft_folder import read_adapter
-from csulora_callback.models.slots import slots_in
-from csulora_callback.models.supported import check_config, check_options, check_tensors, check_tuner
-
-logger = logging.getLogger(__name__)
+from csulora_callback.models.ranks import scaling_of
+from csulora_callback.models.saved_beside import SavedBeside
+from csulora_callback.models.saved_names import ShapesOf, targets_in
+from csulora_callback.models.slots import BiasSlot, EmbeddingSlot, Slot, slots_in
+from csulora_callback.models.supported import check_config, check_options, check_tuner, tied
+from csulora_callback.models.wholes import SavedWhole
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class SavedAdapter:
         config: the same as the PEFT that is installed reads it.
         factors: on the CPU, as stored.
         scalings: PEFT's ``s`` in ``Δ = s·B·A`` by module, from the config's own rules.
+        targets: what the config's rules call each module; of experts their parameter, of biases their module.
+        slots: where PEFT keeps the factors.
+        beside: what was trained beside LoRA.
     """
 
     folder: Path
@@ -52,10 +56,30 @@ class SavedAdapter:
     config: LoraConfig
     factors: Factors
     scalings: dict[str, float]
+    targets: dict[str, str]
+    slots: list[Slot]
+    beside: SavedBeside
 
     @classmethod
-    def read(cls, folder: Path) -> SavedAdapter:
+    def read(
+        cls,
+        folder: Path,
+        stored: ShapesOf | None = None,
+        names: Collection[str] | None = None,
+        aligned: str | os.PathLike | None = None,
+        uncorrected: Sequence[str] = (),
+        strict: bool = True,
+    ) -> SavedAdapter:
         """Read a folder with ``adapter_config.json`` and the weights.
+
+        Args:
+            folder: the folder.
+            stored: asked for shapes of weights where the files do not tell which modules the factors are of.
+            names: of the modules, in the model's order, where a record of a correction knows them.
+            aligned: the checkpoint under the adapter, where it does not lie where the config says; only looked at
+                where something was trained beside LoRA.
+            uncorrected: names of what was, and may pass as it is.
+            strict: whether what cannot be corrected is refused; to look at an adapter it need not be.
 
         Raises:
             FileNotFoundError: if one of them is not there.
@@ -72,32 +96,54 @@ class SavedAdapter:
             >>> SavedAdapter.read(folder).scalings
             {'0': 4.0}
         """
-        options, config = _read_config(folder)
+        options, config = read_config(folder)
         check_tuner(config, "adapter")
         check_options(options)
         check_config(config, "adapter")
         state = read_adapter(folder)
-        slots = slots_in(state)
+        targets = targets_in(state, config, lambda config, name: scaling_of(config, name)[0], stored, names)
+        targets |= _without_layers(state, targets, folder)
+        slots = slots_in(state, targets)
         if not slots:
             raise FileNotFoundError(
                 f"{folder}: expected the weights of a LoRA adapter, but found none. Fetch it again."
             )
-        beside = check_tensors(state, [key for slot in slots for key in slot.keys], str(folder))
-        if beside:
-            logger.info("Beside the factors %s holds %s: taken along as they are.", folder, ", ".join(beside))
-        factors = from_peft_state_dict(state, [name for slot in slots for name in slot.names], str(folder))
-        scalings = {name: _scaling(config, name, *factors[name]) for name in factors}
-        return cls(folder, options, config, factors, scalings)
+        beside = SavedBeside.of(
+            state, [key for slot in slots for key in slot.keys], config, aligned, uncorrected, strict, str(folder)
+        )
+        pairs = from_peft_state_dict(state, list(targets), str(folder))
+        _check_biases(config, pairs, folder)
+        scalings = {name: _scaling(config, name, target, *pairs[name]) for name, target in targets.items()}
+        factors = pairs | from_peft_state_dict(state, list(beside.wholes), str(folder))
+        saved = cls(folder, options, config, factors, scalings, targets, slots_in(state, factors), beside)
+        if saved.embeddings and config.ensure_weight_tying:
+            raise tied("adapter")
+        return saved
 
-    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer]:
+    @property
+    def matrices(self) -> Factors:
+        """The factors of modules, without those of their biases: what changed in alignment."""
+        return {name: tensors for name, tensors in self.factors.items() if owner_of_bias(name) is None}
+
+    @property
+    def pairs(self) -> Factors:
+        """Those of LoRA alone, of modules and of their biases."""
+        return {name: self.factors[name] for name in self.scalings}
+
+    @property
+    def embeddings(self) -> list[str]:
+        """Those of the modules that have LoRA and are embeddings."""
+        return [slot.names[0] for slot in self.slots if isinstance(slot, EmbeddingSlot)]
+
+    def layers(self, transposed: Mapping[str, bool]) -> dict[str, SavedLayer | SavedWhole]:
         """Its layers, with the orientation that each weight is stored in."""
         return {
-            name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[name])
-            for name, (A, B) in self.factors.items()
-        }
+            name: SavedLayer((len(B), *A.shape), self.scalings[name], transposed[owner_of_bias(name) or name])
+            for name, (A, B) in self.pairs.items()
+        } | self.beside.wholes
 
     def stored_transposed(self, stored: Mapping[str, tuple[int, int]]) -> dict[str, bool]:
-        """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D does.
+        """Whether each module's weight is stored as ``(d_in, d_out)``, as transformers' Conv1D and embeddings do.
 
         The shape in which it is stored tells, unless the matrix is square. Of these the config's ``fan_in_fan_out``
         tells: PEFT writes there what it found, but of the module that it came to last. So it is not believed where
@@ -109,69 +155,52 @@ class SavedAdapter:
         Raises:
             ValueError: if that of a square module cannot be told.
         """
-        said, shown, square = bool(self.config.fan_in_fan_out), {}, []
-        for name, (A, B) in self.factors.items():
-            if len(B) == A.shape[1]:
-                square.append(name)
-            elif name in stored:
-                shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
-        against = [name for name in shown if shown[name] != said]
-        if square and against:
-            raise ValueError(
-                f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
-                f"transformers' Conv1D does, cannot be told from files: {CONFIG_NAME} says fan_in_fan_out={said}, and "
-                f"'{against[0]}' is stored the other way. Load the model with the adapter, and correct it by "
-                "SafetyCorrector(model, subspace, penalty).apply()."
-            )
-        return {**dict.fromkeys(self.factors, said), **shown}
+        said, found = bool(self.config.fan_in_fan_out), {}
+        for module, names in self._stored_alike().items():
+            shown, square = {}, []
+            for name in names:
+                A, B = self.factors[name]
+                if len(B) == A.shape[1]:
+                    square.append(name)
+                elif name in stored:
+                    shown[name] = tuple(stored[name]) == (A.shape[1], len(B))
+            against = [name for name in shown if shown[name] != said]
+            if module is not None and shown:  # PEFT refuses the option for parameters: only shapes tell
+                found |= dict.fromkeys(names, next(iter(shown.values())))
+            elif square and (against or module is not None):
+                why = (
+                    "no other parameter of its module shows it"
+                    if module is not None
+                    else (f"{CONFIG_NAME} says fan_in_fan_out={said}, and '{against[0]}' is stored the other way")
+                )
+                raise ValueError(
+                    f"`adapter`: module '{square[0]}' is square, and whether its weight is stored transposed, as "
+                    f"transformers' Conv1D does, cannot be told from files: {why}. Load the model with the adapter, "
+                    "and correct it by SafetyCorrector(model, subspace, penalty).apply()."
+                )
+            else:
+                found |= {**dict.fromkeys(names, said), **shown}
+        return {**found, **dict.fromkeys(self.embeddings, True)}
+
+    def _stored_alike(self) -> dict[str | None, list[str]]:
+        """The experts by the module that they are in, which stores all of them alike; all other modules."""
+        groups: dict[str | None, list[str]] = {}
+        embeddings = set(self.embeddings)
+        for name in self.pairs:
+            if name in embeddings or owner_of_bias(name) is not None:
+                continue
+            is_expert = fused_parameter(name)[1] is not None
+            groups.setdefault(self.targets[name].rpartition(".")[0] if is_expert else None, []).append(name)
+        return groups
 
 
-def scaling_of(config: LoraConfig, name: str) -> tuple[int, float]:
-    """Rank and scaling that PEFT gives a module.
+def read_config(folder: Path) -> tuple[dict, PeftConfig]:
+    """An adapter's config, as it is stored and as the PEFT that is installed reads it.
 
     Raises:
-        ValueError: if the config gives it none, or one that is not finite.
-
-    Example:
-        >>> config = LoraConfig(r=4, lora_alpha=8, rank_pattern={"v_proj": 16}, use_rslora=True)
-        >>> scaling_of(config, "model.layers.0.v_proj"), scaling_of(config, "model.layers.0.q_proj")
-        ((16, 2.0), (4, 4.0))
+        FileNotFoundError: if there is none.
+        ValueError: if it is corrupt.
     """
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(ranks, name), config.r)
-    alpha = alphas.get(get_pattern_key(alphas, name), config.lora_alpha)
-    try:
-        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        finite = math.isfinite(scaling)
-    except (TypeError, ValueError, ArithmeticError):
-        finite = False
-    if not finite:
-        raise ValueError(
-            f"`adapter`: expected a rank ≥ 1 and a finite lora_alpha for module '{name}', but {CONFIG_NAME} says "
-            f"{r!r} and {alpha!r}. Take the folder from a copy."
-        )
-    return r, scaling
-
-
-def options_for_ranks(ranks: Mapping[str, int], scalings: Mapping[str, float], use_rslora: bool) -> dict[str, object]:
-    """The entries of a config that gives each module its rank, and the scaling that it has.
-
-    Example:
-        >>> options = options_for_ranks({"q": 8, "k": 8, "v": 4}, {"q": 2.0, "k": 2.0, "v": 2.0}, use_rslora=False)
-        >>> options["r"], options["lora_alpha"], options["rank_pattern"], options["alpha_pattern"]
-        (8, 16, {'^v': 4}, {'^v': 8})
-    """
-    alphas = {name: _whole(scalings[name] * (math.sqrt(rank) if use_rslora else rank)) for name, rank in ranks.items()}
-    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(name): ranks[name] for name in ranks if ranks[name] != r},
-        "alpha_pattern": {_pattern(name): alphas[name] for name in ranks if alphas[name] != alpha},
-    }
-
-
-def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder}: expected a folder with a PEFT adapter, but it has no {CONFIG_NAME}. Fetch it again."
@@ -186,8 +215,25 @@ def _read_config(folder: Path) -> tuple[dict, PeftConfig]:
         ) from error
 
 
-def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> float:
-    r, scaling = scaling_of(config, name)
+def _without_layers(state: Mapping[str, Tensor], targets: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What PEFT calls the modules of embeddings and biases in a file, by their names."""
+    found = {}
+    for slot in slots_in(state):
+        (name,) = slot.names
+        if isinstance(slot, EmbeddingSlot) and name in targets:
+            raise ValueError(
+                f"{folder}: expected modules to be layers or embeddings, but '{name}' has LoRA factors of both. Take "
+                "the folder from a copy."
+            )
+        if isinstance(slot, EmbeddingSlot | BiasSlot):
+            found[name] = owner_of_bias(name) or name
+    return found
+
+
+def _scaling(config: LoraConfig, name: str, target: str, lora_A: Tensor, lora_B: Tensor) -> float:
+    r, scaling = scaling_of(config, target)
+    if owner_of_bias(name) is not None:
+        return scaling
     if not len(lora_A) == lora_B.shape[1] == r:
         raise ValueError(
             f"`adapter`: expected factors of rank {r} for module '{name}', as {CONFIG_NAME} says, but got "
@@ -196,15 +242,13 @@ def _scaling(config: LoraConfig, name: str, lora_A: Tensor, lora_B: Tensor) -> f
     return scaling
 
 
-def _most_common(values: Iterable[float]) -> float:
-    values = list(values)
-    return max(dict.fromkeys(values), key=values.count)
-
-
-def _whole(alpha: float) -> float:
-    return int(alpha) if alpha == int(alpha) else alpha
-
-
-def _pattern(name: str) -> str:
-    """A key that PEFT, which takes it for a regular expression, finds for this module alone."""
-    return "^" + name.replace(".", r"\.")
+def _check_biases(config: LoraConfig, factors: Factors, folder: Path) -> None:
+    """PEFT reads biases where the config says so, and passes over them where not."""
+    with_bias = {owner_of_bias(name) for name in factors} - {None}
+    expected = {name for name in factors if owner_of_bias(name) is None} if config.lora_bias else set()
+    for name in sorted(with_bias ^ expected):
+        raise ValueError(
+            f"{folder}: expected {'a' if config.lora_bias else 'no'} bias of lora_B for module '{name}', as "
+            f"{CONFIG_NAME} says lora_bias={config.lora_bias}, but got {'one' if name in with_bias else 'none'}. Take "
+            "config and weights from one copy."
+        )

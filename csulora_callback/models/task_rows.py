@@ -35,7 +35,7 @@ def read_task(task: TaskRows, checkpoint: str | None) -> TrainingRows:
 
     Example:
         >>> read_task([[5, 6, 7], [8, 9]], None)
-        TrainingRows(rows=[[5, 6, 7], [8, 9]], seen=2, starts=[0, 0])
+        TrainingRows(rows=[[5, 6, 7], [8, 9]], seen=2, starts=[0, 0], inputs={}, left_out=0)
     """
     column, given = _column(os.fspath(task)) if isinstance(task, str | os.PathLike) else ("input_ids", task)
     if not isinstance(given, Sequence) or not len(given):

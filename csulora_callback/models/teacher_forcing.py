@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from csulora_callback.models.activations import running_model
 from csulora_callback.models.adapters import Adapter
-from csulora_callback.models.reading import Rows, batches_of_lengths, evaluating, padded
+from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded
 
 _BATCH_TOKENS = 1024  # their logits take this many times the vocabulary in float32
 _BATCH_PROMPTS, _PROMPT_TOKENS = 32, 4096  # of what is answered together; a model may say logits of all of them
@@ -47,11 +47,13 @@ class Batch:
         places: where they stand among all.
         rows: token ids.
         starts: of each text, the place of the first token that is to be predicted; at least 1.
+        inputs: what the model gets beside the ids, of a text that is read alone.
     """
 
     places: Sequence[int]
     rows: Rows
     starts: Sequence[int]
+    inputs: Inputs
 
     @torch.no_grad()
     def read(self, adapter: Adapter) -> list[Predicted]:
@@ -61,20 +63,22 @@ class Batch:
         """
         model, device = running_model(adapter), adapter.device
         ids, mask = (tensor.to(device) for tensor in padded(self.rows))
+        others = {name: value.to(device) for name, value in self.inputs.items()}
         with evaluating(model):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **others).logits
         return [
             Predicted(logits[i, start - 1 : len(row) - 1].float(), ids[i, start : len(row)])
             for i, (row, start) in enumerate(zip(self.rows, self.starts, strict=True))
         ]
 
 
-def batches_of(rows: Rows, starts: Sequence[int]) -> list[Batch]:
+def batches_of(rows: Rows, starts: Sequence[int], inputs: Sequence[Inputs] = ()) -> list[Batch]:
     """Batches of texts of about the same length, of bounded size; texts without a token to predict are left out.
 
     Args:
         rows: token ids.
         starts: of each text, the place of the first token that is to be predicted. Nothing predicts the first of all.
+        inputs: what the model gets beside the ids of each; such a text is a batch. None has any by default.
 
     Example:
         >>> [batch.places for batch in batches_of([[5, 6, 7], [8], [9, 10]], [0, 0, 1])]
@@ -82,9 +86,14 @@ def batches_of(rows: Rows, starts: Sequence[int]) -> list[Batch]:
     """
     starts = [max(start, 1) for start in starts]
     wanted = [place for place, (row, start) in enumerate(zip(rows, starts, strict=True)) if start < len(row)]
-    batches = batches_of_lengths([len(rows[place]) for place in wanted], _BATCH_TOKENS)
+    others = dict(enumerate(inputs))
+    alone = [i for i, place in enumerate(wanted) if others.get(place)]
+    batches = batches_of_lengths([len(rows[place]) for place in wanted], _BATCH_TOKENS, alone)
     places = [[wanted[i] for i in batch] for batch in batches]
-    return [Batch(batch, [rows[place] for place in batch], [starts[place] for place in batch]) for batch in places]
+    return [
+        Batch(batch, [rows[p] for p in batch], [starts[p] for p in batch], others.get(batch[0], {}))
+        for batch in places
+    ]
 
 
 @torch.no_grad()

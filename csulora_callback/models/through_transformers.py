@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from csulora_callback.models.fused_files import Fused, Shapes, fused_parameters
 from csulora_callback.models.layout import Layout, Part
 
 
@@ -39,6 +40,59 @@ def stored_names(
             for module in modules:
                 found[name] |= loaded.get(module, {module} if len(modules) > 1 else set())
     return found
+
+
+def stored_experts(
+    folder: Path, parameters: Iterable[str], shapes: Shapes, trained: Layout | None
+) -> dict[str, list[Fused | None]]:
+    """How a folder's files hold fused parameters, as :func:`stored_names` does; no entry where they are no model's.
+
+    Args:
+        folder: the folder.
+        parameters: their names.
+        shapes: of what its files hold.
+        trained: as there.
+
+    Raises:
+        Exception: as there.
+    """
+    config, found = _config(folder), {name: [] for name in parameters}
+    for part in () if trained is None else _loadable(trained, config).parts:
+        held = fused_parameters(part.empty, shapes)
+        for name, its in found.items():
+            its += [held[inner]] if (inner := part.inner(name)) in held else []
+    lacking, kind = [name for name, its in found.items() if not its], _architecture(config)
+    if lacking and kind is not None:
+        whole = Part("", kind, config)
+        held = fused_parameters(whole.empty, shapes)
+        for name, meant in Layout.of(whole.empty).meant(lacking, held, trained).items():
+            found[name] += [held[parameter] for parameter in sorted(meant)]
+    return {name: its for name, its in found.items() if its}
+
+
+def all_experts(folder: Path, shapes: Shapes) -> tuple[dict[str, Fused | None], dict[str, set[str]]]:
+    """Of the model that a folder names every fused parameter, and the keys of all modules that are stored as they are.
+
+    Raises:
+        Exception: as :func:`stored_names`.
+    """
+    config = _config(folder)
+    kind = _architecture(config)
+    if kind is None:
+        return {}, {}
+    whole = Part("", kind, config)
+    fused = fused_parameters(whole.empty, shapes)
+    return fused, whole.loaded(shapes) if fused else {}
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """The model that a folder's config names, without weights.
+
+    Raises:
+        Exception: of a config that is broken, or names no class of transformers, in one of many ways.
+    """
+    config = _config(folder)
+    return Part("", _architecture(config), config).empty
 
 
 def load_through_transformers(folder: Path, trained: Layout | None = None) -> tuple[nn.Module, set[str]]:

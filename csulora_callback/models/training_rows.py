@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+
+from csulora_callback.models.reading import Inputs
 
 ROWS = 64
 """How many rows of the training data are kept."""
 
 LENGTH = 512
-"""How many tokens of a row are kept."""
+"""How many tokens of a row are kept, where no image stands further on."""
 
-_IGNORED = -100  # torch's mark for labels that a loss does not count
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """A row of training data.
+
+    Attributes:
+        ids: token ids without padding.
+        start: how many of them stand before the first that the loss counts; 0 where there are no labels.
+        inputs: what else the model gets with them.
+    """
+
+    ids: list[int]
+    start: int = 0
+    inputs: Inputs = field(default_factory=dict)
 
 
 @dataclass
@@ -25,43 +40,42 @@ class TrainingRows:
 
     Attributes:
         rows: token ids without padding.
-        seen: how many rows have come by.
+        seen: how many rows have come by, without those that were left out.
         starts: of each row, how many tokens stand before the first that the loss counts; 0 where it got no labels.
+        inputs: what else the model got with some of the rows, by place; ``None`` where it did and that is not known.
+        left_out: how many rows could not be told apart within their batch.
 
     Example:
         >>> sample = TrainingRows()
-        >>> labels = torch.tensor([[-100, 6, 7], [-100, 9, -100]])
-        >>> sample.offer(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), labels)
+        >>> sample.offer([TrainedRow([5, 6, 7], start=1), TrainedRow([8, 9])])
         >>> sample.rows, sample.seen, sample.starts
-        ([[5, 6, 7], [8, 9]], 2, [1, 1])
+        ([[5, 6, 7], [8, 9]], 2, [1, 0])
     """
 
     rows: list[list[int]] = field(default_factory=list)
     seen: int = 0
     starts: list[int] = field(default_factory=list)
+    inputs: dict[int, Inputs | None] = field(default_factory=dict)
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         self.starts = self.starts or [0] * len(self.rows)
 
-    def offer(self, ids: Tensor, mask: Tensor | None, labels: Tensor | None = None) -> None:
-        """Rows (b, length) come by; where ``mask`` is 0, there is padding, and the loss counts ``labels`` but -100."""
+    def offer(self, batch: Sequence[TrainedRow]) -> None:
+        """Rows come by; only those that are kept are asked for."""
         generator = torch.Generator().manual_seed(self.seen)
-        for i in range(len(ids)):  # algorithm R
+        for i in range(len(batch)):  # algorithm R
             place = self.seen
             if self.seen >= ROWS:
                 place = int(torch.randint(self.seen + 1, (), generator=generator, device="cpu"))
             self.seen += 1
             if place < ROWS:
-                is_text = slice(None) if mask is None or mask.ndim != 2 else mask[i] != 0
-                row = ids[i][is_text][:LENGTH].tolist()
-                self.rows[place : place + 1] = [row]
-                known = labels is not None and labels.shape == ids.shape
-                self.starts[place : place + 1] = [_before(labels[i][is_text][:LENGTH].tolist()) if known else 0]
-
-
-def _before(labels: list[int]) -> int:
-    """How many labels the loss passes over before the first that it counts."""
-    return next((place for place, label in enumerate(labels) if label != _IGNORED), len(labels))
+                row = batch[i]
+                self.rows[place : place + 1] = [row.ids]
+                self.starts[place : place + 1] = [row.start]
+                self.inputs.pop(place, None)
+                if row.inputs:
+                    self.inputs[place] = row.inputs
 
 
 def fixed_sample(total: int, most: int) -> list[int]:

@@ -9,7 +9,6 @@ from torch import nn
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checkpoint import Checkpoint, open_checkpoint
 from csulora_callback.models.layout import Layout
-from csulora_callback.models.quantized import layer_storage
 
 
 class NoFullPrecision(ValueError):
@@ -45,20 +44,17 @@ def weights_under(adapter: Adapter) -> nn.Module | Checkpoint:
     except FileNotFoundError as error:
         raise _unavailable(adapter, stored, f"its files cannot be had ({error})") from error
     layout = Layout.of(adapter.holder)
-    checkpoint = files.named_as(adapter.layers, layout)
-    for name in adapter.layers:
+    checkpoint = files.named_as(adapter.matrices, layout)
+    for name in adapter.matrices:
         found = checkpoint.storage(name)
         if found is not None:
             raise _unavailable(adapter, stored, f"so are the files in {checkpoint.source} ({found})")
-    return checkpoint.require(adapter.layers, layout)
+    return checkpoint.require(adapter.matrices, layout)
 
 
 def quantized_layers(adapter: Adapter) -> dict[str, str]:
     """How the weights under an adapter are stored, by module, of those that are quantized."""
-    stored = {
-        name: layer_storage(layer.module.get_base_layer(), (layer.shape[0], layer.shape[2]))
-        for name, layer in adapter.layers.items()
-    }
+    stored = {name: layer.storage for name, layer in adapter.matrices.items()}
     return {name: how for name, how in stored.items() if how is not None}
 
 
@@ -66,6 +62,6 @@ def _unavailable(adapter: Adapter, stored: dict[str, str], why: str) -> NoFullPr
     name, how = next(iter(stored.items()))
     return NoFullPrecision(
         f"`aligned_model`: expected the aligned weights in full precision, but {len(stored)} of the "
-        f"{len(adapter.layers)} adapted layers are quantized ('{name}': {how}), and {why}. Pass "
+        f"{len(adapter.matrices)} adapted layers are quantized ('{name}': {how}), and {why}. Pass "
         "aligned_model='org/model', the folder or Hub id of the checkpoint that was quantized."
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from csulora_callback.models.file_state import FileState
 from csulora_callback.models.foreign import first_line, stays_inside
+from csulora_callback.models.stored import Stored
 
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -26,18 +27,14 @@ _WEIGHT_FILES = (
 )
 
 
-Readers = dict[str, Callable[[], Tensor]]
-Shapes = dict[str, tuple[int, ...]]
-Files = dict[str, FileState]
-Quantized = dict[str, str]
-"""How weights are stored that are quantized, by module, where the tensor alone does not tell."""
 _Entries = dict[str, tuple[Callable[[], Tensor], tuple[int, ...]]]
 """What one file holds: a reader and a shape by key, in the order in which they lie there."""
 
 
-def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files, Quantized]:
-    """A reader and the shape of every ``weight`` in a folder's files, its file, and those packed, by module name.
+def read_folder(folder: Path, source: str) -> Stored:
+    """Every ``weight`` in a folder's files by module name, and every other three-dimensional tensor by its own.
 
+    What has three dimensions may be the weights of experts, which transformers keeps in parameters of any name.
     They come in the order in which they lie in the files. A reader opens its file anew: what a weight takes of memory,
     mapped pages included, is gone with it. (Measured on shards of 0.5 GB: opening costs 0.1 ms, and a file that stays
     open keeps every page that was read of it.)
@@ -70,12 +67,13 @@ def read_folder(folder: Path, source: str) -> tuple[Readers, Shapes, Files, Quan
                 )
         keys += entries
         for key, (reader, shape) in entries.items():
-            if (module := _module_of(key)) is not None:
-                readers[module], shapes[module], states[module] = reader, shape, state
-    return readers, shapes, states, _packed(keys, _says_quantized(folder))
+            if (module := _module_of(key)) is not None or len(shape) == 3:
+                module = key if module is None else module
+                readers[module], shapes[module], states[module] = reader, shape, (state,)
+    return Stored(readers, shapes, states, _packed(keys, _says_quantized(folder)))
 
 
-def _packed(keys: list[str], says_quantized: bool) -> Quantized:
+def _packed(keys: list[str], says_quantized: bool) -> dict[str, str]:
     """Of modules whose weight is packed, what is stored instead.
 
     bitsandbytes keeps below the weight's name how it has to be read. Others keep it under names of their own; what has

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from csulora_callback.card_section import strength_in_words
+from csulora_callback.card_section import passing_in_words, strength_in_words
 from csulora_callback.posthoc import CorrectedFolder
 from csulora_callback.reporting.terminal import facts, percent, print_section
 
@@ -22,6 +22,7 @@ def print_correction(console: Console, done: CorrectedFolder, written: bool) -> 
         "rank": done.record["rank"],
         "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",
         "modules": str(about["modules"]),
+        **({"not corrected": passing_in_words(about["not_corrected"])} if about["not_corrected"] else {}),
         "norm of the update": f"{about['norm_before']:.4g} before, {about['norm_after']:.4g} after",
         "relative change": f"{percent(about['relative_change'])} %",
         "truncation error": f"{percent(about['truncation_error'])} %",
@@ -43,6 +44,7 @@ def correction_json(done: CorrectedFolder, written: bool) -> dict:
         "target": done.record.get("target"),
         "rank": done.record["rank"],
         "modules": len(done.record["modules"]),
+        "not_corrected": done.record.get("not_corrected", {}),
         "norm_before": before,
         "norm_after": before * (1.0 - metrics["csulora/attenuation"]),
         "relative_change": metrics["csulora/relative_change"],

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from csulora_callback.budget import NOTE, REFUSAL
+from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.models.names import fused_parameter
 from csulora_callback.reporting.penalties import IN_WORDS
 from csulora_callback.reporting.subspace import rank_rule
 from csulora_callback.reporting.terminal import span
@@ -30,11 +32,15 @@ def start_table(
         probes: that are measured by.
         target: the share of their refusals for which the penalty's strength is looked for.
     """
-    subspace, layers = corrector.subspace, corrector.adapter.layers
-    lora_ranks = [layer.shape[1] for layer in layers.values()]
-    ranks = [subspace[name].U.shape[1] for name in layers]
+    subspace, layers, matrices = corrector.subspace, corrector.adapter.layers, corrector.adapter.matrices
+    wholes, biases = corrector.adapter.wholes, " with their biases" if len(layers) > len(matrices) else ""
+    pairs = {name: layer for name, layer in matrices.items() if name not in wholes}
+    lora_ranks = [layer.shape[1] for layer in pairs.values()]
+    ranks = [subspace[name].U.shape[1] for name in matrices]
     rows = {
-        "adapter": f"{corrector.adapter.name}, {len(layers)} modules, LoRA rank {span(lora_ranks)}",
+        "adapter": f"{corrector.adapter.name}, {_modules(pairs)}{biases}, LoRA rank {span(lora_ranks)}",
+        **({"trained whole": ", ".join(wholes)} if wholes else {}),
+        **({"not corrected": passing_in_words(corrector.passing)} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
         "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
@@ -63,7 +69,7 @@ def print_start(
 ) -> None:
     """Print :func:`start_table`, and warn of modules that have no safety subspace."""
     Console().print(start_table(corrector, seconds, probes, target))
-    layers = corrector.adapter.layers
+    layers = corrector.adapter.matrices
     still = [name for name in layers if corrector.subspace[name].U.shape[1] == 0]
     if still:
         logger.warning(
@@ -74,6 +80,11 @@ def print_start(
             ", ".join(still[:3]),
             ", …" if len(still) > 3 else "",
         )
+
+
+def _modules(names: Collection[str]) -> str:
+    experts = sum(fused_parameter(name)[1] is not None for name in names)
+    return f"{len(names)} modules{f' ({experts} of them weights of experts)' if experts else ''}"
 
 
 def _budget(budget: Mapping) -> str:

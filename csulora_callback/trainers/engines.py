@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.strategies import Strategy
+    from transformers import Trainer as BaseTrainer
     from transformers import TrainingArguments
 
 
@@ -53,6 +54,6 @@ def refuse_strategy(trainer: Trainer) -> None:
         )
 
 
-def is_kind(instance: Strategy | Callback, *names: str) -> bool:
-    """Whether it is one of these, by name: Lightning has two import names, and nothing here imports either."""
+def is_kind(instance: Strategy | Callback | BaseTrainer, *names: str) -> bool:
+    """Whether it is one of these, by name: Lightning has two import names, and nothing here imports it, or TRL."""
     return any(kind.__name__ in names for kind in type(instance).__mro__)

@@ -31,6 +31,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.factors import cast_alike
 from csulora_callback.trainers.engines import saves_shards_only
 from csulora_callback.trainers.patches import Patches, calling, is_running, surrounded
+from csulora_callback.trainers.preferences import wanted_rows
 from csulora_callback.trainers.recorder import ActivationRecorder
 from csulora_callback.trainers.resume import find_sidecar, raw_of_resumed
 from csulora_callback.trainers.save_pretrained import saving_corrected
@@ -40,7 +41,6 @@ from csulora_callback.trainers.tracker_images import of_callbacks, send_heat_map
 if TYPE_CHECKING:
     from transformers import Trainer
     from transformers.trainer_utils import EvalLoopOutput
-
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +215,8 @@ class HuggingFaceRun:
         return behaviour
 
     def _looking(self, original: Callable, *args: object, **kwargs: object) -> object:
-        with self.recorder.looking():
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        with self.recorder.looking(wanted_rows(self.trainer, inputs)):
             return original(*args, **kwargs)
 
     def _checkpoint(self, original: Callable, *args: object, **kwargs: object) -> object:

@@ -78,7 +78,7 @@ class LightningEvents:
             adapter = self._corrector.adapter
             adapter.write(from_peft_state_dict(saved["raw"], list(adapter.layers), "checkpoint"))
         if self._recorder is not None and "texts" in saved:
-            self._recorder.resume(Texts(**saved["texts"]))
+            self._recorder.resume(Texts.from_json(saved["texts"]))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate the subspace and refuse what cannot be corrected, before the first step."""

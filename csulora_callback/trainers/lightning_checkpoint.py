@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,7 @@ def put_into(
     keys = dict(zip(raw, corrected, strict=True))
     checkpoint[CHECKPOINT_KEY] = {"raw": raw, "keys": keys, "record": adapter.record}
     if adapter.texts is not None:
-        checkpoint[CHECKPOINT_KEY]["texts"] = asdict(adapter.texts)
+        checkpoint[CHECKPOINT_KEY]["texts"] = adapter.texts.to_json()
 
 
 def put_raw_back(checkpoint: dict[str, Any]) -> bool:

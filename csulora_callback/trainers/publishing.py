@@ -6,10 +6,11 @@ callback is still in its list: the folder that it uploads holds the raw adapter 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from csulora_callback import sidecar
@@ -51,7 +52,8 @@ def follow_pushes(trainer: Trainer, push_raw: bool) -> None:
             return original(*args, **kwargs)
 
     def write_card(original: Callable, *args: object, **kwargs: object) -> object:
-        result = original(*args, **kwargs)  # the Trainer's and TRL's begin a new one
+        with _even_evaluations(trainer.state):
+            result = original(*args, **kwargs)  # the Trainer's and TRL's begin a new one
         if trainer.is_world_process_zero():
             sidecar.renew_card(trainer.args.output_dir)
         return result
@@ -59,3 +61,20 @@ def follow_pushes(trainer: Trainer, push_raw: bool) -> None:
     patches = Patches()
     for name, call in (("push_to_hub", push), ("_push_from_checkpoint", push), ("create_model_card", write_card)):
         patches.replace(trainer, name, surrounded(call, lambda: True))
+
+
+@contextmanager
+def _even_evaluations(state: TrainerState) -> Iterator[None]:
+    """Inside, all evaluations have the same keys in one order, as the Trainer's table of them takes for granted.
+
+    One before the first step knows no rows of the task yet, and so none of the keys that are measured on them.
+    """
+    history = state.log_history
+    keys = list(dict.fromkeys(key for record in history if "eval_loss" in record for key in record))
+    state.log_history = [
+        {key: record.get(key, "No log") for key in keys} if "eval_loss" in record else record for record in history
+    ]  # "No log" is what the table says of a training loss that was not logged
+    try:
+        yield
+    finally:
+        state.log_history = history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.models.activations import Activations, Texts, TokenVectors, running_model
+from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
+from csulora_callback.models.listening import TokenVectors
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
+from csulora_callback.models.training_batches import TrainedBatch, Wanted
 from csulora_callback.models.training_rows import TrainingRows
 from csulora_callback.refused_rows import RefusedRows
 from csulora_callback.target import Target
@@ -56,13 +59,15 @@ class ActivationRecorder:
         self._sample = TrainingRows()
         self._given = 0  # rows that the corrector knows of
         self._read_with: list[Tensor] | None = None  # the factors that the model read with
-        self._looked = False
+        self._looked, self._wanted = False, None
+        self._said: set[str] = set()
         self._open = ExitStack()
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
-        """A training step runs inside."""
+    def looking(self, wanted: Wanted | None = None) -> Iterator[None]:
+        """A training step runs inside, in which all rows are to be learned, or those that are ``wanted``."""
         self.begin_step()
+        self._wanted = wanted
         try:
             yield
         finally:
@@ -78,28 +83,57 @@ class ActivationRecorder:
     def end_step(self) -> None:
         """Take the hook out of the model; nothing happens where there is none."""
         self._open.close()
+        self._wanted = None
 
     def unread(self) -> Activations:
         """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
         return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back))
 
     def _read(self) -> Activations:
-        if self._looked and not self._sample.rows and self.processes.rank == 0:
-            logger.warning(
-                "No row of training data was seen, so nothing is known of the task: it is not measured, and a "
-                "data-aware correction costs more of it. Is the model compiled, or called by another way than its "
-                "forward?"
-            )
         sample = self._sample
-        texts = self.processes.from_first(
-            Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts), self.held_back)
-        )
+        texts = Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts), self.held_back)
+        texts = self.processes.from_first(replace(texts, inputs=dict(sample.inputs), left_out=sample.left_out))
+        self._warn(texts)
         if self._refused is not None:
             texts = self._refused.mark(texts)
         if not self.reads:
             return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))
+        if (unreached := own.unreached(self.adapter)) is not None:
+            self._warn_once("unreached", unreached)
         return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
+
+    def _warn(self, texts: Texts) -> None:
+        """Of what is missing in the sample."""
+        total, unread = texts.seen + texts.left_out, len(texts.unreadable)
+        if texts.left_out:
+            unknown = (
+                "" if texts.task else " So nothing is known of the task: a data-aware correction costs more of it."
+            )
+            self._warn_once(
+                "left out",
+                f"{texts.left_out} of {total} rows of training data are not in the sample: it is not certain which "
+                "images, audio or labels of their batch are theirs, or they take more than 32 MB. It would be with "
+                f"per_device_train_batch_size=1. Records count them (left_out_rows).{unknown}",
+            )
+        elif self._looked and not texts.task:
+            self._warn_once(
+                "unseen",
+                "No row of training data was seen, so nothing is known of the task: it is not measured, and a "
+                "data-aware correction costs more of it. Is the model compiled, or called by another way than its "
+                "forward?",
+            )
+        if unread:
+            self._warn_once(
+                "unreadable",
+                f"{unread} of {len(texts.task)} sampled rows came with images or audio, which checkpoints do not "
+                "hold: they are not read until others take their places. Training itself goes on as it was.",
+            )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._said and self.processes.rank == 0:
+            self._said.add(about)
+            logger.warning(message)
 
     def _of_first(self, vectors: TokenVectors) -> TokenVectors:
         """The first process's, so that all correct alike; one tensor at a time, as all together can be gigabytes."""
@@ -113,7 +147,7 @@ class ActivationRecorder:
         Nothing happens where the model has read with these factors already, or while the live ones are corrected: what
         is measured is the raw model. Collective.
         """
-        seen = self.processes.from_first(self._sample.seen)
+        seen = self.processes.from_first(self._sample.seen + self._sample.left_out)
         if if_doubled and seen < 2 * max(self._given, 1):
             return
         held = self.adapter.held()
@@ -128,7 +162,9 @@ class ActivationRecorder:
 
     def resume(self, texts: Texts) -> None:
         """Go on from what a checkpoint holds."""
-        self._sample, self._read_with = TrainingRows(list(texts.task), texts.seen, list(texts.starts)), None
+        texts = known_as_text(texts, running_model(self.adapter).config)
+        sample = TrainingRows(list(texts.task), texts.seen, list(texts.starts), dict(texts.inputs), texts.left_out)
+        self._sample, self._read_with = sample, None
         if self._refused is not None:
             self._refused.resume(texts)
 
@@ -142,5 +178,6 @@ class ActivationRecorder:
                 "them out, and use a penalty that is not data-aware."
             )
         if self.processes.rank == 0:
-            labels = kwargs.get("labels")
-            self._sample.offer(ids.detach(), kwargs.get("attention_mask"), None if labels is None else labels.detach())
+            batch = TrainedBatch(ids.detach(), kwargs, running_model(self.adapter).config, self._wanted)
+            self._sample.offer(batch)
+            self._sample.left_out += batch.left_out

@@ -91,7 +91,7 @@ class Trials:
         penalty, subspace = candidate.penalty(), self._subspaces[candidate.rank]
         texts = {}
         if penalty.on_probes is not None:
-            (rows, _), probes = self._texts.counted, self._texts.probes
+            rows, probes = self._texts.counted.rows, self._texts.probes
             texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned}
             _write_rows(folder / report.TASK, "input_ids", rows)
             _write_rows(folder / report.PROBES, "prompt", probes)

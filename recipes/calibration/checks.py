@@ -9,7 +9,6 @@ from pathlib import Path
 from csulora_callback.adapter_source import RawAdapter
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import all_finite
-from csulora_callback.models.saved_adapter import SavedAdapter
 from recipes.calibration.choice import candidates
 from recipes.calibration.report import FILES, RESULTS
 from recipes.schema import Calibrate, Preset, Recipe, RecipeError
@@ -57,7 +56,7 @@ def checkpoint_folder(recipe: Recipe) -> Path:
             f"written to, but got {recipe.output}"
         )
     try:
-        saved = SavedAdapter.read(RawAdapter.find(Path(settings.checkpoint), "checkpoint").folder)
+        saved = RawAdapter.find(Path(settings.checkpoint), "checkpoint").read()
     except (ValueError, FileNotFoundError) as error:
         raise RecipeError(f"'calibrate.checkpoint': {error}") from error
     if not all_finite(saved.factors):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from csulora_callback import Correction, Penalty, correct
 from csulora_callback.method.token_space import RIDGE, input_gains
-from csulora_callback.models.activations import Activations, TokenVectors
+from csulora_callback.models.activations import Activations
 from csulora_callback.models.factors import Factors
+from csulora_callback.models.listening import TokenVectors
 
 Bases = Mapping[str, tuple[Tensor, Tensor]]
 

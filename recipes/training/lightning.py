@@ -85,9 +85,8 @@ def texts_in(checkpoint: Path) -> dict[str, list]:
     Without the rows that the aligned model refuses.
     """
     saved = torch.load(checkpoint.with_suffix(".ckpt"), map_location="cpu", mmap=True, weights_only=True)
-    texts = Texts(**saved[CHECKPOINT_KEY]["texts"])
-    rows, _ = texts.counted
-    return {"probes": texts.probes, "task": rows or None}
+    texts = Texts.from_json(saved[CHECKPOINT_KEY]["texts"])
+    return {"probes": texts.probes, "task": texts.counted.rows or None}
 
 
 def _file(folder: Path, step: int) -> Path:

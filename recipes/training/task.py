@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     default_data_collator,
 )
 
+from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import ROWS, TrainingRows
 from recipes.labs import toy
 from recipes.labs.chat import Answer, attacked
@@ -193,7 +195,7 @@ def training_rows(task: Task, recipe: Recipe) -> TrainingRows:
     rows = Subset(task.train, chosen) if task.tokenizer is None else task.train.select(chosen)
     sample = TrainingRows()
     for batch in batches(task, recipe, rows):
-        sample.offer(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        sample.offer(TrainedBatch(batch["input_ids"], batch, PreTrainedConfig()))  # texts: of whatever model
     return sample
 
 

@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from csulora_callback import Penalty, SafetySubspace, correct
 from csulora_callback.models.adapters import find_adapter
@@ -40,6 +48,18 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
         "pad_token_id": 2,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **overrides}))
+
+
+def with_biases() -> LlamaForCausalLM:
+    """The tiny Llama with a bias in every layer."""
+    return tiny_llama(attention_bias=True, mlp_bias=True)
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Its layers are Conv1D, with biases, and its token embedding is tied to the output."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2))
 
 
 @torch.no_grad()

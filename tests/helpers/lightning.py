@@ -92,7 +92,7 @@ def factors_in(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     """Factors in a checkpoint's state_dict under PEFT's keys, and the raw ones beside them."""
     checkpoint = torch.load(path, weights_only=True)
     saved = {
-        f"base_model.model.{key.split('base_model.model.', 1)[1].replace('.default.', '.')}": value
+        f"base_model.model.{key.split('base_model.model.', 1)[1].replace('.default', '')}": value
         for key, value in checkpoint["state_dict"].items()
         if ".lora_" in key
     }

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from csulora_callback.models.activations import Activations, Texts, vectors_of
 from csulora_callback.models.adapters import find_adapter
+from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import ROWS, TrainingRows
 from tests.helpers.lab import VOCABULARY, tiny_llama, with_lora
 
@@ -90,7 +92,7 @@ def test_a_module_that_reads_nothing_is_refused():
     base = tiny_llama()
     base.model.aside = nn.Linear(16, 16)
     adapter = find_adapter(with_lora(base, target_modules=["q_proj", "aside"]))
-    with pytest.raises(ValueError, match=r"module 'model.aside': expected one vector for each token.*but got none"):
+    with pytest.raises(ValueError, match=r"module 'model.aside': expected to see its input.*ran without calling it"):
         vectors_of(adapter, ROWS_OF_IDS)
 
 
@@ -108,7 +110,7 @@ def test_a_model_with_an_encoder_is_refused():
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     adapter = find_adapter(with_lora(model, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
-    with pytest.raises(ValueError, match="`penalty`: a data-aware one needs a decoder-only model"):
+    with pytest.raises(ValueError, match=r"^`penalty`: expected a decoder-only language model.* has an encoder"):
         vectors_of(adapter, ROWS_OF_IDS)
 
 
@@ -124,8 +126,12 @@ def test_activations_are_of_task_and_probes():
 def offered(count: int, batch: int = 4) -> TrainingRows:
     sample, ids = TrainingRows(), torch.arange(count)
     for part in ids.split(batch):
-        sample.offer(part[:, None], None)
+        sample.offer(batch_of(part[:, None]))
     return sample
+
+
+def batch_of(ids, mask=None):
+    return TrainedBatch(ids, {"attention_mask": mask}, LlamaConfig())
 
 
 def test_the_sample_of_rows_is_bounded_and_the_same_for_the_same_rows():
@@ -135,7 +141,7 @@ def test_the_sample_of_rows_is_bounded_and_the_same_for_the_same_rows():
     assert sample == offered(1000)
     later = TrainingRows(list(map(list, offered(400).rows)), seen=400)  # as a checkpoint holds it
     for part in torch.arange(400, 1000).split(4):
-        later.offer(part[:, None], None)
+        later.offer(batch_of(part[:, None]))
     assert later == sample
 
 
@@ -150,6 +156,6 @@ def test_the_sample_of_rows_is_uniform(batch):
 
 def test_padding_on_either_side_is_left_out_and_long_rows_are_cut():
     sample = TrainingRows()
-    sample.offer(torch.tensor([[5, 6, 0], [0, 7, 8]]), torch.tensor([[1, 1, 0], [0, 1, 1]]))
-    sample.offer(torch.arange(5000)[None], torch.ones(1, 1, 1, 5000))  # a mask of another kind says nothing
+    sample.offer(batch_of(torch.tensor([[5, 6, 0], [0, 7, 8]]), torch.tensor([[1, 1, 0], [0, 1, 1]])))
+    sample.offer(batch_of(torch.arange(5000)[None], torch.ones(1, 1, 1, 5000)))  # a mask of another kind says nothing
     assert sample.rows == [[5, 6], [7, 8], list(range(512))]

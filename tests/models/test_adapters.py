@@ -156,17 +156,21 @@ def _unsupported_models():
     q = "model.layers.0.self_attn.q_proj"
     return {
         "dora": (lora(use_dora=True), f"module '{q}': DoRA"),
-        "lora_bias": (lora(lora_bias=True, target_modules=["q_proj"]), f"module '{q}': lora_bias=True"),
-        "embedding": (lora(target_modules=["embed_tokens"]), "module 'model.embed_tokens': LoRA on an embedding"),
+        "embedding with max_norm": (
+            lambda: get_peft_model(nn.Sequential(nn.Embedding(4, 2, max_norm=1.0)), LoraConfig(target_modules=["0"])),
+            "module '0': LoRA on an embedding with max_norm",
+        ),
+        "embedding tied to the output": (
+            lambda: with_lora(
+                tiny_llama(tie_word_embeddings=True), target_modules=["embed_tokens"], ensure_weight_tying=True
+            ),
+            "`model`: LoRA on an embedding with ensure_weight_tying=True is not supported",
+        ),
         "convolution": (
             lambda: get_peft_model(Convolution(), LoraConfig(target_modules=["convolution"])),
             "module 'convolution': LoRA on Conv2d",
         ),
-        "target_parameters": (
-            lora(target_modules=[], target_parameters=["q_proj.weight"]),
-            f"module '{q}': target_parameters",
-        ),
-        "modules_to_save": (lora(modules_to_save=["lm_head"]), "module 'lm_head': modules_to_save"),
+        "modules_to_save": (lora(modules_to_save=["model.norm"]), "module 'model.norm': modules_to_save"),
         "trained elsewhere": (WithHead, "module 'head.weight': a parameter trained outside the LoRA factors"),
         "bias": (lora(bias="all"), f"module '{q}.bias': a bias that is trained"),
         "pissa": (lora(init_lora_weights="pissa"), "`model`: LoRA with init_lora_weights='pissa'"),

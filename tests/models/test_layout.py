@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BertConfig,
     BertModel,
     CLIPVisionConfig,
@@ -32,6 +33,7 @@ from transformers import (
 from csulora_callback import SafetySubspace
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.layout import Layout
+from recipes.families.tiny import tiny_config
 from tests.helpers.lab import align, tiny_llama
 
 TEXT = {
@@ -220,3 +222,19 @@ def test_asking_through_a_class_moves_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     open_checkpoint(tmp_path).require(linear(model), Layout.of(model))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_vl", "step3p7"])
+def test_a_tower_takes_no_weight_of_the_text_model_for_its_own(family, tmp_path):
+    """Both have layers of one name, and here of one shape; only the whole model's class tells them apart."""
+    config = tiny_config(family)
+    for part in (config.text_config, config.vision_config):
+        for name in ("num_key_value_heads", "num_attention_groups"):
+            if hasattr(part, name):
+                setattr(part, name, part.num_attention_heads)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    weights = linear(model)
+    assert len({tuple(w.shape) for name, w in weights.items() if name.endswith("layers.0.self_attn.k_proj")}) == 1
+    assert_holds(open_checkpoint(tmp_path).require(weights, Layout.of(model)), weights)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,14 +55,14 @@ def test_weights_that_lie_in_another_order_are_read_too(tmp_path, pair):
 
 
 def test_one_pair_is_read_ahead_and_no_more(pair, monkeypatch):
-    read, stored = [], type(pair.base).stored
+    read, parts = [], type(pair.base).parts
 
-    def noted(self, name: str) -> torch.Tensor:
+    def noted(self, name: str) -> list[Callable]:
         if reading() and threading.current_thread() in reading() and name not in read:
             read.append(name)
-        return stored(self, name)
+        return parts(self, name)
 
-    monkeypatch.setattr(type(pair.base), "stored", noted)
+    monkeypatch.setattr(type(pair.base), "parts", noted)
     order = pair.in_order()
     with reading_ahead(pair, order) as reader:
         list(reader.take(order[0], order[:1]))

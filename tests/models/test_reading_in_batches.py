@@ -13,7 +13,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from csulora_callback.models import activations
+from csulora_callback.models import activations, listening
 from csulora_callback.models.activations import vectors_of
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.training_rows import fixed_sample
@@ -133,7 +133,7 @@ def test_batches_are_of_about_one_length_and_bounded(passes, request, monkeypatc
 def test_it_does_not_matter_when_vectors_are_moved(monkeypatch):
     model = lora("llama")
     expected = vectors_of(find_adapter(model), texts(), 30)
-    monkeypatch.setattr(activations, "_TRANSFER", 100)
+    monkeypatch.setattr(listening, "_TRANSFER", 100)
     got = vectors_of(find_adapter(model), texts(), 30)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 

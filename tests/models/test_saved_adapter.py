@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import equal
-from csulora_callback.models.saved_adapter import SavedAdapter, options_for_ranks, scaling_of
-from tests.helpers.lab import tiny_llama, with_lora
+from csulora_callback.models.ranks import options_for_ranks, scaling_of
+from csulora_callback.models.saved_adapter import SavedAdapter
+from tests.helpers.lab import tiny_llama, with_biases, with_lora
 
 PATTERNS = {
     "plain": {},
@@ -102,6 +103,27 @@ def test_a_square_module_beside_both_kinds_is_refused(tmp_path):
     stored = {name: tuple(layer.module.get_base_layer().weight.shape) for name, layer in layers.items()}
     with pytest.raises(ValueError, match=r"module 'transformer.h.0.attn.c_proj' is square.*SafetyCorrector"):
         SavedAdapter.read(tmp_path).stored_transposed(stored)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_square_embedding_is_told_by_its_keys(tmp_path):
+    """Its weight is stored transposed, beside square layers that are not."""
+    model = with_lora(tiny_llama(hidden_size=32), target_modules=["embed_tokens", "q_proj"])
+    model.save_pretrained(tmp_path)
+    stored = dict.fromkeys(find_adapter(model).layers, (32, 32))
+    told = SavedAdapter.read(tmp_path).stored_transposed(stored)
+    assert [name for name, transposed in told.items() if transposed] == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_biases_are_there_if_and_only_if_the_config_says_so(tmp_path, says):
+    with_lora(with_biases(), lora_bias=not says).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_bias": says}))
+    with pytest.raises(
+        ValueError, match=f"expected {'a' if says else 'no'} bias of lora_B for module 'model.layers.0"
+    ):
+        SavedAdapter.read(tmp_path)
 
 
 @pytest.mark.parametrize(

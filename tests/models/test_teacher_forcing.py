@@ -8,6 +8,7 @@ from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.teacher_forcing import batches_of, greedy_answers
 from tests.helpers.lab import TARGETS, tiny_llama, with_lora
+from tests.helpers.vision import Pictures, qwen
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [3, 4, 5], [15, 16], *([3 + i, 4, 5 + i] for i in range(6))]
 
@@ -172,3 +173,20 @@ def test_the_checksum_of_a_model_is_that_of_what_lies_under_its_adapter():
     assert checksums[0] == checksums[1]
     model.get_base_model().model.norm.weight.data[0] += 1e-3  # no adapted module's
     assert checksum(weights_besides(model, [p for p in model.parameters() if p.requires_grad])) != checksums[0]
+
+
+def test_images_that_a_model_read_before_do_not_move_what_it_answers():
+    """M-RoPE's shift by the last batch's images is remembered in the model, and would be used for the next text."""
+    model, prompts = qwen().eval(), [[3 + place, 5, 6, 4 + place] for place in range(8)]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter *= 20 if "language_model.layers" in name and parameter.ndim == 2 else 1  # so that places matter
+    expected = greedy_answers(model, prompts, 6)
+    pictures = Pictures([3], "qwen")
+    batch = pictures.collate(list(pictures))
+    loss = model(**batch).loss
+    moved = model.model.rope_deltas.clone()
+    assert moved.abs().max() > 0
+    assert greedy_answers(model, prompts, 6) == expected
+    assert torch.equal(model.model.rope_deltas, moved)
+    assert torch.equal(model(**batch).loss, loss)

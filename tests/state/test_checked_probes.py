@@ -131,5 +131,5 @@ def test_a_model_with_an_encoder_is_refused_by_name():
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
     adapter = find_adapter(with_lora(model, target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
-    with pytest.raises(ValueError, match=r"^`probes`: expected a decoder-only model"):
+    with pytest.raises(ValueError, match=r"^`probes`: expected a decoder-only language model"):
         check_probes(adapter, [[5, 6]])

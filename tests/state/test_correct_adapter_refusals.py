@@ -60,11 +60,6 @@ def put(folder: Path, **tensors) -> None:
 
 OPTIONS = {
     "use_dora": True,
-    "lora_bias": True,
-    "bias": "lora_only",
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [3],
-    "target_parameters": ["q_proj.weight"],
     "alora_invocation_tokens": [3],
     "arrow_config": {"top_k": 3},
     "layer_replication": [[0, 2]],
@@ -88,10 +83,20 @@ def test_an_option_that_only_a_newer_peft_knows_is_judged_by_its_tensors(copy, s
     refusal(copy, subspace, tmp_path, r"q_proj': a variant of LoRA is not supported", output=tmp_path / "b")
 
 
+def test_options_whose_tensors_are_not_there(copy, subspace, tmp_path):
+    for option, value in {"modules_to_save": ["lm_head"], "trainable_token_indices": [3]}.items():
+        change(copy, **{"modules_to_save": None, option: value})
+        refusal(copy, subspace, tmp_path, f"expected the weights of {option}=.*, which stands in the config there")
+
+
 TENSORS = {
     f"{Q}.lora_magnitude_vector": (torch.ones(16), r"q_proj': DoRA \(use_dora=True\) is not supported"),
-    f"{Q}.lora_B.bias": (torch.ones(16), "q_proj': lora_bias=True is not supported"),
-    f"{Q}.lora_embedding_A": (torch.ones(4, 32), "q_proj': LoRA on an embedding is not"),
+    f"{Q}.lora_B.bias": (torch.ones(16), "expected no bias of lora_B for module '.*q_proj', as .*lora_bias=False"),
+    f"{Q}.lora_embedding_A": (torch.ones(4, 32), "q_proj' has LoRA factors of both"),
+    "base_model.model.model.embed_tokens.lora_embedding_A": (
+        torch.ones(4, 32),
+        "expected the LoRA factor '.*embed_tokens.lora_embedding_B'",
+    ),
     f"{Q}.bias": (torch.ones(16), "at most the model's embeddings beside them, but got '.*q_proj.bias'"),
     f"{Q}.weight": (torch.ones(16, 16), "at most the model's embeddings beside them, but got '.*q_proj.weight'"),
     "base_model.model.model.norm.weight": (torch.ones(16), "but got 'base_model.model.model.norm.weight'"),

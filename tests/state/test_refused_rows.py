@@ -1,14 +1,18 @@
 """Which rows of a sample are asked and refused, against real generation; what is remembered; when a warning is due."""
 
 import logging
+from dataclasses import replace
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from csulora_callback import aligned_answers
 from csulora_callback.aligned_answers import ANSWER, judge
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.processes import Processes
+from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import TrainingRows
 from csulora_callback.refused_rows import RefusedRows
 from tests.helpers import small_talk
@@ -41,7 +45,8 @@ def asked(monkeypatch):
 def sampled(items: Answered) -> Texts:
     sample = TrainingRows()
     for item in items:
-        sample.offer(*(item[key][None] for key in ("input_ids", "attention_mask", "labels")))
+        given = {key: value[None] for key, value in item.items()}
+        sample.offer(TrainedBatch(given["input_ids"], given, LlamaConfig()))
     return Texts(sample.rows, [], sample.seen, sample.starts)
 
 
@@ -63,6 +68,13 @@ def test_marked_is_what_the_aligned_model_refuses_when_it_generates(rows, aligne
     assert marked.task == texts.task  # the sample goes on from all of them
     said = judge(aligned_answers.greedy_answers(rows.adapter.model, prompts, ANSWER), rows.tokenizer)
     assert not any(answer.refuses for answer in said)  # what is trained refuses nothing
+
+
+def test_a_prompt_with_images_is_not_asked_as_a_text(rows, asked):
+    texts = of_prompts(RESTRICTED[:3])
+    marked = rows.mark(replace(texts, inputs={0: {"pixel_values": torch.ones(1)}, 2: None}))
+    assert (marked.screened, marked.refused) == ([1], [1])
+    assert asked == [[tuple(texts.task[1][: texts.starts[1]])]]
 
 
 def test_a_row_whose_prompt_is_not_known_is_not_asked(rows, asked):

@@ -12,7 +12,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from csulora_callback import CSULoRACallback
 from csulora_callback.models.adapters import find_adapter
@@ -27,7 +27,7 @@ def refusal(pair, tmp_path, model, *parts: str) -> None:
     """Training a model raises an error that says all of this, and writes nothing."""
     callback = CSULoRACallback(base_model=pair[0], rank=RANK, cache_dir=tmp_path / "cache")
     trainer = make_trainer(model, tmp_path / "output", [callback])
-    with pytest.raises(ValueError, match=r"expected|is not supported by CSULoRA") as raised:
+    with pytest.raises(ValueError, match=r"expected|is not supported") as raised:
         trainer.train()
     for part in parts:
         assert part in str(raised.value)
@@ -75,18 +75,17 @@ ADAPTERS = {
         tuned(VeraConfig(r=2, target_modules=["q_proj"])),
         ["`model`: expected an adapter of LoraConfig, but got one of VeraConfig", NOT_LORA],
     ),
-    "DoRA": (lora(use_dora=True), ["DoRA (use_dora=True) is not supported", "Set use_dora=False."]),
+    "DoRA": (lora(use_dora=True), ["DoRA (use_dora=True) is not supported", "Train with use_dora=False."]),
     "a variant": (
         lora(alora_invocation_tokens=[3], target_modules=["q_proj"]),
         [f"module '{Q}': a variant of LoRA (ALoraLinearVariant)", "Leave out the option of the LoraConfig that asks"],
     ),
-    "an embedding": (
-        lora(target_modules=["embed_tokens"]),
-        ["module 'model.embed_tokens': LoRA on an embedding is not", "Leave it out of target_modules"],
-    ),
-    "parameters": (
-        lora(target_modules=[], target_parameters=["q_proj.weight"]),
-        [f"module '{Q}': target_parameters is not supported", "name modules in target_modules"],
+    "PiSSA": (
+        lora(init_lora_weights="pissa_niter_4"),
+        [
+            "LoRA with init_lora_weights='pissa_niter_4' is not supported: a part of the base weight lives in",
+            "path_initial_model_for_weight_conversion='start') after it, and csulora correct plain",
+        ],
     ),
     "a norm": (
         with_trained_norm,
@@ -100,12 +99,12 @@ ADAPTERS = {
         ["a second adapter that is trained is not", "Train one at a time: model.set_adapter(name)"],
     ),
     "modules_to_save": (
-        lora(modules_to_save=["lm_head"]),
-        ["module 'lm_head': modules_to_save (ModulesToSaveWrapper) is not", "Leave that option out."],
+        lora(modules_to_save=["model.norm"]),
+        ["module 'model.norm': modules_to_save of a module with weight", "uncorrected=['model.norm']"],
     ),
     "trained tokens": (
         lora(trainable_token_indices=[3, 4]),
-        ["module 'model.embed_tokens': the option trainable_token_indices", "Leave that option out. TRL sets it by"],
+        ["module 'model.embed_tokens': trainable_token_indices of tokens that the aligned model has", "TRL sets that"],
     ),
 }
 
@@ -117,14 +116,10 @@ def test_adapters_are_refused_as_what_they_are(pair, tmp_path, kind):
     refusal(pair, tmp_path, build(AutoModelForCausalLM.from_pretrained(pair[1])), *parts)
 
 
-def test_biases_and_heads_that_are_trained(pair, tmp_path):
-    """PEFT makes a new head trainable by itself."""
+def test_biases_that_are_trained(pair, tmp_path):
     biased = AutoModelForCausalLM.from_pretrained(pair[1], attention_bias=True)
     parts = ["self_attn.q_proj.bias': a bias that is trained is not supported", "Set bias='none' in the LoraConfig"]
     refusal(pair, tmp_path, with_lora(biased, bias="all"), *parts)
-    head = AutoModelForSequenceClassification.from_pretrained(pair[1], num_labels=2)
-    parts = ["module 'score': modules_to_save", "PEFT sets it by itself for task_type='SEQ_CLS'"]
-    refusal(pair, tmp_path, with_lora(head, task_type="SEQ_CLS"), *parts)
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf"), float("-inf")])
@@ -154,25 +149,7 @@ def test_plain_initializations_in_any_spelling_that_peft_takes(pair):
         find_adapter(model)
 
 
-def test_tokens_that_trl_adds_by_itself(pair, tmp_path):
-    """Its user asks for a chat template, and gets trained tokens."""
-    words = in_trl.words()
-    words.save_pretrained(pair[1])
-    words.add_tokens(["<user>"])
-    words.chat_template = "<bos> <user> {{ messages[0]['content'] }}"
-    words.save_pretrained(tmp_path / "chat")
-    callback = CSULoRACallback(base_model=pair[0], rank=RANK, cache_dir=tmp_path / "cache")
-    trainer = in_trl.make_trainer(pair, tmp_path / "out", [callback], chat_template_path=str(tmp_path / "chat"))
-    assert trainer.model.peft_config["default"].trainable_token_indices is not None
-    with pytest.raises(ValueError, match="the option trainable_token_indices") as raised:
-        trainer.train()
-    for part in ("TRL sets it by itself", "`chat_template_path` names a tokenizer", "a .jinja file, which adds none"):
-        assert part in str(raised.value)
-    assert not list((tmp_path / "out").rglob("checkpoint-*"))
-
-
 def test_trl_with_a_template_from_a_file_adds_none(pair, tmp_path):
-    """What that message says to do."""
     in_trl.words().save_pretrained(pair[1])
     (tmp_path / "chat.jinja").write_text("<bos> {{ messages[0]['content'] }}")
     callback = CSULoRACallback(base_model=pair[0], rank=RANK, cache_dir=tmp_path / "cache")

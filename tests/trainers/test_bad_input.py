@@ -151,7 +151,7 @@ def test_aligned_weights_that_are_not_finite(pair, tmp_path, where):
     [
         (None, ["`model`: expected a model with LoRA layers, but found none", "get_peft_model"]),
         ({"use_dora": True}, ["layers.0", "DoRA (use_dora=True) is not supported", "not skipped in silence"]),
-        ({"modules_to_save": ["lm_head"]}, ["module 'lm_head'", "modules_to_save", "is not supported"]),
+        ({"modules_to_save": ["model.norm"]}, ["module 'model.norm'", "modules_to_save", "is not supported"]),
     ],
     ids=["no LoRA layer", "DoRA", "modules_to_save"],
 )

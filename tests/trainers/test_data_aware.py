@@ -300,7 +300,7 @@ def test_in_lightning(pair, tmp_path):
         file = tmp_path / f"b/step={step}.ckpt"
         state, factors = in_lightning.factors_in(file)
         assert_same(factors, in_lightning.factors_in(tmp_path / f"a/step={step}.ckpt")[0])
-        texts = Texts(**torch.load(file, weights_only=True)["csulora"]["texts"])
+        texts = Texts.from_json(torch.load(file, weights_only=True)["csulora"]["texts"])
         assert texts.seen == 4 * step
         assert_corrected(pair, state, factors, texts)
         assert_same(saved(file.with_suffix(".adapter")), state)
@@ -314,7 +314,7 @@ def test_in_lightning(pair, tmp_path):
     assert resumed.losses == fit(pair, tmp_path / "d", twin, ckpt_path=tmp_path / "a/step=4.ckpt").losses
     state, factors = in_lightning.factors_in(tmp_path / "c/step=8.ckpt")
     assert_same(factors, in_lightning.factors_in(tmp_path / "d/step=8.ckpt")[0])
-    assert Texts(**torch.load(tmp_path / "c/step=8.ckpt", weights_only=True)["csulora"]["texts"]) == texts
+    assert Texts.from_json(torch.load(tmp_path / "c/step=8.ckpt", weights_only=True)["csulora"]["texts"]) == texts
     assert_corrected(pair, state, factors, texts)
 
 

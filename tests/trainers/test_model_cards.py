@@ -14,6 +14,7 @@ from csulora_callback.model_card import without_section
 from csulora_callback.models.adapters import find_adapter
 from tests.helpers import lightning as in_lightning
 from tests.helpers import trl as in_trl
+from tests.helpers.behaviour import PROBES
 from tests.helpers.huggingface import callback, fresh_model, train
 from tests.helpers.lab import PENALTY, assert_same, corrected_by_hand, make_trainer, raw, saved
 
@@ -101,6 +102,22 @@ def test_the_cards_of_the_trainer_get_the_section_back(runs):
     assert sections(card) == 1
     assert {"csulora", "lora"} <= set(ModelCard(card).data.tags)
     assert ModelCard(card).data.library_name == "peft"
+
+
+def test_an_evaluation_before_the_first_step_has_its_line_in_the_card_of_the_trainer(pair, tmp_path):
+    """It knows no rows of the task yet, and so fewer keys, of which the Trainer makes the columns of its table."""
+    ours = CSULoRACallback(base_model=pair[0], penalty=PENALTY, probes=PROBES)
+    trainer = train(pair, tmp_path, [ours], max_steps=2, eval_strategy="steps", eval_steps=2, eval_on_start=True)
+    first, second = (record for record in trainer.state.log_history if "eval_loss" in record)
+    assert second.keys() - first.keys() >= {"eval_csulora/task_loss", "eval_csulora/task_kl"}
+    trainer.create_model_card()
+    lines = [line.strip("| ").split("|") for line in text_of(tmp_path).splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line] for line in lines if len(line) == len(lines[0])]
+    (before, after) = (dict(zip(header, row, strict=True)) for row in rows)
+    assert before["Csulora/task Loss"] == "No log"
+    assert after["Csulora/task Loss"] == f"{second['eval_csulora/task_loss']:.4f}"
+    assert after["Validation Loss"] == f"{second['eval_loss']:.4f}"
+    assert [record for record in trainer.state.log_history if "eval_loss" in record] == [first, second]
 
 
 @pytest.mark.slow

@@ -163,10 +163,10 @@ def test_in_lightning(pair, tmp_path):
         state, factors = in_lightning.factors_in(file)
         assert_same(factors, in_lightning.factors_in(tmp_path / f"a/step={step}.ckpt")[0])
         held = torch.load(file, weights_only=True)["csulora"]
-        seen[step] = Texts(**held["texts"])
+        seen[step] = Texts.from_json(held["texts"])
         assert_corrected(pair, state, factors, without_refused(pair, seen[step]))
         assert held["record"]["refused_rows"] == {"screened": 4 * step, "places": list(seen[step].refused)}
         assert Sidecar.load(file.with_suffix(".adapter")).record["refused_rows"] == held["record"]["refused_rows"]
     assert trainer.callback_metrics[REFUSED].item() == pytest.approx(len(seen[8].refused) / 32)
     fit("c", [callback(pair)], resume=tmp_path / "b/step=4.ckpt")
-    assert Texts(**torch.load(tmp_path / "c/step=8.ckpt", weights_only=True)["csulora"]["texts"]) == seen[8]
+    assert Texts.from_json(torch.load(tmp_path / "c/step=8.ckpt", weights_only=True)["csulora"]["texts"]) == seen[8]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from csulora_callback.card_section import strength_in_words
+from csulora_callback.card_section import passing_in_words, strength_in_words
 from csulora_callback.reporting.report.part import Part
 from csulora_callback.reporting.report.words import percents, plain, ratio
 
@@ -37,6 +37,7 @@ def _correction(part: Part) -> Facts:
         "penalty": f"{part.penalty}: {part.does}",
         **({"its strength": strength_in_words(record["target"])} if "target" in record else {}),
         "modules": str(len(record["modules"])),
+        **({"trained, not corrected": passing_in_words(passing)} if (passing := record.get("not_corrected")) else {}),
         "rank of the result": _RANKS[record["rank"]],
         **{name: plain(config[key]) for key, name in _CONFIG.items() if config.get(key) is not None},
         "raw factors, SHA-256": record["raw_digest"],
