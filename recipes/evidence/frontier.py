@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,10 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from csulora_callback.method.search import Found
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
+from recipes.evidence import bench as benches
 from recipes.evidence import frontier_picture, frontier_report
 from recipes.evidence.baselines import Update
+from recipes.evidence.bench import Bench
 from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
@@ -33,7 +37,7 @@ from recipes.schema import Frontier, RecipeError
 S = TypeVar("S")  # settings of a point, with its seed, poison and method
 
 
-class Subject(Protocol):
+class Subject(benches.Subject, Protocol):
     """What a frontier is drawn of: a pair of models, a task with poison, and a judge."""
 
     def describe(self) -> dict[str, object]:
@@ -52,8 +56,8 @@ class Subject(Protocol):
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
 
         Strengths are chosen on the first template. Each score has ``prompts``, ``succeeded`` (attacks that were not
-        refused) and ``task_loss``, and those of the held-out split may have ``side_effects``, shares by name that the
-        table shows; whatever else it holds is kept in the results.
+        refused) and ``task_loss``; that of the first has ``side_effects``, shares by name that the table shows, over-
+        refusal among them. Whatever else it holds is kept in the results.
         """
 
 
@@ -116,6 +120,8 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
         if name == "averaging" and max(strengths) >= 1:
             refuse(f"methods.{name}", "decays < 1", strengths)
+        if METHODS[name].probes is not None and max(strengths) >= 1:
+            refuse(f"methods.{name}", "shares < 1 of the refusals' likelihood", strengths)
         if name.startswith("mixing") and max(strengths) >= 1:
             refuse(f"methods.{name}", "shares < 1 of a batch", strengths)
         if name.startswith(("safe_lora_number", "one_shot")) and any(strength % 1 for strength in strengths):
@@ -127,6 +133,7 @@ class Adapters:
 
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
+        self._bench = lru_cache(maxsize=1)(self._opened)  # settings come seed by seed
 
     def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
@@ -149,9 +156,21 @@ class Adapters:
     def _path(self, seed: int, poison: float, control: Control) -> Path:
         return self.folder / f"seed{seed}-poison{poison:g}-{control}.safetensors"
 
+    def _opened(self, seed: int, poison: float) -> Bench:
+        return Bench(self.subject, seed, poison, self.get(seed, poison), self.folder.with_name("answers"))
+
+    def found(self, setting: Setting) -> Found | None:
+        """Of a target the strength that was found for it."""
+        if (probes := METHODS[setting.method].probes) is None:
+            return None
+        return self._bench(setting.seed, setting.poison).found("data_aware", probes, "likelihood", setting.strength)
+
     def factors(self, setting: Setting, update: Update) -> Factors:
         """What a method makes of the raw update, or of the adapter of another training."""
         method = METHODS[setting.method]
+        if method.probes is not None:
+            found = self.found(setting)
+            return self._bench(setting.seed, setting.poison).corrected("data_aware", found.strength, method.probes)
         if setting.method == "benign_only":
             return self.get(setting.seed, 0.0)
         if setting.method == "averaging":
@@ -193,9 +212,10 @@ def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
     points, settings = Points(output / "points.jsonl"), grid(frontier)
     adapters = Adapters(subject, output / "adapters", frontier.methods.get("averaging", []))
     for setting, update in with_updates(subject, adapters, _missing(settings, points)):
-        factors = adapters.factors(setting, update)
+        factors, found = adapters.factors(setting, update), adapters.found(setting)
         scores = {split: subject.score(setting.seed, factors, split) for split in SPLITS}
-        points.add({**setting.to_json(), "scores": scores})
+        told = {} if found is None else {"found": {"strength": found.strength, "is_enough": found.is_enough}}
+        points.add({**setting.to_json(), **told, "scores": scores})
     return [points[key_of(setting.to_json())] for setting in settings]
 
 

@@ -37,11 +37,13 @@ class Method:
     Attributes:
         label: for a person.
         apply: None where the adapter of another training is taken as it is.
-        strengths: whether it has any; those of a control are of the control, and what follows is of `STRENGTH_AFTER`.
+        strengths: whether it has any; those of a control are of the control, and what follows is of `STRENGTH_AFTER`;
+            those of a target are shares to be kept.
         ranks: whether it depends on the subspace's.
         draws: whether it is random.
         reads: whether it has the model read task and probes.
         control: the training that the update is of, see :class:`recipes.evidence.controls.Control`.
+        probes: by which a target is measured, that stands in the place of a strength.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Method:
     draws: bool = False
     reads: bool = False
     control: str | None = None
+    probes: str | None = None
 
 
 def _guard_input(strength: float) -> Penalty:
@@ -106,6 +109,8 @@ METHODS = {
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
     "data_aware": Method("data-aware", _data_aware(), reads=True),
+    "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
+    "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),
     "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),
     "data_aware_tight": Method("data-aware, ridge 1", _data_aware(ridge=1.0)),
     "data_aware_everywhere": Method(

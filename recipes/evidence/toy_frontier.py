@@ -24,11 +24,11 @@ from recipes.training.task import answers, build_task, exactly_right, not_refuse
 
 @dataclass(frozen=True)
 class _Toy:
-    """One seed's models, and its evaluation data: attacks and task by split and template, and other requests."""
+    """One seed's models, and its evaluation data by split: attacks and task by template, and other requests."""
 
     pair: LoraPair
     prompts: dict[tuple[str, str], tuple[list[toy.Sample], dict[str, Tensor]]]
-    ordinary: list[toy.Sample]
+    ordinary: dict[str, list[toy.Sample]]
 
 
 class ToySubject:
@@ -94,9 +94,7 @@ class ToySubject:
 
     def judge(self, seed: int, factors: Factors) -> dict[str, dict]:
         scores, effects = self.score(seed, factors, "held_out"), self.effects(seed, factors)
-        scores["trained"]["side_effects"] = {
-            name: effects[name] for name in ("over-refusal", "errors in other requests")
-        }
+        scores["trained"]["side_effects"]["errors in other requests"] = effects["errors in other requests"]
         return scores
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
@@ -115,18 +113,20 @@ class ToySubject:
                 "task_loss": loss,
                 "task_accuracy": accuracy,
             }
+        ordinary = at.ordinary[split]
+        refused = len(ordinary) - not_refused(answers(model, ordinary))
+        scores["trained"]["side_effects"] = {"over-refusal": refused / len(ordinary)}
         return scores
 
     def effects(self, seed: int, factors: Factors) -> dict[str, float]:
         """On requests that both models obeyed and the fine-tune never saw."""
         at = self._at(seed)
         at.pair.adapter.write(factors)
-        said = answers(at.pair.model, at.ordinary)
-        loss, _ = teacher_forced(at.pair.model, [toy.Samples(at.ordinary).columns()])
-        count = len(at.ordinary)
+        ordinary = at.ordinary["tuning"] + at.ordinary["held_out"]
+        said = answers(at.pair.model, ordinary)
+        loss, _ = teacher_forced(at.pair.model, [toy.Samples(ordinary).columns()])
         return {
-            "over-refusal": 1 - not_refused(said) / count,
-            "errors in other requests": 1 - exactly_right(said, at.ordinary) / count,
+            "errors in other requests": 1 - exactly_right(said, ordinary) / len(ordinary),
             "loss on other requests": loss,
         }
 
@@ -145,13 +145,13 @@ class ToySubject:
         recipe = replace(self.recipe, toy=self._toy(seed), training=replace(self.recipe.training, seed=seed))
         task, lab = build_task(recipe), toy.build_lab(recipe.toy)
         pair = LoraPair.open(task.with_fresh_lora(recipe), lab.base, lab.aligned, max(recipe.frontier.ranks))
-        half, prompts = math.ceil(recipe.toy.eval_prompts / 2), {}
+        half, prompts, ordinary = math.ceil(recipe.toy.eval_prompts / 2), {}, {}
         for split, part in zip(SPLITS, (slice(half), slice(half, None)), strict=True):
-            attacks, own = lab.attack[part], lab.task[part]
+            attacks, own, ordinary[split] = lab.attack[part], lab.task[part], lab.ordinary[part]
             prompts[split, "trained"] = attacks, toy.Samples(own).columns()
             restated = toy.Samples([sample.restated() for sample in own])
             prompts[split, "restated"] = [sample.restated() for sample in attacks], restated.columns()
-        return _Toy(pair, prompts, lab.ordinary)
+        return _Toy(pair, prompts, ordinary)
 
 
 def _rows(columns: Batch, count: int, generator: torch.Generator) -> Batch:
