@@ -39,16 +39,15 @@ def points_of(seed: int) -> list[dict]:
     ]
 
 
+def cost(method: str, strength: float | None, after: float) -> dict:
+    own = {"seed": 0, "poison": 0.1, "method": method, "strength": strength, "rank": None, "draw": None}
+    return {**own, "during": 0.0, "after": after}
+
+
 SPENT = [
-    {"method": "guard", "strength": 1.0, "during": 0.0, "after": 0.02},
-    {"method": "target_lab", "strength": 0.9, "during": 0.0, "after": 30.0},
-    *(
-        {"method": m, "strength": None, "during": 0.0, "after": 0.0, "seed": 0, "poison": 0.1}
-        for m in ("aligned", "none")
-    ),
-    {"method": "scaling", "strength": 2.0, "during": 0.0, "after": 0.0},
+    *(cost("aligned", None, 0.0), cost("none", None, 0.0), cost("scaling", 2.0, 0.0)),
+    *(cost("guard", 1.0, 0.02), cost("target_lab", 0.9, 30.0)),
 ]
-SPENT = [{**cost, "rank": None, "draw": None} for cost in SPENT]
 
 
 def test_what_keeps_most_of_the_task_within_both_margins_is_taken_and_else_what_exceeds_them_least():
