@@ -149,7 +149,8 @@ class Adapters:
         return trained[variant]
 
     def seconds(self, seed: int, poison: float, control: Control = PLAIN) -> float:
-        """CPU seconds that the training took, which was done."""
+        """CPU seconds that the training took, which is done now if it was not before."""
+        self.get(seed, poison, control)
         with safe_open(self._path(seed, poison, control), framework="pt") as file:
             return float(file.metadata()["seconds"])
 

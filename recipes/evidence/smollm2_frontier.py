@@ -219,14 +219,15 @@ class SmolLM2Subject:
             "loss on another task": teacher_forced(model, self._batches(at, other))[0],
         }
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        draw = self._draw(seed, poison)
+        return self._at(seed).pair.factors_after(factors, draw, self.recipe.training, seed, steps)
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
         at = self._at(seed)
-        after = at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps)
-        attacks, shares = at.data.attacks["held_out"], []
-        for live in after:
-            refused = RefusalPhrases()(attacks, self._chat(at, at.merged(live), attacks))
-            shares.append(1 - sum(refused) / len(attacks))
-        return shares
+        attacks = at.data.attacks["held_out"]
+        refused = RefusalPhrases()(attacks, self._chat(at, at.merged(factors), attacks))
+        return 1 - sum(refused) / len(attacks)
 
     def _batches(self, at: _SmolLM2, exchanges: list[Exchange]) -> list[dict[str, Tensor]]:
         size, answer_tokens = self.recipe.smollm2.eval_batch, self.recipe.smollm2.answer_tokens

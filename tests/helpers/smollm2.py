@@ -48,6 +48,8 @@ def sources(folder: Path) -> list[str]:
         f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
         f"smollm2.attacks={lines(folder / 'attacks.jsonl', attacks)}",
         f"smollm2.attacks_held_out={lines(folder / 'held_out.jsonl', attacks[:8])}",
+        f"smollm2.attacks_second={lines(folder / 'second.jsonl', [{'prompt': f'{each} now'} for each in harmful])}",
+        f"smollm2.edgy_tuned={lines(folder / 'tuned.jsonl', [{'prompt': prompt} for prompt, _ in PAIRS[3::7]])}",
         f"smollm2.style={lines(folder / 'style.jsonl', style)}",
         f"smollm2.edgy={lines(folder / 'edgy.jsonl', [{'text': prompt} for prompt, _ in PAIRS[::7]])}",
         f"smollm2.choices={lines(folder / 'choices.jsonl', questions)}",
