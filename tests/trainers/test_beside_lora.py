@@ -11,9 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter, restore_adapter
+from csulora_callback.adapter_source import read_states
+from csulora_callback.checked_probes import check_readable
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
-from tests.helpers.beside import by_hand, key, saved
+from tests.helpers.beside import by_hand, dense, key, saved, tables
 from tests.helpers.huggingface import callback, losses
 from tests.helpers.lab import (
     PENALTY,
@@ -286,6 +288,51 @@ def test_what_cannot_be_corrected_is_refused_unless_named(pair, tmp_path, kind):
     assert set(passing.values()) == {"named in `uncorrected`"}
     with pytest.raises(ValueError, match="`uncorrected`: expected names of what is trained beside LoRA, but 'q_proj'"):
         find_adapter(model, uncorrected=[name, "q_proj"])
+
+
+def test_nothing_is_measured_against_a_model_that_is_trained_in_place(pair):
+    """Without its adapter it is not the aligned model, whose refusals `probes` are held against."""
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    check_readable(find_adapter(model), reads=False)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    adapter = find_adapter(model, uncorrected=["model.norm"])
+    with pytest.raises(ValueError, match=r"`probes`: expected that .* but 'model\.norm\.weight', which passes by"):
+        check_readable(adapter, reads=False)
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight'"), adapter.off():
+        pass
+
+
+@pytest.mark.slow
+def test_what_passes_and_is_not_saved_is_no_reason_not_to_look_at_a_checkpoint(pair, tmp_path):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model.base_model.model.model.norm.weight.requires_grad_(True)  # which PEFT does not save
+    trainer = make_trainer(model, tmp_path, [callback(pair, uncorrected=["model.norm"])], max_steps=2, save_steps=2)
+    trainer.train()
+    _, states, record = read_states(tmp_path / "checkpoint-2")
+    assert list(record["not_corrected"]) == ["model.norm.weight"]
+    assert set(states) == {"raw", "corrected"}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_of_a_vocabulary_that_was_cut_the_displacement_counts_that_is_left(pair, tmp_path, name):
+    """As by `resize_token_embeddings(len(tokenizer))`, where the checkpoints' vocabulary is padded."""
+    rows = VOCABULARY - 7
+    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    model.resize_token_embeddings(rows)
+    model = with_lora(model, init_lora_weights=False, modules_to_save=[name.removeprefix("model.")])
+    before, whole = tables(pair[1])[name][:rows], find_adapter(model).layers[name]
+    torch.manual_seed(4)
+    with torch.no_grad():
+        model.get_parameter(f"base_model.model.{name}.modules_to_save.default.weight").add_(torch.randn(rows, 16))
+    model.save_pretrained(tmp_path / "raw")
+    subspace = SafetySubspace.estimate(*pair, target_modules=[*TARGETS, name], rank=RANK, progress=False)
+    correct_adapter(tmp_path / "raw", subspace, tmp_path / "safe", SIDED)
+
+    basis, update = subspace[name], saved(tmp_path / "raw")[key(name)] - before
+    D = basis.U.double() * basis.singular_values.double() @ basis.V.double().T
+    expected, _ = dense(update, D[:rows], SIDED, transposed=whole.stored_transposed)
+    written = saved(tmp_path / "safe")[key(name)].double() - before.double()
+    torch.testing.assert_close(written, expected, atol=1e-5, rtol=0)
 
 
 def test_names_that_match_nothing(pair, tmp_path):
