@@ -1,6 +1,7 @@
 """What is trained beside LoRA: corrected whole where the aligned model has it, passed and listed where it is new."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -311,6 +312,22 @@ def test_what_passes_and_is_not_saved_is_no_reason_not_to_look_at_a_checkpoint(p
     _, states, record = read_states(tmp_path / "checkpoint-2")
     assert list(record["not_corrected"]) == ["model.norm.weight"]
     assert set(states) == {"raw", "corrected"}
+
+
+def test_the_subspace_is_held_against_the_revision_that_was_trained(pair, tmp_path, monkeypatch):
+    repo = tmp_path / "models--some-org--some-model"
+    (repo / "refs").mkdir(parents=True)
+    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
+        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
+        (repo / "refs" / ref).write_text(str(place) * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = model_of(pair, modules_to_save=["lm_head"])
+    model.peft_config["default"].base_model_name_or_path = "some-org/some-model"
+    model.peft_config["default"].revision = "v2"
+    model.save_pretrained(tmp_path / "raw")
+    subspace = SafetySubspace.estimate(*pair, target_modules=[*TARGETS, "lm_head"], rank=RANK, progress=False)
+    assert "lm_head" in correct_adapter(tmp_path / "raw", subspace, tmp_path / "safe", SIDED).record["modules"]
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
