@@ -136,23 +136,14 @@ class Adapter:
         """The factors of which this process holds ``held``, without a copy if it holds them all. Collective if not."""
         return self.read() if self.is_sharded else split_all(self.slots, held)
 
-    def check_off(self) -> None:
-        """Raise ``ValueError`` if the model without the adapter is not the aligned one, as it trains itself."""
-        for name in self.beside.in_place:
-            raise ValueError(
-                f"`probes`: expected that the model without its adapter is the aligned one, which says what is to be "
-                f"refused, but '{name}', which passes by `uncorrected`, is trained in the model itself. Freeze it, or "
-                "leave out `probes` and correct by weights alone: penalty=Penalty.guard(10.0)."
-            )
-
     @contextmanager
     def off(self) -> Iterator[None]:
         """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0.
 
         Raises:
-            ValueError: as :meth:`check_off`.
+            ValueError: as :meth:`.Beside.check_off`.
         """
-        self.check_off()
+        self.beside.check_off()
         scalings = [part.module.scaling for part in self.parts if isinstance(part.module, LoraLayer)]
         kept = [scaling[self.name] for scaling in scalings]
         for scaling in scalings:

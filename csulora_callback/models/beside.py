@@ -80,6 +80,15 @@ class Beside:
     wrappers: tuple[AuxiliaryTrainingWrapper, ...]
     in_place: tuple[str, ...] = ()
 
+    def check_off(self) -> None:
+        """Raise ``ValueError`` if the model without the adapter is not the aligned one, as it trains itself."""
+        for name in self.in_place:
+            raise ValueError(
+                f"`probes`: expected that the model without its adapter is the aligned one, which says what is to be "
+                f"refused, but '{name}', which passes by `uncorrected`, is trained in the model itself. Freeze it, or "
+                "leave out `probes` and correct by weights alone: penalty=Penalty.guard(10.0)."
+            )
+
 
 def judge_whole(
     name: str, tensors: Mapping[str, tuple[int, ...]], aligned: Aligned, uncorrected: Uncorrected

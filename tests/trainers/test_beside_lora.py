@@ -1,7 +1,6 @@
 """What is trained beside LoRA: corrected whole where the aligned model has it, passed and listed where it is new."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from csulora_callback.adapter_source import read_states
 from csulora_callback.checked_probes import check_readable
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
-from tests.helpers.beside import by_hand, dense, key, saved, tables
+from tests.helpers.beside import by_hand, key, saved
 from tests.helpers.huggingface import callback, losses
 from tests.helpers.lab import (
     PENALTY,
@@ -312,44 +311,6 @@ def test_what_passes_and_is_not_saved_is_no_reason_not_to_look_at_a_checkpoint(p
     _, states, record = read_states(tmp_path / "checkpoint-2")
     assert list(record["not_corrected"]) == ["model.norm.weight"]
     assert set(states) == {"raw", "corrected"}
-
-
-def test_the_subspace_is_held_against_the_revision_that_was_trained(pair, tmp_path, monkeypatch):
-    repo = tmp_path / "models--some-org--some-model"
-    (repo / "refs").mkdir(parents=True)
-    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
-        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
-        (repo / "refs" / ref).write_text(str(place) * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    model = model_of(pair, modules_to_save=["lm_head"])
-    model.peft_config["default"].base_model_name_or_path = "some-org/some-model"
-    model.peft_config["default"].revision = "v2"
-    model.save_pretrained(tmp_path / "raw")
-    subspace = SafetySubspace.estimate(*pair, target_modules=[*TARGETS, "lm_head"], rank=RANK, progress=False)
-    assert "lm_head" in correct_adapter(tmp_path / "raw", subspace, tmp_path / "safe", SIDED).record["modules"]
-
-
-@pytest.mark.parametrize("name", EMBEDDINGS)
-def test_of_a_vocabulary_that_was_cut_the_displacement_counts_that_is_left(pair, tmp_path, name):
-    """As by `resize_token_embeddings(len(tokenizer))`, where the checkpoints' vocabulary is padded."""
-    rows = VOCABULARY - 7
-    model = AutoModelForCausalLM.from_pretrained(pair[1])
-    model.resize_token_embeddings(rows)
-    model = with_lora(model, init_lora_weights=False, modules_to_save=[name.removeprefix("model.")])
-    before, whole = tables(pair[1])[name][:rows], find_adapter(model).layers[name]
-    torch.manual_seed(4)
-    with torch.no_grad():
-        model.get_parameter(f"base_model.model.{name}.modules_to_save.default.weight").add_(torch.randn(rows, 16))
-    model.save_pretrained(tmp_path / "raw")
-    subspace = SafetySubspace.estimate(*pair, target_modules=[*TARGETS, name], rank=RANK, progress=False)
-    correct_adapter(tmp_path / "raw", subspace, tmp_path / "safe", SIDED)
-
-    basis, update = subspace[name], saved(tmp_path / "raw")[key(name)] - before
-    D = basis.U.double() * basis.singular_values.double() @ basis.V.double().T
-    expected, _ = dense(update, D[:rows], SIDED, transposed=whole.stored_transposed)
-    written = saved(tmp_path / "safe")[key(name)].double() - before.double()
-    torch.testing.assert_close(written, expected, atol=1e-5, rtol=0)
 
 
 def test_names_that_match_nothing(pair, tmp_path):
