@@ -95,8 +95,8 @@ def _strength(point: Mapping) -> float | str | None:
     return point["found"]["strength"] if "found" in point else point["strength"]
 
 
-def _in_words(strength: float | str | None) -> str:
-    return "–" if strength is None else strength if isinstance(strength, str) else f"{float(f'{strength:.3g}'):g}"
+def _in_words(strength: float | str) -> str:
+    return strength if isinstance(strength, str) else f"{float(f'{strength:.3g}'):g}"
 
 
 def _cost(chosen: Sequence[Mapping], spent: Sequence[Mapping]) -> str:
@@ -114,9 +114,7 @@ def to_markdown(rows: Sequence[Mapping]) -> str:
     cells = [
         [
             METHODS[row["method"]].label,
-            ", ".join("" if s is None else s if isinstance(s, str) else f"{s:.3g}" for s in row["strengths"]).strip(
-                ", "
-            ),
+            ", ".join(_in_words(strength) for strength in row["strengths"] if strength is not None),
             percent(row["attack success"]),
             percent(row["attack success, over aligned"], signed=True),
             percent(row["task kept"]),
