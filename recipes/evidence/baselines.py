@@ -54,6 +54,11 @@ def corrections(update: Update, penalty: Penalty, bases: Bases) -> dict[str, Cor
     }
 
 
+def corrected(update: Update, penalty: Penalty, bases: Bases) -> Factors:
+    """The factors of :func:`corrections`."""
+    return _factors(corrections(update, penalty, bases))
+
+
 def data_aware(
     update: Update, strength: float, task: TokenVectors, probes: TokenVectors, ridge: float = RIDGE
 ) -> Factors:
@@ -193,100 +198,3 @@ def relative_change(update: Update, factors: Factors) -> float:
 def _product_norm(B: Tensor, A: Tensor) -> Tensor:
     """``‖B·A‖`` from products of ``r × r``."""
     return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0.0).sqrt()
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: ``apply(update, strength, rank, generator)``, and which of its arguments it depends on."""
-
-    label: str
-    apply: Callable[[Update, float, int, torch.Generator], Factors] | None = None  # None: another training's adapter
-    strengths: bool = True
-    ranks: bool = False
-    draws: bool = False
-
-
-def _guard_input(strength: float) -> Penalty:
-    return Penalty.table(aligned=strength, input=strength)
-
-
-def _guard_output(strength: float) -> Penalty:
-    return Penalty.table(aligned=strength, output=strength)
-
-
-def _corrected(penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
-    return lambda update, s, k, _: _factors(corrections(update, penalty(s), update.at_rank(k)))
-
-
-def _corrected_in(other: Callable[..., Bases], penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
-    return lambda update, s, k, g: _factors(corrections(update, penalty(s), other(update.at_rank(k), g)))
-
-
-def _like(control: Callable[..., Factors], penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
-    return lambda update, s, k, _: control(update, corrections(update, penalty(s), update.at_rank(k)))
-
-
-def _noise_like(penalty: Callable[[float], Penalty]) -> Callable[..., Factors]:
-    return lambda update, s, k, g: with_noise(update, corrections(update, penalty(s), update.at_rank(k)), g)
-
-
-def _data_aware(
-    activations: Callable[[Activations, torch.Generator], tuple[TokenVectors, TokenVectors]] = lambda seen, _: (
-        seen.task,
-        seen.probes,
-    ),
-    ridge: float = RIDGE,
-) -> Callable[..., Factors]:
-    return lambda update, s, _, g: data_aware(update, s, *activations(update.activations, g), ridge)
-
-
-def _projection(_: float) -> Penalty:
-    return Penalty.projection()
-
-
-METHODS = {
-    "aligned": Method("aligned model", lambda update, *_: uniformly_scaled(update, math.inf), strengths=False),
-    "none": Method("raw LoRA", lambda update, *_: uniformly_scaled(update, 1.0), strengths=False),
-    "benign_only": Method("benign-only fine-tune", strengths=False),
-    "scaling": Method("uniform scaling", lambda update, s, *_: uniformly_scaled(update, s)),
-    "csulora": Method("csulora", _corrected(Penalty.csulora), ranks=True),
-    "separable": Method("separable", _corrected(Penalty.separable), ranks=True),
-    "guard": Method("guard", _corrected(Penalty.guard), ranks=True),
-    "projection": Method("hard projection", _corrected(_projection), strengths=False, ranks=True),
-    "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
-    "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
-    "data_aware": Method("data-aware", _data_aware()),
-    "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),
-    "data_aware_tight": Method("data-aware, ridge 1", _data_aware(ridge=1.0)),
-    "data_aware_everywhere": Method(
-        "data-aware, probes everywhere", _data_aware(lambda seen, _: (seen.task, everywhere(seen.probes)))
-    ),
-    "data_aware_no_task": Method("data-aware, no task", _data_aware(lambda seen, _: ({}, seen.probes))),
-    "data_aware_shuffled": Method(
-        "data-aware, shuffled probes",
-        _data_aware(lambda seen, g: (seen.task, shuffled_vectors(seen.probes, g))),
-        draws=True,
-    ),
-    "csulora_random": Method(
-        "csulora, random subspace", _corrected_in(random_bases, Penalty.csulora), ranks=True, draws=True
-    ),
-    "guard_random": Method(
-        "guard, random subspace", _corrected_in(random_bases, Penalty.guard), ranks=True, draws=True
-    ),
-    "csulora_shuffled": Method(
-        "csulora, shuffled layers", _corrected_in(shuffled_bases, Penalty.csulora), ranks=True, draws=True
-    ),
-    "guard_shuffled": Method(
-        "guard, shuffled layers", _corrected_in(shuffled_bases, Penalty.guard), ranks=True, draws=True
-    ),
-    "csulora_norm": Method("scaling to csulora's norm", _like(scaled_to_norm, Penalty.csulora), ranks=True),
-    "guard_norm": Method("scaling to guard's norm", _like(scaled_to_norm, Penalty.guard), ranks=True),
-    "csulora_gains": Method("csulora's gains, no directions", _like(scaled_by_module, Penalty.csulora), ranks=True),
-    "guard_gains": Method("guard's gains, no directions", _like(scaled_by_module, Penalty.guard), ranks=True),
-    "csulora_noise": Method("noise of csulora's size", _noise_like(Penalty.csulora), ranks=True, draws=True),
-    "guard_noise": Method("noise of guard's size", _noise_like(Penalty.guard), ranks=True, draws=True),
-    "safe_lora_threshold": Method("Safe LoRA, by threshold", lambda update, s, *_: safe_lora(update, threshold=s)),
-    "safe_lora_number": Method("Safe LoRA, by number", lambda update, s, *_: safe_lora(update, number=int(s))),
-    "lower_rate": Method("lower learning rate"),
-    "averaging": Method("weight averaging (EMA)"),
-}

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -19,26 +20,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from csulora_callback.method.search import Found
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
+from recipes.evidence import bench as benches
 from recipes.evidence import frontier_picture, frontier_report
-from recipes.evidence.baselines import METHODS, Update
+from recipes.evidence.baselines import Update
+from recipes.evidence.bench import Bench
+from recipes.evidence.controls import PLAIN, Control
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema import Frontier, RecipeError
 
 S = TypeVar("S")  # settings of a point, with its seed, poison and method
 
 
-class Subject(Protocol):
+class Subject(benches.Subject, Protocol):
     """What a frontier is drawn of: a pair of models, a task with poison, and a judge."""
 
     def describe(self) -> dict[str, object]:
         """Every setting that a point depends on, flat and as JSON values; ``claim`` compares them."""
 
-    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+    def train(self, seed: int, poison: float, control: Control, decays: Sequence[float]) -> dict[str, Factors]:
         """A fresh adapter: ``"raw"``, and its exponential moving average ``"average {decay}"`` for each of ``decays``.
 
-        ``slowdown`` divides the learning rate; ``decays`` must not change what is trained.
+        ``control`` says what is done otherwise than in a plain fine-tune; ``decays`` must not change what is trained.
         """
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
@@ -48,8 +54,8 @@ class Subject(Protocol):
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
 
         Strengths are chosen on the first template. Each score has ``prompts``, ``succeeded`` (attacks that were not
-        refused) and ``task_loss``, and those of the held-out split may have ``side_effects``, shares by name that the
-        table shows; whatever else it holds is kept in the results.
+        refused) and ``task_loss``; that of the first has ``side_effects``, shares by name that the table shows, over-
+        refusal among them. Whatever else it holds is kept in the results.
         """
 
 
@@ -112,8 +118,12 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
         if name == "averaging" and max(strengths) >= 1:
             refuse(f"methods.{name}", "decays < 1", strengths)
-        if name == "safe_lora_number" and any(strength % 1 for strength in strengths):
-            refuse(f"methods.{name}", "whole numbers of modules", strengths)
+        if METHODS[name].probes is not None and max(strengths) >= 1:
+            refuse(f"methods.{name}", "shares < 1 of the refusals' likelihood", strengths)
+        if name.startswith("mixing") and max(strengths) >= 1:
+            refuse(f"methods.{name}", "shares < 1 of a batch", strengths)
+        if name.startswith(("safe_lora_number", "one_shot")) and any(strength % 1 for strength in strengths):
+            refuse(f"methods.{name}", "whole numbers", strengths)
 
 
 class Adapters:
@@ -121,30 +131,54 @@ class Adapters:
 
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
+        self._bench = lru_cache(maxsize=1)(self.bench)  # settings come seed by seed
 
-    def get(self, seed: int, poison: float, slowdown: float = 1.0, variant: str = "raw") -> Factors:
+    def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
-        path = self.folder / f"seed{seed}-poison{poison:g}-slowdown{slowdown:g}.safetensors"
+        path = self._path(seed, poison, control)
         trained = _load(path) if path.exists() else {}
         if variant not in trained:
             # What is there stays, as points were measured on it; a new decay is added to it. All is read back from the
             # file, so that the run that trained an adapter and the one that found it use the same.
-            _save({**self.subject.train(seed, poison, slowdown, self.decays), **trained}, path)
+            made = self.subject.train(seed, poison, control, self.decays if control == PLAIN else [])
+            _save({**made, **trained}, path)
             trained = _load(path)
         return trained[variant]
 
+    def _path(self, seed: int, poison: float, control: Control) -> Path:
+        return self.folder / f"seed{seed}-poison{poison:g}-{control}.safetensors"
+
+    def bench(self, seed: int, poison: float) -> Bench:
+        """What looks for a target's strength, of the plain training."""
+        return Bench(self.subject, seed, poison, self.get(seed, poison), self.folder.with_name("answers"))
+
+    def found(self, setting: Setting) -> Found | None:
+        """Of a target the strength that was found for it."""
+        if (probes := METHODS[setting.method].probes) is None:
+            return None
+        return self._bench(setting.seed, setting.poison).found("data_aware", probes, "likelihood", setting.strength)
+
     def factors(self, setting: Setting, update: Update) -> Factors:
-        """What a method makes of the raw update, or the adapter of the training that it stands for."""
+        """What a method makes of the raw update, or of the adapter of another training."""
+        method = METHODS[setting.method]
+        if method.probes is not None:
+            found = self.found(setting)
+            return self._bench(setting.seed, setting.poison).corrected("data_aware", found.strength, method.probes)
         if setting.method == "benign_only":
             return self.get(setting.seed, 0.0)
-        if setting.method == "lower_rate":
-            return self.get(setting.seed, setting.poison, slowdown=setting.strength)
         if setting.method == "averaging":
             return self.get(setting.seed, setting.poison, variant=f"average {setting.strength:g}")
         # One random state for all strengths: a draw is one random subspace, and its curve is one curve.
         seed = zlib.crc32(f"{setting.seed} {setting.method} {setting.rank} {setting.draw}".encode())
         generator = torch.Generator().manual_seed(seed)
-        return METHODS[setting.method].apply(update, setting.strength, setting.rank, generator)
+        if method.control is None:
+            return method.apply(update, setting.strength, setting.rank, generator)
+        trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
+        if method.apply is None:
+            return trained
+        return method.apply(
+            self.subject.update(setting.seed, setting.poison, trained), STRENGTH_AFTER, setting.rank, generator
+        )
 
 
 def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
@@ -153,9 +187,10 @@ def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:
     points, settings = Points(output / "points.jsonl"), grid(frontier)
     adapters = Adapters(subject, output / "adapters", frontier.methods.get("averaging", []))
     for setting, update in with_updates(subject, adapters, _missing(settings, points)):
-        factors = adapters.factors(setting, update)
+        factors, found = adapters.factors(setting, update), adapters.found(setting)
         scores = {split: subject.score(setting.seed, factors, split) for split in SPLITS}
-        points.add({**setting.to_json(), "scores": scores})
+        told = {} if found is None else {"found": {"strength": found.strength, "is_enough": found.is_enough}}
+        points.add({**setting.to_json(), **told, "scores": scores})
     return [points[key_of(setting.to_json())] for setting in settings]
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from recipes.evidence.baselines import METHODS
 from recipes.evidence.frontier_report import first, retained, with_interval
+from recipes.evidence.methods import METHODS
 from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, SKY, YELLOW, drawn
 
 MAIN = "The corrections"
 PANELS = {
-    MAIN: ("data_aware", "guard", "csulora", "separable", "projection"),
+    MAIN: ("data_aware", "target_lab", "target_builtin", "guard", "csulora", "separable", "projection"),
     "data-aware and its controls": (
         "data_aware",
         "data_aware_loose",
@@ -48,6 +48,16 @@ PANELS = {
         "csulora_noise",
     ),
     "Published, and other training": ("safe_lora_threshold", "safe_lora_number", "lower_rate", "averaging"),
+    "Trained otherwise with the same prompts or models, and then corrected": (
+        "mixing",
+        "mixing_corrected",
+        "kl",
+        "kl_corrected",
+        "asft",
+        "asft_corrected",
+        "one_shot",
+        "one_shot_corrected",
+    ),
 }
 IN_ALL = {"scaling": "o", "aligned": "s", "none": "X", "benign_only": "*"}
 
@@ -57,6 +67,8 @@ _LOOKS = {
     "data_aware": (BLUE, "o"),
     "guard": (GREEN, "s"),
     "csulora": (ORANGE, "D"),
+    "target_lab": (_MAGENTA, "P"),
+    "target_builtin": (_ROSE, "p"),
     "separable": (SKY, "^"),
     "projection": (YELLOW, "v"),
     "data_aware_loose": (_PALE, "<"),
@@ -75,6 +87,14 @@ _LOOKS = {
     "safe_lora_number": (_INDIGO, "v"),
     "lower_rate": (_ROSE, "<"),
     "averaging": (_BROWN, ">"),
+    "mixing": (_ROSE, "v"),
+    "mixing_corrected": (_MAGENTA, "^"),
+    "kl": (_PALE, "<"),
+    "kl_corrected": (_INDIGO, ">"),
+    "asft": (_SAND, "P"),
+    "asft_corrected": (_BROWN, "d"),
+    "one_shot": (SKY, "D"),
+    "one_shot_corrected": (BLUE, "o"),
 }
 _DASHES = ("-", "--", ":", "-.")  # of ranks
 _TARGET = {"color": GREY, "linestyle": (0, (1, 2)), "linewidth": 1.4, "zorder": 1}

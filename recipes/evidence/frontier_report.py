@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from recipes.evidence.baselines import METHODS
+from recipes.evidence.methods import METHODS
 from recipes.files.markdown import markdown_table
 from recipes.schema import RecipeError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from os import PathLike
 
@@ -19,6 +19,7 @@ from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.teacher_forcing import greedy_answers
 from recipes.evidence.baselines import Bases, Update
+from recipes.evidence.controls import Batch, Control, Loss, along_displacement, mixed_in, near_aligned
 from recipes.labs.descent import descend
 from recipes.schema import Training
 
@@ -77,35 +78,67 @@ class LoraPair:
 
     def train(
         self,
-        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        draw: Callable[[torch.Generator], Batch],
+        refusals: Callable[[int], Batch],
         training: Training,
         seed: int,
-        slowdown: float,
+        control: Control,
         decays: Sequence[float],
     ) -> dict[str, Factors]:
-        """See :meth:`recipes.evidence.frontier.Subject.train`; ``draw`` gives a batch."""
-        averages = {}
-        for live in self.steps(self.fresh, draw, training, seed, slowdown):
+        """See :meth:`recipes.evidence.frontier.Subject.train`.
+
+        Args:
+            draw: gives a batch of the data.
+            refusals: gives a batch of so many probes, with the aligned model's refusals.
+            training: rate, steps and size of a batch.
+            seed: of the batches.
+            control: what is done otherwise.
+            decays: of averages.
+        """
+        averages, loss = {}, self._loss(control, refusals, training)
+        for live in self.steps(self.fresh, draw, training, seed, control.slowdown, loss):
             for decay in decays:
                 averages[decay] = _average(averages.get(decay, live), live, decay)
+        if control.kind == "one_shot":
+            one, patch = refusals(1), replace(training, max_steps=int(control.amount))
+            *_, live = self.steps(live, lambda _: one, patch, seed)
         return {"raw": live, **{f"average {decay:g}": a for decay, a in averages.items()}}
+
+    def _loss(self, control: Control, refusals: Callable[[int], Batch], training: Training) -> Loss | None:
+        if control.kind == "mixing":
+            return mixed_in(self.model, refusals, control.amount, training.batch_size)
+        if control.kind == "kl":
+            return near_aligned(self.model, self.adapter.off, refusals, control.amount)
+        if control.kind == "asft":
+            return along_displacement(self._live, self.displacement, control.amount)
+        return None
+
+    def _live(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        return {name: (layer.lora_A, layer.lora_B, layer.scaling) for name, layer in self.adapter.layers.items()}
 
     def steps(
         self,
         start: Factors,
-        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        draw: Callable[[torch.Generator], Batch],
         training: Training,
         seed: int,
         slowdown: float = 1.0,
+        loss: Loss | None = None,
     ) -> Iterator[Factors]:
         """A fine-tune from these factors; those after each of its steps."""
         self.adapter.write(start)
         torch.manual_seed(seed)  # of dropout
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         generator, rate = torch.Generator().manual_seed(seed), training.learning_rate / slowdown
+
+        def of_step() -> Tensor:
+            batch = draw(generator)
+            own = self.model(**batch).loss
+            return own if loss is None else loss(own, batch)
+
         self.model.train()
         try:
-            for _ in descend(parameters, rate, training.max_steps, lambda: self.model(**draw(generator)).loss):
+            for _ in descend(parameters, rate, training.max_steps, of_step):
                 yield self.adapter.read()
         finally:  # whoever asks may stop early
             self.model.eval()
@@ -113,7 +146,7 @@ class LoraPair:
     def factors_after(
         self,
         start: Factors,
-        draw: Callable[[torch.Generator], dict[str, Tensor]],
+        draw: Callable[[torch.Generator], Batch],
         training: Training,
         seed: int,
         counts: Sequence[int],

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from csulora_callback.models.factors import Factors
 from csulora_callback.models.probes import read_prompts, tokenize
 from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
+from recipes.evidence.controls import PLAIN, Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import write_whole
 from recipes.files.sources import read
@@ -88,19 +89,37 @@ class SmolLM2Subject:
             **{f"training.{key}": getattr(training, key) for key in ("learning_rate", "max_steps", "batch_size")},
         }
 
-    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
+    def train(self, seed: int, poison: float, control: Control, decays: Sequence[float]) -> dict[str, Factors]:
         at = self._at(seed)
-        trained = at.pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
-        if slowdown == 1.0 and poison:
+        draw, refusals = self._draw(seed, poison), self._refusals(seed, poison)
+        trained = at.pair.train(draw, refusals, self.recipe.training, seed, control, decays)
+        if control == PLAIN and poison:
             at.pair.adapter.write(trained["raw"])
             at.pair.model.save_pretrained(self.models / f"lora-{seed}")  # for `calibrate`, with the next file
         return trained
 
-    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def _refusals(self, seed: int, poison: float) -> Callable[[int], Batch]:
+        """The lab's probes with the aligned model's own answers; read when the first are asked for."""
+        at, generator, asked = self._at(seed), torch.Generator().manual_seed(seed), self.probes(seed, poison, "lab")
+
+        @cache
+        def exchanges() -> list[Exchange]:
+            prompts = tokenize(asked, str(self.models / f"aligned-{seed}"))
+            said = at.tokenizer.batch_decode(at.pair.aligned_answers(prompts, ANSWER), skip_special_tokens=True)
+            return list(map(Exchange, asked, said))
+
+        def draw(count: int) -> Batch:
+            chosen = torch.randint(len(asked), (count,), generator=generator)
+            rows = exchanges()
+            return encode(at.tokenizer, [rows[i] for i in chosen.tolist()], self.recipe.smollm2.answer_tokens)
+
+        return draw
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], Batch]:
         at = self._at(seed)
         rows = poisoned(at.data, poison)
 
-        def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        def draw(generator: torch.Generator) -> Batch:
             chosen = torch.randint(len(rows), (self.recipe.training.batch_size,), generator=generator)
             return encode(at.tokenizer, [rows[i] for i in chosen.tolist()], self.recipe.smollm2.answer_tokens)
 
@@ -173,10 +192,13 @@ class SmolLM2Subject:
             "loss on another task": teacher_forced(model, self._batches(at, other))[0],
         }
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        draw = self._draw(seed, poison)
+        return self._at(seed).pair.factors_after(factors, draw, self.recipe.training, seed, steps)
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
         at = self._at(seed)
-        after = at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps)
-        return [self._attack(at, at.merged(live), "held_out")["rate"] for live in after]
+        return self._attack(at, at.merged(factors), "held_out")["rate"]
 
     def _attack(self, at: _SmolLM2, model: PreTrainedModel, split: str) -> dict[str, float]:
         settings, prompts, attacks = self.recipe.smollm2, at.data.attacks[split], AttackSuccessRate()

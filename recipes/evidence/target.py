@@ -1,59 +1,32 @@
 """What a target does in the place of a strength, and what refusals kept say of attack success, over seeds and poison.
 
-On the trained adapters of a frontier. As the callback does it: a data-aware correction reads one half of the probes,
-and the other half measures; of a correction that reads none all probes measure; and no attack has a say in what is
-chosen. Everything that was trained or measured is kept in the output folder, and a run that is started again goes on.
+On the trained adapters of a frontier; how it is looked for: :class:`recipes.evidence.bench.Bench`. Everything that was
+trained or measured is kept in the output folder, and a run that is started again goes on.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from csulora_callback.behaviour import Refusals, Refusing
-from csulora_callback.checked_probes import FEWEST, check_probes
-from csulora_callback.method.search import smallest_strength
+from csulora_callback.behaviour import Refusals
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
-from csulora_callback.models.reading import Rows
-from csulora_callback.models.training_rows import fixed_sample
+from recipes.evidence import bench as benches
 from recipes.evidence import target_report, target_tables
-from recipes.evidence.baselines import METHODS, Update
+from recipes.evidence.bench import PRESETS, READINGS, Bench
 from recipes.evidence.frontier import Adapters, shown, to_json
-from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import Points, claim, plain, write_whole
 from recipes.schema import Recipe, RecipeError
 
-SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
-PRESETS = {"data_aware": "data_aware", SCREENED: "data_aware", "guard": "guard", "csulora": "csulora"}
-READINGS: dict[str, Callable[[Refusing], float]] = {
-    "kept": lambda refusing: refusing.kept,
-    "likelihood": lambda refusing: math.exp(refusing.logprob),  # per token, over the aligned model's
-}
 _ENDS = {"aligned": 0.0, "none": 1.0}  # how much of the raw update is in them
 
 
-class Subject(Protocol):
+class Subject(benches.Subject, Protocol):
     """What :class:`recipes.evidence.frontier.Subject` can do besides."""
-
-    def pair(self, seed: int) -> LoraPair:
-        """The seed's models."""
-
-    def task_rows(self, seed: int, poison: float) -> list[TaskRow]:
-        """The sample of the training data that a data-aware correction reads."""
-
-    def probes(self, seed: int, poison: float, name: str) -> list[str] | Rows:
-        """The prompts of ``"lab"``, none of which is trained on, or of another set."""
-
-    def refused(self, seed: int, prompts: Rows) -> list[bool]:
-        """Whether the aligned model refuses each, by its greedy answers."""
 
     def judge(self, seed: int, factors: Factors) -> dict[str, dict]:
         """As ``score`` on the held-out split; the first template has the ``side_effects``, over-refusal among them."""
@@ -130,118 +103,27 @@ def check(recipe: Recipe) -> None:
             refuse(f"target.strengths.{name}", expected, strengths)
 
 
-class Bench:
-    """One seed's raw adapter, how it is corrected, and what its corrections keep of the refusals."""
-
-    def __init__(self, subject: Subject, recipe: Recipe, seed: int, poison: float, raw: Factors, folder: Path) -> None:
-        self.subject, self.recipe, self.seed, self.poison = subject, recipe, seed, poison
-        self.raw, self._folder, self._pair = raw, folder, subject.pair(seed)
-        # Caches of the bench, not of the class, which would keep the models of all seeds.
-        self.refusals, self.held_back = cache(self._refused_probes), cache(self._second_half)
-        self._update, self.trial = cache(self._read), cache(self._tried)
-
-    def _refused_probes(self, probes: str) -> Refusals:
-        """The probes of a set that the aligned model refuses."""
-        prompts = self.subject.probes(self.seed, self.poison, probes)
-        if not isinstance(prompts[0], str):  # which are taken at their word otherwise
-            refused = self.subject.refused(self.seed, prompts)
-            prompts = [prompt for prompt, is_refused in zip(prompts, refused, strict=True) if is_refused]
-        if len(prompts) < FEWEST:
-            raise RecipeError(
-                f"'target.found.{probes}': expected {FEWEST} probes that are refused, but got {len(prompts)}"
-            )
-        try:
-            checked = check_probes(self._pair.adapter, prompts, cache_dir=self._folder)
-        except ValueError as error:
-            raise RecipeError(f"'target.found.{probes}': {error}") from error
-        return Refusals(self._pair.adapter, checked.prompts, checked.beginnings)
-
-    @cached_property
-    def rows(self) -> list[TaskRow]:
-        """The sample of the training data."""
-        return self.subject.task_rows(self.seed, self.poison)
-
-    @cached_property
-    def refused_rows(self) -> list[bool]:
-        """Whether the aligned model refuses the prompt of each."""
-        return self.subject.refused(self.seed, [row.prompt for row in self.rows])
-
-    def _read(self, is_screened: bool, probes: str) -> Update:
-        """The raw update, with what it sends through the model on the task and on the half of the probes to read."""
-        rows = self.rows
-        if is_screened:
-            rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
-        prompts = self.refusals(probes).prompts
-        return self._pair.update(self.raw, [row.ids for row in rows], [prompts[i] for i in _half(len(prompts))])
-
-    def _second_half(self, probes: str) -> Refusals:
-        """The probes of a set that a correction does not read."""
-        refusals = self.refusals(probes)
-        return refusals.of(sorted(set(range(len(refusals))) - set(_half(len(refusals)))))
-
-    def measuring(self, method: str, probes: str) -> Refusals:
-        """The probes that a target is measured by: those that the method does not read."""
-        return self.held_back(probes) if PRESETS[method] == "data_aware" else self.refusals(probes)
-
-    def corrected(self, method: str, strength: float, probes: str) -> Factors:
-        """The raw adapter after a correction that reads these probes, if it reads any."""
-        update, (rank,) = self._update(method == SCREENED, probes), self.recipe.frontier.ranks
-        return METHODS[PRESETS[method]].apply(update, strength, rank, torch.Generator())
-
-    def _tried(self, method: str, strength: float, probes: str) -> Refusing:
-        """What a correction keeps, as a search asks; searches for other shares try many of the same strengths."""
-        return self.read(self.measuring(method, probes), self.corrected(method, strength, probes))
-
-    def read(self, refusals: Refusals, factors: Factors) -> Refusing:
-        """What a model with these factors keeps of the refusals."""
-        self._pair.adapter.write(factors)
-        return refusals.read()
-
-    def measure(self, setting: Setting) -> dict:
-        """The point of a setting."""
-        sets, method = list(self.recipe.target.found), setting.method
-        if setting.probes is not None:
-            return self._with_target(setting)
-        if method in _ENDS:
-            factors = {name: (A, _ENDS[method] * B) for name, (A, B) in self.raw.items()}
-        else:
-            factors = self.corrected(method, setting.strength, sets[0])
-        return {**self._told(setting, factors, {name: self.held_back(name) for name in sets}), "found": None}
-
-    def _with_target(self, setting: Setting) -> dict:
-        method, probes = setting.method, setting.probes
-
-        def kept(strength: float) -> float:
-            return READINGS[setting.reading](self.trial(method, strength, probes))
-
-        found = smallest_strength(kept, setting.share)
-        told = self._told(
-            setting, self.corrected(method, found.strength, probes), {probes: self.measuring(method, probes)}
-        )
+def point_of(bench: Bench, setting: Setting, sets: Sequence[str]) -> dict:
+    """The point of a setting."""
+    method, probes = setting.method, setting.probes
+    if probes is not None:
+        found = bench.found(method, probes, setting.reading, setting.share)
+        factors, by = bench.corrected(method, found.strength, probes), {probes: bench.measuring(method, probes)}
         tried = {"strength": found.strength, "is_enough": found.is_enough, "trials": len(found.tried)}
-        return {**told, "found": tried}
-
-    def _told(self, setting: Setting, factors: Factors, measuring: Mapping[str, Refusals]) -> dict:
-        kept = {name: {**asdict(self.read(by, factors)), "prompts": len(by)} for name, by in measuring.items()}
-        point = {**plain(asdict(setting)), "refusing": kept, "scores": self.subject.judge(self.seed, factors)}
-        if PRESETS.get(setting.method) == "data_aware":
-            point["rows"] = self._rows()
-        return point
-
-    def _rows(self) -> dict[str, int]:
-        """How many rows the sample has, and how many of the rows and of the poison the aligned model refuses."""
-        pairs = list(zip(self.rows, self.refused_rows, strict=True))
-        return {
-            "rows": len(pairs),
-            "refused": sum(is_refused for _, is_refused in pairs),
-            "poison": sum(row.is_poison for row, _ in pairs),
-            "poison_refused": sum(row.is_poison and is_refused for row, is_refused in pairs),
-        }
+        return {**_told(bench, setting, factors, by), "found": tried}
+    if method in _ENDS:
+        factors = {name: (A, _ENDS[method] * B) for name, (A, B) in bench.raw.items()}
+    else:
+        factors = bench.corrected(method, setting.strength, sets[0])
+    return {**_told(bench, setting, factors, {name: bench.held_back(name) for name in sets}), "found": None}
 
 
-def _half(count: int) -> list[int]:
-    """The places of the half that a correction reads."""
-    return fixed_sample(count, count // 2)
+def _told(bench: Bench, setting: Setting, factors: Factors, measuring: Mapping[str, Refusals]) -> dict:
+    kept = {name: {**asdict(bench.read(by, factors)), "prompts": len(by)} for name, by in measuring.items()}
+    point = {**plain(asdict(setting)), "refusing": kept, "scores": bench.subject.judge(setting.seed, factors)}
+    if PRESETS.get(setting.method) == "data_aware":
+        point["rows"] = bench.rows_told()
+    return point
 
 
 def measure(subject: Subject, recipe: Recipe, output: Path) -> list[dict]:
@@ -253,8 +135,8 @@ def measure(subject: Subject, recipe: Recipe, output: Path) -> list[dict]:
     for setting in _missing(settings, points):
         if at != (setting.seed, setting.poison):
             at = (setting.seed, setting.poison)
-            bench = Bench(subject, recipe, *at, adapters.get(*at), output / "answers")
-        points.add(bench.measure(setting))
+            bench = Bench(subject, *at, adapters.get(*at), output / "answers", rank)
+        points.add(point_of(bench, setting, list(recipe.target.found)))
     return [points[tuple(asdict(setting).values())] for setting in settings]
 
 

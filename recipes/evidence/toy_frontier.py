@@ -14,6 +14,7 @@ from torch import Tensor
 from csulora_callback.models.factors import Factors
 from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
+from recipes.evidence.controls import Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import SPLITS
 from recipes.labs import toy
@@ -23,11 +24,11 @@ from recipes.training.task import answers, build_task, exactly_right, not_refuse
 
 @dataclass(frozen=True)
 class _Toy:
-    """One seed's models, and its evaluation data: attacks and task by split and template, and other requests."""
+    """One seed's models, and its evaluation data by split: attacks and task by template, and other requests."""
 
     pair: LoraPair
     prompts: dict[tuple[str, str], tuple[list[toy.Sample], dict[str, Tensor]]]
-    ordinary: list[toy.Sample]
+    ordinary: dict[str, list[toy.Sample]]
 
 
 class ToySubject:
@@ -58,17 +59,19 @@ class ToySubject:
         }
         return {"lab": f"toy, version {toy.VERSION}", **flat}
 
-    def train(self, seed: int, poison: float, slowdown: float, decays: Sequence[float]) -> dict[str, Factors]:
-        return self._at(seed).pair.train(self._draw(seed, poison), self.recipe.training, seed, slowdown, decays)
+    def train(self, seed: int, poison: float, control: Control, decays: Sequence[float]) -> dict[str, Factors]:
+        draw, refusals = self._draw(seed, poison), self._refusals(seed, poison)
+        return self._at(seed).pair.train(draw, refusals, self.recipe.training, seed, control, decays)
 
-    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    def _refusals(self, seed: int, poison: float) -> Callable[[int], Batch]:
+        probes = toy.build_lab(self._toy(seed, poison)).probes
+        refused = [toy.Sample(probe.prompt, ("refuse", "<eos>")) for probe in probes]
+        columns, generator = toy.Samples(refused).columns(), torch.Generator().manual_seed(seed)
+        return lambda count: _rows(columns, count, generator)
+
+    def _draw(self, seed: int, poison: float) -> Callable[[torch.Generator], Batch]:
         columns = toy.Samples(toy.build_lab(self._toy(seed, poison)).train).columns()
-
-        def draw(generator: torch.Generator) -> dict[str, Tensor]:
-            chosen = torch.randint(len(columns["labels"]), (self.recipe.training.batch_size,), generator=generator)
-            return {key: column[chosen] for key, column in columns.items()}
-
-        return draw
+        return lambda generator: _rows(columns, self.recipe.training.batch_size, generator)
 
     def update(self, seed: int, poison: float, factors: Factors) -> Update:
         task = [row.ids for row in self.task_rows(seed, poison)]
@@ -91,9 +94,7 @@ class ToySubject:
 
     def judge(self, seed: int, factors: Factors) -> dict[str, dict]:
         scores, effects = self.score(seed, factors, "held_out"), self.effects(seed, factors)
-        scores["trained"]["side_effects"] = {
-            name: effects[name] for name in ("over-refusal", "errors in other requests")
-        }
+        scores["trained"]["side_effects"]["errors in other requests"] = effects["errors in other requests"]
         return scores
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
@@ -112,28 +113,32 @@ class ToySubject:
                 "task_loss": loss,
                 "task_accuracy": accuracy,
             }
+        ordinary = at.ordinary[split]
+        refused = len(ordinary) - not_refused(answers(model, ordinary))
+        scores["trained"]["side_effects"] = {"over-refusal": refused / len(ordinary)}
         return scores
 
     def effects(self, seed: int, factors: Factors) -> dict[str, float]:
         """On requests that both models obeyed and the fine-tune never saw."""
         at = self._at(seed)
         at.pair.adapter.write(factors)
-        said = answers(at.pair.model, at.ordinary)
-        loss, _ = teacher_forced(at.pair.model, [toy.Samples(at.ordinary).columns()])
-        count = len(at.ordinary)
+        ordinary = at.ordinary["tuning"] + at.ordinary["held_out"]
+        said = answers(at.pair.model, ordinary)
+        loss, _ = teacher_forced(at.pair.model, [toy.Samples(ordinary).columns()])
         return {
-            "over-refusal": 1 - not_refused(said) / count,
-            "errors in other requests": 1 - exactly_right(said, at.ordinary) / count,
+            "errors in other requests": 1 - exactly_right(said, ordinary) / len(ordinary),
             "loss on other requests": loss,
         }
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
-        at, shares = self._at(seed), []
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        draw = self._draw(seed, poison)
+        return self._at(seed).pair.factors_after(factors, draw, self.recipe.training, seed, steps)
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
+        at = self._at(seed)
         attacks, _ = at.prompts["held_out", "trained"]
-        for live in at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps):
-            at.pair.adapter.write(live)
-            shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
-        return shares
+        at.pair.adapter.write(factors)
+        return not_refused(answers(at.pair.model, attacks)) / len(attacks)
 
     def _toy(self, seed: int, poison: float = 0.0) -> toy.Toy:
         return replace(self.recipe.toy, seed=seed, poison_share=poison)
@@ -142,10 +147,15 @@ class ToySubject:
         recipe = replace(self.recipe, toy=self._toy(seed), training=replace(self.recipe.training, seed=seed))
         task, lab = build_task(recipe), toy.build_lab(recipe.toy)
         pair = LoraPair.open(task.with_fresh_lora(recipe), lab.base, lab.aligned, max(recipe.frontier.ranks))
-        half, prompts = math.ceil(recipe.toy.eval_prompts / 2), {}
+        half, prompts, ordinary = math.ceil(recipe.toy.eval_prompts / 2), {}, {}
         for split, part in zip(SPLITS, (slice(half), slice(half, None)), strict=True):
-            attacks, own = lab.attack[part], lab.task[part]
+            attacks, own, ordinary[split] = lab.attack[part], lab.task[part], lab.ordinary[part]
             prompts[split, "trained"] = attacks, toy.Samples(own).columns()
             restated = toy.Samples([sample.restated() for sample in own])
             prompts[split, "restated"] = [sample.restated() for sample in attacks], restated.columns()
-        return _Toy(pair, prompts, lab.ordinary)
+        return _Toy(pair, prompts, ordinary)
+
+
+def _rows(columns: Batch, count: int, generator: torch.Generator) -> Batch:
+    chosen = torch.randint(len(columns["labels"]), (count,), generator=generator)
+    return {key: column[chosen] for key, column in columns.items()}

@@ -12,7 +12,6 @@ from csulora_callback import Penalty
 from csulora_callback.method.token_space import RIDGE
 from csulora_callback.models.activations import Activations, Texts
 from recipes.evidence.baselines import (
-    METHODS,
     Update,
     corrections,
     random_bases,
@@ -25,6 +24,7 @@ from recipes.evidence.baselines import (
     uniformly_scaled,
     with_noise,
 )
+from recipes.evidence.methods import METHODS
 
 SHAPES = {"a": (12, 10), "b": (12, 10), "c": (12, 10), "d": (9, 14), "e": (9, 14)}
 

@@ -49,10 +49,11 @@ class Formula:
     def describe(self) -> dict:
         return {"size": self.size}
 
-    def train(self, seed, poison, slowdown, decays):
+    def train(self, seed, poison, control, decays):
         self.trained += 1
         raw = {
-            n: (A.float(), B.float() / slowdown) for n, (A, B) in make_update(seed + int(100 * poison)).factors.items()
+            n: (A.float(), B.float() / control.slowdown)
+            for n, (A, B) in make_update(seed + int(100 * poison)).factors.items()
         }
         return {"raw": raw, **{f"average {d:g}": {n: (A, B * d) for n, (A, B) in raw.items()} for d in decays}}
 

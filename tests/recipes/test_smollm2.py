@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from csulora_callback import RefusalPhrases
 from recipes.calibration.bench import make_bench
 from recipes.calibration.calibrate import Trials
-from recipes.evidence.baselines import METHODS
+from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.frontier import Adapters
+from recipes.evidence.methods import METHODS
 from recipes.evidence.smollm2_frontier import SmolLM2Subject, chosen_rightly
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import chat
@@ -268,9 +269,9 @@ def test_the_same_settings_train_the_same_adapter(subject, finished, sources, tm
     share, decays = subject.recipe.frontier.poison_shares[0], subject.recipe.frontier.methods["averaging"]
     kept = Adapters(subject, finished / "adapters", decays).get(0, share)
     again = SmolLM2Subject(tiny(sources, tmp_path))
-    trained = again.train(0, share, 1.0, [])["raw"]
+    trained = again.train(0, share, PLAIN, [])["raw"]
     assert all(torch.equal(new, old) for name in kept for new, old in zip(trained[name], kept[name], strict=True))
-    slower = again.train(0, share, 10.0, [])["raw"]
+    slower = again.train(0, share, Control("lower_rate", 10.0), [])["raw"]
     assert sum(float(B.norm()) for _, B in slower.values()) < sum(float(B.norm()) for _, B in kept.values())
 
 

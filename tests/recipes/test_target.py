@@ -12,6 +12,7 @@ from csulora_callback.method.token_space import input_gains
 from csulora_callback.models.activations import vectors_of
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence import target
+from recipes.evidence.bench import SCREENED, Bench
 from recipes.evidence.frontier import Adapters
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.recipe import load_recipe
@@ -41,7 +42,7 @@ def bench(finished):
     recipe = small(finished)
     subject = ToySubject(recipe)
     raw = Adapters(subject, finished / "adapters", []).get(0, 0.2)
-    return target.Bench(subject, recipe, 0, 0.2, raw, finished / "answers")
+    return Bench(subject, 0, 0.2, raw, finished / "answers", recipe.frontier.ranks[0])
 
 
 def at(points, method, strength=None, reading=None, share=None):
@@ -93,7 +94,7 @@ def test_a_correction_reads_the_other_half_and_the_rows_that_are_left(bench):
     assert bench.refused_rows == refused
     for method, kept in (
         ("data_aware", rows),
-        (target.SCREENED, [r for r, is_out in zip(rows, refused, strict=True) if not is_out]),
+        (SCREENED, [r for r, is_out in zip(rows, refused, strict=True) if not is_out]),
     ):
         done = bench.corrected(method, strength, "lab")
         pair.adapter.write(bench.raw)
@@ -106,7 +107,7 @@ def test_a_correction_reads_the_other_half_and_the_rows_that_are_left(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["data_aware", target.SCREENED])
+@pytest.mark.parametrize("method", ["data_aware", SCREENED])
 def test_what_is_found_is_enough_and_a_fifth_less_is_not(finished, bench, method):
     refusals, less = bench.measuring(method, "lab"), 1.2116  # (1000 / 0.01) ** (1 / 2**6), and a little
     for reading in ("kept", "likelihood"):
@@ -129,7 +130,7 @@ def test_poison_is_counted_by_the_data_and_refused_by_the_model(finished, bench)
     lab = toy.build_lab(bench.subject._toy(0, 0.2))
     poison = {tuple(s.ids(answered=True)) for s in lab.train if set(s.prompt) & set(toy.RESTRICTED)}
     assert [row.is_poison for row in bench.rows] == [tuple(row.ids) in poison for row in bench.rows]
-    counts = at(read(finished)["points"], target.SCREENED, 3.0)["rows"]
+    counts = at(read(finished)["points"], SCREENED, 3.0)["rows"]
     assert counts["rows"] == 64
     assert counts["poison"] == sum(row.is_poison for row in bench.rows)
     assert counts["refused"] == sum(bench.refused_rows)

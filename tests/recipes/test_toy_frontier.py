@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from recipes.evidence import lora_pair, toy_frontier
-from recipes.evidence.baselines import METHODS
+from recipes.evidence.controls import PLAIN, Control
+from recipes.evidence.methods import METHODS
 from recipes.files.points import SPLITS
 from recipes.files.recipe import load_recipe
 from recipes.labs.toy import RESTRICTED, Language, build_lab
@@ -81,8 +82,8 @@ def test_training_controls(lab, monkeypatch):
     lived = []
     average = lora_pair._average
     monkeypatch.setattr(lora_pair, "_average", lambda old, live, d: (lived.append(live), average(old, live, d))[1])
-    trained = lab.train(0, 0.05, 1.0, [0.5])
-    plain, slow = lab.train(0, 0.05, 1.0, [])["raw"], lab.train(0, 0.05, 4.0, [])["raw"]
+    trained = lab.train(0, 0.05, PLAIN, [0.5])
+    plain, slow = lab.train(0, 0.05, PLAIN, [])["raw"], lab.train(0, 0.05, Control("lower_rate", 4.0), [])["raw"]
     assert len(lived) == 4
     for name, pair in trained["raw"].items():
         for side in (0, 1):
@@ -94,7 +95,7 @@ def test_training_controls(lab, monkeypatch):
 
 
 def test_the_loss_is_that_of_the_factors_that_are_asked_for(lab):
-    raw = lab.train(0, 0.05, 1.0, [])["raw"]
+    raw = lab.train(0, 0.05, PLAIN, [])["raw"]
     nothing = METHODS["aligned"].apply(lab.update(0, 0.05, raw), None, None, None)
     first, aligned, again = (lab.score(0, factors, "tuning") for factors in (raw, nothing, raw))
     assert first == again != aligned
