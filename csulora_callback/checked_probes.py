@@ -60,6 +60,7 @@ def check_readable(adapter: Adapter, reads: bool) -> None:
         reads: whether inputs will be.
     """
     refuse_unless_causal(adapter, "probes")
+    adapter.beside.check_off()
     if reads:
         check_inputs(adapter.layers)
 

@@ -19,6 +19,7 @@ from csulora_callback.correcting import Correcting, Rank
 from csulora_callback.inspection import stored_shapes
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
+from csulora_callback.models.named import aligned_under
 from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import write_with_factors
 from csulora_callback.models.probes import Probes
@@ -144,7 +145,8 @@ def correct_adapter(
         texts = texts if penalty.on_probes is None else activations.texts
     elif penalty.on_probes is None:
         if aligned_model is not None or saved.beside.wholes:
-            check_origin(subspace, aligned_model or saved.config.base_model_name_or_path, Processes())
+            under = aligned_under(saved.config, None) if aligned_model is None else aligned_model  # of its revision
+            check_origin(subspace, under, Processes())
         layers, activations = _layers(saved, subspace), None
     else:
         checkpoint = aligned_model or saved.config.base_model_name_or_path

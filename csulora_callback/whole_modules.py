@@ -28,7 +28,8 @@ class WholeModules:
 
     Args:
         layers: by module name.
-        subspace: must hold a basis for each, with the columns of its weight, and its rows or fewer.
+        subspace: must hold a basis for each, with the columns of its weight. Rows that it lacks pass; what it has of
+            rows that the weight lacks, as of a vocabulary that was cut to the tokens in use, does not count.
 
     Attributes:
         bases: oriented as the layers: ``U`` on the output side.
@@ -52,8 +53,10 @@ class WholeModules:
             if held < rows:
                 self.passing[f"{name}, rows {held} to {rows - 1}"] = _NEW
             own = oriented_basis(subspace, name, layer.with_rows(held))
-            U, V = (own.U, own.V[:rows]) if layer.stored_transposed else (own.U[:rows], own.V)
-            self.bases[name] = replace(own, U=U, V=V)
+            if held > rows:
+                own = subspace[name].first_rows(rows)
+                own = replace(own, U=own.V, V=own.U) if layer.stored_transposed else own
+            self.bases[name] = own
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -140,7 +141,8 @@ def run_frontier(recipe: Recipe) -> None:
     results = frontier.run(subject, recipe.frontier, output)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
     frontier_report.print_table(results["table"])
-    costs.measure(subject, recipe.frontier, recipe.training.max_steps, output)
+    short = replace(recipe, training=replace(recipe.training, max_steps=costs.STEPS))
+    costs.measure(subject, make_subject(short), recipe.frontier, output)
     if recipe.effects.target is not None:
         side_effects.run(subject, recipe, results, output)
     Console().print(

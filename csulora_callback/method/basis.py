@@ -66,6 +66,22 @@ class Basis:
         """The first ``rank`` singular vectors on each side, or all where there are fewer."""
         return Basis(self.U[:, :rank], self.V[:, :rank], self.singular_values[:rank], self.displacement)
 
+    def first_rows(self, rows: int) -> Basis:
+        """Of what the subspace keeps of ``D``, in the first rows alone: fewer of ``U``'s would not be orthonormal.
+
+        Example:
+            >>> import torch
+            >>> basis = Basis(torch.full((4, 1), 0.5), torch.eye(3)[:, :1], torch.ones(1), displacement=1.0)
+            >>> cut = basis.first_rows(1)
+            >>> cut.U.abs(), cut.singular_values
+            (tensor([[1.]]), tensor([0.5000]))
+        """
+        cut = self.U[:rows].double() * self.singular_values.double()
+        U, sigma, turnedh = torch.linalg.svd(cut, full_matrices=False)
+        kept = sigma > torch.finfo(torch.float32).eps * self.singular_values[:1]  # of others U is arbitrary
+        U, sigma, V = U[:, kept], sigma[kept], self.V.double() @ turnedh[kept].T
+        return Basis(U.float(), V.float(), sigma.float(), self.displacement)
+
 
 def basis_of(
     name: str,

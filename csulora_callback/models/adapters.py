@@ -138,7 +138,12 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0."""
+        """The model is the one without the adapter inside. No weight is touched: the update is scaled by 0.
+
+        Raises:
+            ValueError: as :meth:`.Beside.check_off`.
+        """
+        self.beside.check_off()
         scalings = [part.module.scaling for part in self.parts if isinstance(part.module, LoraLayer)]
         kept = [scaling[self.name] for scaling in scalings]
         for scaling in scalings:

@@ -71,12 +71,23 @@ class Beside:
         passing: why each of the others passes, by name.
         parameters: ids of those that pass.
         wrappers: PEFT's modules that hold the adapter's part.
+        in_place: names of those that pass and are the model's own, and no adapter's that can be switched off.
     """
 
     parts: tuple[Part, ...]
     passing: dict[str, str]
     parameters: set[int]
     wrappers: tuple[AuxiliaryTrainingWrapper, ...]
+    in_place: tuple[str, ...] = ()
+
+    def check_off(self) -> None:
+        """Raise ``ValueError`` if the model without the adapter is not the aligned one, as it trains itself."""
+        for name in self.in_place:
+            raise ValueError(
+                f"`probes`: expected that the model without its adapter is the aligned one, which says what is to be "
+                f"refused, but '{name}', which passes by `uncorrected`, is trained in the model itself. Freeze it, or "
+                "leave out `probes` and correct by weights alone: penalty=Penalty.guard(10.0)."
+            )
 
 
 def judge_whole(
@@ -177,6 +188,7 @@ def find_beside(
                 wholes[id(own[0])] = name, wrapper, []
             else:
                 passing[name], parameters = why, parameters | set(map(id, own))
+    in_place: list[str] = []
     known = {id(each) for own in factors.values() for each in own} | parameters | wholes.keys()
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
@@ -184,9 +196,10 @@ def find_beside(
             if asked.takes(name, name.removesuffix(".weight")):
                 passing[name] = NAMED
                 parameters.add(id(parameter))
+                in_place.append(name)
     asked.check([*passing, *(name for name, _, _ in wholes.values())])
     parts = tuple(whole_part(name, wrapper, adapter, tuple(tied)) for name, wrapper, tied in wholes.values())
-    return Beside(parts, passing, parameters, tuple(wrappers.values()))
+    return Beside(parts, passing, parameters, tuple(wrappers.values()), tuple(in_place))
 
 
 def check_displaced(wholes: Collection[str], base: Checkpoint, layout: Layout) -> None:

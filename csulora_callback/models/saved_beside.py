@@ -87,7 +87,8 @@ class SavedBeside:
         beside = check_tensors(held | rest, factors, place)
         if beside:
             logger.info("Beside the factors %s holds %s: taken along as they are.", place, ", ".join(beside))
-        found.uncorrected.check([*found.passing, *found.wholes])
+        if strict:  # of what a record names, PEFT saves only what it trains itself
+            found.uncorrected.check([*found.passing, *found.wholes])
         return found
 
     def _judge_tokens(self, rest: Mapping[str, Tensor]) -> set[str]:

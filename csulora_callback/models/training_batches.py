@@ -52,7 +52,7 @@ class TrainedBatch(Sequence[TrainedRow]):
         learned = [True] * len(documents) if wanted is None else wanted(len(documents))
         known = list(zip(documents, cuts, learned, strict=True)) if learned else []
         self._rows = [(document, cut) for document, cut, is_learned in known if is_learned and cut is not None]
-        self.left_out = (sum(learned) or len(documents)) - len(self._rows)
+        self.left_out = (sum(learned) if learned else len(documents)) - len(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)

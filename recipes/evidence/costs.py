@@ -8,84 +8,97 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from recipes.evidence.baselines import Update
-from recipes.evidence.controls import Control
+from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.frontier import Adapters, Setting, Subject, grid
-from recipes.evidence.methods import METHODS, STRENGTH_AFTER
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER, Method
 from recipes.files.points import key_of, write_whole
 from recipes.schema import Frontier
 
+STEPS, REPEATS = 8, 3  # of trainings that are timed
 
-def measure(subject: Subject, frontier: Frontier, steps: int, output: Path) -> list[dict]:
-    """The cost of each method, of each training where they differ, for the first seed and the most poison.
+
+def measure(subject: Subject, short: Subject, frontier: Frontier, output: Path) -> list[dict]:
+    """The cost of each method, of each training where they differ, for the first seed.
 
     What ``costs.json`` of the output folder has is not measured again.
 
     Args:
         subject: the frontier's, which is measured.
+        short: the same with ``STEPS`` steps of training.
         frontier: its methods.
-        steps: of the plain training.
         output: the frontier's folder.
 
     Returns:
-        Of each setting what is spent ``during`` the training, growing with it, and ``after`` it, once a correction: in
-        as many steps of the plain one as take that CPU time. The estimate of the subspace, once a pair of models, is
-        not in it.
+        Of each setting what is spent ``during`` the training, as a share of the plain one, and ``after`` it, once a
+        correction, in steps of the plain one. The estimate of the subspace, once a pair of models, is not in it.
     """
     path = output / "costs.json"
     known = {key_of(cost): cost for cost in json.loads(path.read_text())["costs"]} if path.exists() else {}
-    adapters = Adapters(subject, output / "adapters", [])
-    seed, poison = frontier.seeds[0], max(frontier.poison_shares)
-    settings, seen = [], set()
-    for setting in grid(frontier):
-        method = METHODS[setting.method]
-        trained = setting.strength if method.control is not None else None
-        if (setting.seed, setting.poison) == (seed, poison) and (setting.method, trained) not in seen:
-            seen.add((setting.method, trained))
-            settings.append(setting)
-    update, costs = None, []
-    for setting in settings:
-        key = key_of(setting.to_json())
-        if key not in known:
-            update = update or subject.update(seed, poison, adapters.get(seed, poison))
-            during, after = _seconds(subject, adapters, setting, update)
-            of_step = adapters.seconds(seed, poison) / steps
-            known[key] = {**setting.to_json(), "during": during / of_step, "after": after / of_step}
-        costs.append(known[key])
-    body = ",\n".join(json.dumps(cost) for cost in costs)
-    write_whole(path, f'{{"training_steps": {steps}, "costs": [\n{body}\n]}}\n')
+    settings = _settings(frontier)
+    if any(key_of(setting.to_json()) not in known for setting in settings):
+        meter = _Meter(subject, short, Adapters(subject, output / "adapters", []), settings[0])
+        for setting in settings:
+            if key_of(setting.to_json()) not in known:
+                known[key_of(setting.to_json())] = {**setting.to_json(), **meter.read(setting)}
+    costs = [known[key_of(setting.to_json())] for setting in settings]
+    write_whole(path, '{"costs": [\n' + ",\n".join(map(json.dumps, costs)) + "\n]}\n")
     return costs
 
 
-def in_words(cost: Mapping, training_steps: int) -> str:
+def _settings(frontier: Frontier) -> list[Setting]:
+    """One of each method that does something, and of each of its trainings."""
+    seed, poison = frontier.seeds[0], max(frontier.poison_shares)
+    found = {}
+    for setting in grid(frontier):
+        control = METHODS[setting.method].control
+        if (setting.seed, setting.poison) == (seed, poison) and setting.method not in ("aligned", "none"):
+            found.setdefault((setting.method, None if control is None else setting.strength), setting)
+    return list(found.values())
+
+
+class _Meter:
+    """CPU seconds of trainings and corrections, in units of one plain step."""
+
+    def __init__(self, subject: Subject, short: Subject, adapters: Adapters, first: Setting) -> None:
+        self.subject, self.short, self.adapters = subject, short, adapters
+        self.seed, self.poison = first.seed, first.poison
+        self.raw = adapters.get(self.seed, self.poison)
+        self.update = subject.update(self.seed, self.poison, self.raw)
+        self.of_training = cache(self._trained)
+
+    def read(self, setting: Setting) -> dict[str, float]:
+        method, plain = METHODS[setting.method], self.of_training(PLAIN)
+        during = after = 0.0
+        if method.control is not None:
+            more = self.of_training(Control(method.control, setting.strength)) - plain
+            during, after = (0.0, more) if method.control == "one_shot" else (more, 0.0)
+        if method.probes is not None:
+            bench = self.adapters.bench(self.seed, self.poison)
+            after += _timed(lambda: bench.found("data_aware", method.probes, "likelihood", setting.strength))
+        elif method.apply is not None:
+            strength = setting.strength if method.control is None else STRENGTH_AFTER
+            after += _timed(lambda: self._correct(method, strength, setting.rank))
+        return {"during": during / plain, "after": after / (plain / STEPS)}
+
+    def _trained(self, control: Control) -> float:
+        # Of several the fastest; without poison, as the number of rows is that of a batch with it and without.
+        return min(_timed(lambda: self.short.train(self.seed, 0.0, control, [])) for _ in range(REPEATS))
+
+    def _correct(self, method: Method, strength: float, rank: int) -> None:
+        read = self.subject.update(self.seed, self.poison, self.raw) if method.reads else self.update
+        method.apply(read, strength, rank, torch.Generator().manual_seed(0))
+
+
+def in_words(cost: Mapping | None) -> str:
     """What is spent in training as a share of it, and what is spent after it in its steps."""
-    parts = [f"{cost['during'] / training_steps:+.0%} of the training"] if cost["during"] else []
-    parts += [f"{cost['after']:.2g} steps once"] if cost["after"] else []
+    parts = [] if cost is None or abs(cost["during"]) < 0.03 else [f"{cost['during']:+.0%} of the training"]
+    parts += [] if cost is None or cost["after"] < 0.05 else [f"{cost['after']:.2g} steps once"]
     return ", ".join(parts) or "none"
-
-
-def _seconds(subject: Subject, adapters: Adapters, setting: Setting, update: Update) -> tuple[float, float]:
-    """During training, and after it."""
-    method, at = METHODS[setting.method], (setting.seed, setting.poison)
-    if method.probes is not None:
-        bench = adapters.bench(*at)
-        return 0.0, _timed(lambda: bench.found("data_aware", method.probes, "likelihood", setting.strength))
-    extra = after = 0.0
-    if method.control is not None:
-        extra = adapters.seconds(*at, Control(method.control, setting.strength)) - adapters.seconds(*at)
-    if method.apply is not None:
-        strength = setting.strength if method.control is None else STRENGTH_AFTER
-
-        def correction() -> None:
-            read = subject.update(*at, update.factors) if method.reads else update
-            method.apply(read, strength, setting.rank, torch.Generator().manual_seed(0))
-
-        after = _timed(correction)
-    return (0.0, extra + after) if method.control == "one_shot" else (extra, after)
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -142,17 +140,10 @@ class Adapters:
         if variant not in trained:
             # What is there stays, as points were measured on it; a new decay is added to it. All is read back from the
             # file, so that the run that trained an adapter and the one that found it use the same.
-            begun = time.process_time()
             made = self.subject.train(seed, poison, control, self.decays if control == PLAIN else [])
-            _save({**made, **trained}, path, time.process_time() - begun)
+            _save({**made, **trained}, path)
             trained = _load(path)
         return trained[variant]
-
-    def seconds(self, seed: int, poison: float, control: Control = PLAIN) -> float:
-        """CPU seconds that the training took, which is done now if it was not before."""
-        self.get(seed, poison, control)
-        with safe_open(self._path(seed, poison, control), framework="pt") as file:
-            return float(file.metadata()["seconds"])
 
     def _path(self, seed: int, poison: float, control: Control) -> Path:
         return self.folder / f"seed{seed}-poison{poison:g}-{control}.safetensors"
@@ -239,7 +230,7 @@ def with_updates(
         yield setting, update
 
 
-def _save(trained: Mapping[str, Factors], path: Path, seconds: float) -> None:
+def _save(trained: Mapping[str, Factors], path: Path) -> None:
     tensors = {
         f"{variant}|{name}|{side}": factor.clone()  # safetensors refuses shared memory
         for variant, factors in trained.items()
@@ -248,7 +239,7 @@ def _save(trained: Mapping[str, Factors], path: Path, seconds: float) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
-    save_file(tensors, unfinished, metadata={"seconds": f"{seconds:.6f}"})
+    save_file(tensors, unfinished)
     os.replace(unfinished, path)
 
 

@@ -19,7 +19,8 @@ from recipes.files.markdown import markdown_table
 from recipes.files.points import key_of, write_whole
 
 MARGINS = {"attack success": 0.05, "over-refusal": 0.10}  # over the aligned model's, that are still fine
-LABS = {"frontier": ("toy lab", 0.05), "smollm2_frontier": ("SmolLM2", 0.12)}  # and the poison shares that are shown
+LABS = {"frontier": "toy lab", "smollm2_frontier": "SmolLM2"}
+MARK = re.compile(r"<!-- overview: (\w+), poison ([\d.]+) -->\n")
 ROWS = (
     *("aligned", "none", "data_aware", "target_lab", "target_builtin", "guard", "csulora"),
     *("mixing", "mixing_corrected", "kl", "kl_corrected", "asft", "asft_corrected", "one_shot", "one_shot_corrected"),
@@ -27,7 +28,7 @@ ROWS = (
 )
 
 
-def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping], training_steps: int) -> list[dict]:
+def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping]) -> list[dict]:
     """One row a method, of the points of one poison share: held-out values of what was chosen in each seed.
 
     ``attack success``, ``over-refusal`` and ``task kept`` are means over seeds with bootstrap intervals;
@@ -48,7 +49,7 @@ def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping], training_step
                 "method": method,
                 "strengths": [_strength(point) for point in chosen],
                 **{name: with_interval([values[name] for values in told]) for name in told[0]},
-                "cost": _cost(chosen, spent, training_steps),
+                "cost": _cost(chosen, spent),
             }
         )
     return rows
@@ -94,17 +95,17 @@ def _strength(point: Mapping) -> float | str | None:
     return point["found"]["strength"] if "found" in point else point["strength"]
 
 
-def _in_words(strength: float | str | None) -> str:
-    return "–" if strength is None else strength if isinstance(strength, str) else f"{strength:.3g}"
+def _in_words(strength: float | str) -> str:
+    return strength if isinstance(strength, str) else f"{float(f'{strength:.3g}'):g}"
 
 
-def _cost(chosen: Sequence[Mapping], spent: Sequence[Mapping], training_steps: int) -> str:
+def _cost(chosen: Sequence[Mapping], spent: Sequence[Mapping]) -> str:
     """Of the setting that was chosen in the first seed, where costs were measured."""
     known = {key_of(cost)[2:4]: cost for cost in spent}
     method, strength = key_of(chosen[0])[2:4]
     named = (method, strength) if METHODS[method].control is not None else None
-    cost = known.get(named) or next(cost for (name, _), cost in known.items() if name == method)
-    return costs.in_words(cost, training_steps)
+    cost = known.get(named) or next((cost for (name, _), cost in known.items() if name == method), None)
+    return costs.in_words(cost)
 
 
 def to_markdown(rows: Sequence[Mapping]) -> str:
@@ -113,9 +114,7 @@ def to_markdown(rows: Sequence[Mapping]) -> str:
     cells = [
         [
             METHODS[row["method"]].label,
-            ", ".join("" if s is None else s if isinstance(s, str) else f"{s:.3g}" for s in row["strengths"]).strip(
-                ", "
-            ),
+            ", ".join(_in_words(strength) for strength in row["strengths"] if strength is not None),
             percent(row["attack success"]),
             percent(row["attack success, over aligned"], signed=True),
             percent(row["task kept"]),
@@ -127,29 +126,29 @@ def to_markdown(rows: Sequence[Mapping]) -> str:
     return markdown_table([*columns, "extra cost"], cells, texts=(0, 1, 6))
 
 
-def read(folder: Path) -> list[dict]:
+def read(folder: Path, poison: float) -> list[dict]:
     """The rows of a frontier's kept results."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     spent = json.loads((folder / "costs.json").read_text(encoding="utf-8"))
-    _, poison = LABS[folder.name]
     points = [point for point in results["points"] if point["poison"] == poison]
-    return make_rows(points, spent["costs"], spent["training_steps"])
+    return make_rows(points, spent["costs"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rewrite the marked tables of a page, and draw ``overview.png`` into the results folder."""
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence.overview", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="such as recipes/results")
-    parser.add_argument("page", type=Path, help="a Markdown file with marks such as <!-- overview: frontier -->")
+    parser.add_argument("page", type=Path, help="a Markdown file with such marks as this module names")
     options = parser.parse_args(arguments)
-    text = options.page.read_text(encoding="utf-8")
-    found = {name: read(options.folder / name) for name in re.findall(r"<!-- overview: (\w+) -->", text)}
-    for name, rows in found.items():
-        mark, table = f"<!-- overview: {name} -->\n", to_markdown(rows)
+    text, panels = options.page.read_text(encoding="utf-8"), {}
+    for name, poison in MARK.findall(text):
+        rows = read(options.folder / name, float(poison))
+        panels[f"{LABS[name]}, {float(poison):.0%} poison"] = rows
+        mark = f"<!-- overview: {name}, poison {poison} -->\n"
         before, after = text.split(mark)
-        text = before + mark + table + "\n" + re.sub(r"^(\|.*\n)*", "", after)
+        text = before + mark + to_markdown(rows) + "\n" + re.sub(r"^(\|.*\n)*", "", after)
     write_whole(options.page, text)
-    overview_picture.plot({LABS[name][0]: rows for name, rows in found.items()}, options.folder / "overview.png")
+    overview_picture.plot(panels, options.folder / "overview.png")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ from recipes.files.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Effects, Recipe, RecipeError
 
 HELD = "attacked, then corrected again"
+HELD_IS = (
+    f"*{HELD.capitalize()}*: after the last of these, and then by `data_aware` at strength {STRENGTH_AFTER:g}, as the "
+    "callback corrects a second run."
+)
 _NOTHING = {"strength": None, "rank": None, "draw": None}  # of the points that have no such thing
 
 
@@ -143,8 +147,8 @@ def to_markdown(rows: Sequence[Mapping], effects: Effects) -> str:
         "seeds that have one and, in brackets, 2.5 and 97.5 percentiles of means over resampled seeds; shares in",
         "percent, losses in nats a token; all on held-out prompts. *Relative change*: ‖X − Δ‖ / ‖Δ‖ of the adapter.",
         "*Attack success after n*: after so many more steps of the same fine-tune, poison included, from the",
-        f"corrected adapter. *{HELD.capitalize()}*: after the last of these, and then by `data_aware` at strength",
-        f"{STRENGTH_AFTER:g}, as the callback corrects a second run.",
+        "corrected adapter.",
+        *([HELD_IS] if HELD in names else []),
         "",
     ]
     cells = []

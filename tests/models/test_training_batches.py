@@ -195,6 +195,8 @@ def test_the_prompt_of_a_packed_document_is_what_stands_before_its_answer():
 def test_only_rows_that_are_wanted_count():
     cut = rows_of([[5, 6], [7, 8], [9, 10], [11, 12]], wanted=lambda count: [True, False] * (count // 2))
     assert (ids_of(cut), cut.left_out) == ([[5, 6], [9, 10]], 0)
+    none = rows_of([[5, 6], [7, 8]], wanted=lambda count: [False] * count)  # a batch of undesirable answers, in KTO
+    assert (len(none), none.left_out) == (0, 0)
     unknown = rows_of([[5, 6], [7, 8], [9, 10]], wanted=lambda count: [])
     assert (len(unknown), unknown.left_out) == (0, 3)
 

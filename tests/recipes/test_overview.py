@@ -1,14 +1,13 @@
 """The overview: which setting a row is of, what it says, and what the methods cost."""
 
 import json
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from recipes.evidence import costs, overview
-from recipes.evidence.frontier import Adapters
-from recipes.evidence.overview import LABS, choose, make_rows, to_markdown
+from recipes.evidence.overview import MARK, choose, make_rows, to_markdown
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.recipe import load_recipe
 from tests.recipes.test_toy_frontier import TINY
@@ -59,7 +58,7 @@ def test_what_keeps_most_of_the_task_within_both_margins_is_taken_and_else_what_
 
 
 def test_a_row_has_held_out_means_over_seeds_beside_the_aligned_model():
-    rows = {row["method"]: row for row in make_rows(points_of(0) + points_of(2), SPENT, 200)}
+    rows = {row["method"]: row for row in make_rows(points_of(0) + points_of(2), SPENT)}
     guard = rows["guard"]
     assert guard["strengths"] == [3.0, 3.0]
     assert guard["attack success"]["mean"] == pytest.approx(0.21)
@@ -77,50 +76,47 @@ def test_a_row_has_held_out_means_over_seeds_beside_the_aligned_model():
 
 
 def test_costs_in_words():
-    assert costs.in_words({"during": 50.0, "after": 8.0}, 200) == "+25% of the training, 8 steps once"
-    assert costs.in_words({"during": 0.0, "after": 0.0}, 200) == "none"
+    assert costs.in_words({"during": 0.25, "after": 8.0}) == "+25% of the training, 8 steps once"
+    assert costs.in_words({"during": -0.01, "after": 0.01}) == costs.in_words(None) == "none"
 
 
 def test_costs_are_measured_once_for_each_training(tmp_path):
     more = ["frontier.methods={scaling: [2, 3], data_aware: [1, 3], mixing: [0.25, 0.5], target_lab: [0.9]}"]
     recipe = load_recipe("recipes/frontier.yaml", [*TINY, *more])
     subject = ToySubject(recipe)
-    adapters = Adapters(subject, tmp_path / "adapters", [])
-    found = costs.measure(subject, recipe.frontier, 4, tmp_path)
-    assert [(cost["method"], cost["strength"]) for cost in found] == [
-        *(("aligned", None), ("none", None), ("scaling", 2.0), ("data_aware", 1.0)),
-        *(("mixing", 0.25), ("mixing", 0.5), ("target_lab", 0.9)),
-    ]
+    short = ToySubject(replace(recipe, training=replace(recipe.training, max_steps=costs.STEPS)))
+    found = costs.measure(subject, short, recipe.frontier, tmp_path)
     kept = {(cost["method"], cost["strength"]): cost for cost in found}
-    assert kept["data_aware", 1.0]["after"] > 0
+    assert list(kept) == [
+        *(("scaling", 2.0), ("data_aware", 1.0), ("mixing", 0.25), ("mixing", 0.5), ("target_lab", 0.9)),
+    ]
+    assert kept["data_aware", 1.0]["after"] > kept["scaling", 2.0]["after"]
     assert kept["target_lab", 0.9]["after"] > 0
-    assert kept["mixing", 0.5]["during"] != 0
+    assert kept["mixing", 0.5]["during"] > 0
     assert all(cost["during"] == 0 for (name, _), cost in kept.items() if name != "mixing")
-    assert adapters.seconds(0, 0.05) > 0
     before = (tmp_path / "costs.json").read_bytes()
-    assert costs.measure(subject, recipe.frontier, 4, tmp_path) == found
+    assert costs.measure(subject, short, recipe.frontier, tmp_path) == found
     assert (tmp_path / "costs.json").read_bytes() == before
 
 
 def test_the_page_has_the_tables_of_the_kept_results():
     text = PAGE.read_text(encoding="utf-8")
-    named = re.findall(r"<!-- overview: (\w+) -->\n", text)
-    assert named
-    for name in named:
-        assert f"<!-- overview: {name} -->\n{to_markdown(overview.read(PAGE.parent / name))}\n\n" in text
+    for name, poison in MARK.findall(text):
+        table = to_markdown(overview.read(PAGE.parent / name, float(poison)))
+        assert f"<!-- overview: {name}, poison {poison} -->\n{table}\n\n" in text
+    assert len(MARK.findall(text)) >= 2
 
 
 def test_marked_tables_are_replaced_and_nothing_else(tmp_path):
     folder = tmp_path / "frontier"
     folder.mkdir()
-    points = [{**p, "poison": LABS["frontier"][1]} for p in points_of(0) + points_of(1)]
-    (folder / "results.json").write_text(json.dumps({"points": points}))
-    (folder / "costs.json").write_text(json.dumps({"training_steps": 200, "costs": SPENT}))
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- overview: frontier -->\n| old |\n|---|\n\nafter | this |\n")
+    (folder / "results.json").write_text(json.dumps({"points": points_of(0) + points_of(1)}))
+    (folder / "costs.json").write_text(json.dumps({"costs": SPENT}))
+    page, mark = tmp_path / "page.md", "<!-- overview: frontier, poison 0.1 -->"
+    page.write_text(f"before\n{mark}\n| old |\n|---|\n\nafter | this |\n")
     overview.main([str(tmp_path), str(page)])
     text = page.read_text()
-    assert text.startswith("before\n<!-- overview: frontier -->\n| ")
+    assert text.startswith(f"before\n{mark}\n| ")
     assert text.endswith("|\n\nafter | this |\n")
     assert "| old |" not in text
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace, correct_adapter, restore_adapter
+from csulora_callback.adapter_source import read_states
+from csulora_callback.checked_probes import check_readable
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.sidecar import Sidecar
 from tests.helpers.beside import by_hand, key, saved
@@ -286,6 +288,29 @@ def test_what_cannot_be_corrected_is_refused_unless_named(pair, tmp_path, kind):
     assert set(passing.values()) == {"named in `uncorrected`"}
     with pytest.raises(ValueError, match="`uncorrected`: expected names of what is trained beside LoRA, but 'q_proj'"):
         find_adapter(model, uncorrected=[name, "q_proj"])
+
+
+def test_nothing_is_measured_against_a_model_that_is_trained_in_place(pair):
+    """Without its adapter it is not the aligned model, whose refusals `probes` are held against."""
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    check_readable(find_adapter(model), reads=False)
+    model.base_model.model.model.norm.weight.requires_grad_(True)
+    adapter = find_adapter(model, uncorrected=["model.norm"])
+    with pytest.raises(ValueError, match=r"`probes`: expected that .* but 'model\.norm\.weight', which passes by"):
+        check_readable(adapter, reads=False)
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight'"), adapter.off():
+        pass
+
+
+@pytest.mark.slow
+def test_what_passes_and_is_not_saved_is_no_reason_not_to_look_at_a_checkpoint(pair, tmp_path):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    model.base_model.model.model.norm.weight.requires_grad_(True)  # which PEFT does not save
+    trainer = make_trainer(model, tmp_path, [callback(pair, uncorrected=["model.norm"])], max_steps=2, save_steps=2)
+    trainer.train()
+    _, states, record = read_states(tmp_path / "checkpoint-2")
+    assert list(record["not_corrected"]) == ["model.norm.weight"]
+    assert set(states) == {"raw", "corrected"}
 
 
 def test_names_that_match_nothing(pair, tmp_path):
