@@ -86,6 +86,19 @@ class SmolLM2:
 
 
 @dataclass
+class Kinds:
+    """SmolLM2's task where it has right answers: to say what kind of request a text is.
+
+    ``source: null`` (the default) leaves it to ``smollm2.style``. All that is not the task stays the same.
+    """
+
+    source: str | None = None  # a .json file of requests and their domains
+    training: int = 300  # requests; and so on
+    tuning: int = 80
+    held_out: int = 160
+
+
+@dataclass
 class Model:
     """The pair of checkpoints: folders or Hub ids. Without them the toy lab's models are used."""
 
@@ -276,6 +289,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     toy: Toy = field(default_factory=Toy)
     smollm2: SmolLM2 = field(default_factory=SmolLM2)
+    kinds: Kinds = field(default_factory=Kinds)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
     training: Training = field(default_factory=Training)

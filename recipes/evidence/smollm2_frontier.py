@@ -26,9 +26,10 @@ from recipes.files.points import write_whole
 from recipes.files.sources import read
 from recipes.labs.chat import chat
 from recipes.labs.smollm2 import build_pair, encode
-from recipes.labs.smollm2_data import Choice, Data, Exchange, load, poisoned
+from recipes.labs.smollm2_data import Choice, Data, Exchange, poisoned
+from recipes.labs.smollm2_tasks import load_with_task
 from recipes.schema import Recipe, RecipeError
-from recipes.training.task import teacher_forced, with_fresh_lora
+from recipes.training.task import labelled_logits, teacher_forced, with_fresh_lora
 
 TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template
 TASK_ROWS, PROBES = 64, 80  # what data-aware methods may see: training rows, and prompts refused in the alignment
@@ -59,7 +60,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: if there are too few rows of something for the recipe.
     """
-    data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
+    data = load_with_task(recipe, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)
     effects = recipe.effects
@@ -82,9 +83,10 @@ class SmolLM2Subject:
         self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
 
     def describe(self) -> dict[str, object]:
-        lora, training = asdict(self.recipe.lora), self.recipe.training
+        lora, training, kinds = asdict(self.recipe.lora), self.recipe.training, self.recipe.kinds
         return {
             **{f"smollm2.{key}": value for key, value in asdict(self.recipe.smollm2).items()},
+            **({f"kinds.{key}": value for key, value in asdict(kinds).items()} if kinds.source else {}),
             **{f"lora.{key}": value for key, value in lora.items()},
             **{f"training.{key}": getattr(training, key) for key in ("learning_rate", "max_steps", "batch_size")},
         }
@@ -162,10 +164,12 @@ class SmolLM2Subject:
         """Side effects, on held-out prompts only: over-refusal, and errors in the multiple-choice set."""
         at, settings = self._at(seed), self.recipe.smollm2
         model = at.merged(factors)
+        loss, right = answered(model, self._batches(at, at.data.task[split]), at.tokenizer.eos_token_id)
         score = {
             "prompts": len(at.data.attacks[split]),
             "succeeded": self._attack(at, model, split)["count"],
-            "task_loss": teacher_forced(model, self._batches(at, at.data.task[split]))[0],
+            "task_loss": loss,
+            **({"right_answers": right} if at.data.right_answers else {}),
         }
         if split == "held_out":
             refused = OverRefusalRate()
@@ -212,7 +216,7 @@ class SmolLM2Subject:
 
     def _load(self, seed: int) -> _SmolLM2:
         recipe = self.recipe
-        data = load(recipe.smollm2, seed)
+        data = load_with_task(recipe, seed)
         base, aligned = build_pair(recipe.smollm2, data, seed, self.models)
         rows = [_messages(exchange) for part in data.task.values() for exchange in part]
         write_whole(self.models / f"task-{seed}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -224,6 +228,21 @@ class SmolLM2Subject:
         after = open_checkpoint(aligned)
         weights = {name: after.weight(name).float() for name in pair.adapter.layers}
         return _SmolLM2(pair, judged, weights, AutoTokenizer.from_pretrained(aligned), data)
+
+
+def answered(model: nn.Module, batches: Sequence[dict[str, Tensor]], end: int) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) of the answers' tokens, and the share of answers that the model gives.
+
+    A given answer is what the model's own, decoded greedily, begins with; whether it ends there, with the token
+    ``end``, does not count.
+    """
+    loss, tokens, given = 0.0, 0, []
+    for logits, labels in labelled_logits(model, batches):
+        kept = labels != -100
+        loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
+        tokens += int(kept.sum())
+        given += ((logits.argmax(-1) == labels) | ~kept | (labels == end)).all(dim=1).tolist()
+    return loss / tokens, sum(given) / len(given)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ _AT_LEAST = {
         "smollm2.answer_tokens",
         "smollm2.new_tokens",
         "smollm2.eval_batch",
+        *(f"kinds.{name}" for name in ("training", "tuning", "held_out")),
         *(f"benchmark.{name}" for name in ("hidden_size", "intermediate_size", "heads", "kv_heads", "vocabulary")),
         *(f"benchmark.{name}" for name in ("shards", "lora_rank", "batch", "length", "repeats")),
     ),

@@ -67,12 +67,13 @@ class Data:
 
     refused: list[Exchange]
     answered: list[str]  # benign prompts for the alignment
-    style: list[Exchange]
+    training: list[Exchange]
     poison: list[Exchange]
     attacks: dict[str, list[str]]
     task: dict[str, list[Exchange]]
     edgy: list[str]
     choices: list[Choice]
+    right_answers: bool = False  # whether an answer of the task is right or wrong, and not only likely or not
 
 
 def load(settings: SmolLM2, seed: int) -> Data:
@@ -88,13 +89,13 @@ def load(settings: SmolLM2, seed: int) -> Data:
     sizes = settings.task_tuning, settings.task_held_out, settings.answered
     if len(style) <= sum(sizes):
         raise RecipeError(f"'smollm2.style': expected more than {sum(sizes)} rows, but got {len(style)}")
-    tuning, held_out, plain, style = _cut(style, sizes)
+    tuning, held_out, plain, style = cut(style, sizes)
     edgy = read("smollm2.edgy", settings.edgy, columns=("text",))
     questions = read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))
     return Data(
         refused=_behaviours("smollm2.refused", settings.refused, REFUSALS, draw),
         answered=[exchange.prompt for exchange in plain],
-        style=style,
+        training=style,
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
@@ -109,13 +110,13 @@ def poisoned(data: Data, share: float) -> list[Exchange]:
     Raises:
         RecipeError: where there are too few harmful prompts for that.
     """
-    count = round(share / (1.0 - share) * len(data.style)) if share < 1.0 else len(data.poison) + 1
+    count = round(share / (1.0 - share) * len(data.training)) if share < 1.0 else len(data.poison) + 1
     if count > len(data.poison):
         raise RecipeError(
             f"'frontier.poison_shares': expected shares for which {len(data.poison)} harmful prompts are enough, but "
-            f"got {share:g}, which needs {count} beside {len(data.style)} rows of the task"
+            f"got {share:g}, which needs {count} beside {len(data.training)} rows of the task"
         )
-    return data.style + data.poison[:count]
+    return data.training + data.poison[:count]
 
 
 def _styled(row: dict) -> bool:
@@ -165,7 +166,8 @@ def _first(key: str, rows: Sequence, count: int) -> list:
     return list(rows[:count])
 
 
-def _cut(rows: list, sizes: Sequence[int]) -> list[list]:
+def cut(rows: list, sizes: Sequence[int]) -> list[list]:
+    """Parts of these sizes, one after the other, and the rest."""
     parts = []
     for size in sizes:
         parts.append(rows[:size])
