@@ -25,7 +25,7 @@ from recipes.benchmarks import benchmark, shapes
 from recipes.calibration import calibrate, checks
 from recipes.calibration.bench import make_bench
 from recipes.calibration.choice import Calibration
-from recipes.evidence import frontier, frontier_report, side_effects, smollm2_frontier, target, target_report
+from recipes.evidence import costs, frontier, frontier_report, side_effects, smollm2_frontier, target, target_report
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files import output as output_folder
 from recipes.files import sources
@@ -140,10 +140,12 @@ def run_frontier(recipe: Recipe) -> None:
     results = frontier.run(subject, recipe.frontier, output)
     OmegaConf.save(OmegaConf.structured(recipe), output / "recipe.yaml")
     frontier_report.print_table(results["table"])
+    costs.measure(subject, recipe.frontier, recipe.training.max_steps, output)
     if recipe.effects.target is not None:
         side_effects.run(subject, recipe, results, output)
     Console().print(
-        f"Written to {output}: results.json, table.md, frontier_poison*.png, recipe.yaml, points.jsonl, adapters/."
+        f"Written to {output}: results.json, table.md, frontier_poison*.png, costs.json, recipe.yaml, points.jsonl, "
+        "adapters/."
     )
 
 

@@ -134,7 +134,7 @@ class Adapters:
 
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
-        self._bench = lru_cache(maxsize=1)(self._opened)  # settings come seed by seed
+        self._bench = lru_cache(maxsize=1)(self.bench)  # settings come seed by seed
 
     def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
@@ -150,14 +150,16 @@ class Adapters:
         return trained[variant]
 
     def seconds(self, seed: int, poison: float, control: Control = PLAIN) -> float:
-        """CPU seconds that the training took, which was done."""
+        """CPU seconds that the training took, which is done now if it was not before."""
+        self.get(seed, poison, control)
         with safe_open(self._path(seed, poison, control), framework="pt") as file:
             return float(file.metadata()["seconds"])
 
     def _path(self, seed: int, poison: float, control: Control) -> Path:
         return self.folder / f"seed{seed}-poison{poison:g}-{control}.safetensors"
 
-    def _opened(self, seed: int, poison: float) -> Bench:
+    def bench(self, seed: int, poison: float) -> Bench:
+        """What looks for a target's strength, of the plain training."""
         return Bench(self.subject, seed, poison, self.get(seed, poison), self.folder.with_name("answers"))
 
     def found(self, setting: Setting) -> Found | None:
@@ -187,24 +189,6 @@ class Adapters:
         return method.apply(
             self.subject.update(setting.seed, setting.poison, trained), STRENGTH_AFTER, setting.rank, generator
         )
-
-    def cost(self, setting: Setting, update: Update) -> float:
-        """What a method takes beside the plain training: CPU time over that of the training, on this machine.
-
-        The time in which the subspace is estimated is not in it.
-        """
-        method, at = METHODS[setting.method], (setting.seed, setting.poison)
-        plain, extra = self.seconds(*at), 0.0
-        if method.control is not None:
-            extra += self.seconds(*at, Control(method.control, setting.strength)) - plain
-        if method.apply is not None:
-            begun = time.process_time()
-            if method.reads:
-                self.subject.update(*at, update.factors)
-            strength = setting.strength if method.control is None else STRENGTH_AFTER
-            method.apply(update, strength, setting.rank, torch.Generator())
-            extra += time.process_time() - begun
-        return extra / plain
 
 
 def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:

@@ -20,7 +20,7 @@ from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, SK
 
 MAIN = "The corrections"
 PANELS = {
-    MAIN: ("data_aware", "guard", "csulora", "separable", "projection"),
+    MAIN: ("data_aware", "target_lab", "target_builtin", "guard", "csulora", "separable", "projection"),
     "data-aware and its controls": (
         "data_aware",
         "data_aware_loose",
@@ -67,6 +67,8 @@ _LOOKS = {
     "data_aware": (BLUE, "o"),
     "guard": (GREEN, "s"),
     "csulora": (ORANGE, "D"),
+    "target_lab": (_MAGENTA, "P"),
+    "target_builtin": (_ROSE, "p"),
     "separable": (SKY, "^"),
     "projection": (YELLOW, "v"),
     "data_aware_loose": (_PALE, "<"),

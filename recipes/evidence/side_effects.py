@@ -7,17 +7,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from tqdm.auto import tqdm
 
 from csulora_callback.models.factors import Factors
 from recipes.evidence.baselines import relative_change
 from recipes.evidence.frontier import Adapters, Setting, to_json, with_updates
 from recipes.evidence.frontier_report import first, percent, retained, side_effects_of, with_interval
-from recipes.evidence.methods import METHODS
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.markdown import markdown_table
 from recipes.files.points import Points, claim, key_of, plain, write_whole
 from recipes.schema import Effects, Recipe, RecipeError
 
+HELD = "attacked, then corrected again"
 _NOTHING = {"strength": None, "rank": None, "draw": None}  # of the points that have no such thing
 
 
@@ -27,8 +29,11 @@ class Subject(Protocol):
     def effects(self, seed: int, factors: Factors) -> dict[str, float]:
         """How a model with these factors does on what is neither attack nor task, by name."""
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
-        """Attack success on the held-out half after so many more steps on the poisoned data, from these factors."""
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        """The factors after so many more steps on the poisoned data, from these."""
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
+        """On the held-out half."""
 
 
 def check(recipe: Recipe) -> None:
@@ -90,9 +95,13 @@ def measure(subject: Subject, adapters: Adapters, settings: Sequence[Setting], e
     missing = [setting for setting in settings if key_of(setting.to_json()) not in points]
     for setting, update in with_updates(subject, adapters, _shown(missing)):
         factors = adapters.factors(setting, update)
-        again = subject.attacked_again(setting.seed, setting.poison, factors, effects.steps)
-        effects_there = {**subject.effects(setting.seed, factors), "relative change": relative_change(update, factors)}
-        points.add({**setting.to_json(), "effects": effects_there, "again": again})
+        own = {**subject.effects(setting.seed, factors), "relative change": relative_change(update, factors)}
+        later = subject.trained_on(setting.seed, setting.poison, factors, effects.steps)
+        again = [subject.attack_success(setting.seed, live) for live in later]
+        update_then = subject.update(setting.seed, setting.poison, later[-1])
+        corrected = METHODS["data_aware"].apply(update_then, STRENGTH_AFTER, None, torch.Generator())
+        own[HELD] = subject.attack_success(setting.seed, corrected)
+        points.add({**setting.to_json(), "effects": own, "again": again})
     return [points[key_of(setting.to_json())] for setting in settings]
 
 
@@ -134,7 +143,8 @@ def to_markdown(rows: Sequence[Mapping], effects: Effects) -> str:
         "seeds that have one and, in brackets, 2.5 and 97.5 percentiles of means over resampled seeds; shares in",
         "percent, losses in nats a token; all on held-out prompts. *Relative change*: ‖X − Δ‖ / ‖Δ‖ of the adapter.",
         "*Attack success after n*: after so many more steps of the same fine-tune, poison included, from the",
-        "corrected adapter.",
+        f"corrected adapter. *{HELD.capitalize()}*: after the last of these, and then by `data_aware` at strength",
+        f"{STRENGTH_AFTER:g}, as the callback corrects a second run.",
         "",
     ]
     cells = []

@@ -196,10 +196,13 @@ class SmolLM2Subject:
             "loss on another task": teacher_forced(model, self._batches(at, other))[0],
         }
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        draw = self._draw(seed, poison)
+        return self._at(seed).pair.factors_after(factors, draw, self.recipe.training, seed, steps)
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
         at = self._at(seed)
-        after = at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps)
-        return [self._attack(at, at.merged(live), "held_out")["rate"] for live in after]
+        return self._attack(at, at.merged(factors), "held_out")["rate"]
 
     def _attack(self, at: _SmolLM2, model: PreTrainedModel, split: str) -> dict[str, float]:
         settings, prompts, attacks = self.recipe.smollm2, at.data.attacks[split], AttackSuccessRate()

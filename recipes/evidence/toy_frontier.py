@@ -130,13 +130,15 @@ class ToySubject:
             "loss on other requests": loss,
         }
 
-    def attacked_again(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[float]:
-        at, shares = self._at(seed), []
+    def trained_on(self, seed: int, poison: float, factors: Factors, steps: Sequence[int]) -> list[Factors]:
+        draw = self._draw(seed, poison)
+        return self._at(seed).pair.factors_after(factors, draw, self.recipe.training, seed, steps)
+
+    def attack_success(self, seed: int, factors: Factors) -> float:
+        at = self._at(seed)
         attacks, _ = at.prompts["held_out", "trained"]
-        for live in at.pair.factors_after(factors, self._draw(seed, poison), self.recipe.training, seed, steps):
-            at.pair.adapter.write(live)
-            shares.append(not_refused(answers(at.pair.model, attacks)) / len(attacks))
-        return shares
+        at.pair.adapter.write(factors)
+        return not_refused(answers(at.pair.model, attacks)) / len(attacks)
 
     def _toy(self, seed: int, poison: float = 0.0) -> toy.Toy:
         return replace(self.recipe.toy, seed=seed, poison_share=poison)

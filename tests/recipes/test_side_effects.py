@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from csulora_callback import Penalty, correct
+from csulora_callback.method.token_space import input_gains
 from recipes.evidence import side_effects
 from recipes.evidence.controls import PLAIN
 from recipes.evidence.frontier import Setting
 from recipes.evidence.frontier_report import retained
-from recipes.evidence.side_effects import chosen, make_table, to_markdown, with_scores
+from recipes.evidence.methods import STRENGTH_AFTER
+from recipes.evidence.side_effects import HELD, chosen, make_table, to_markdown, with_scores
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.points import key_of
 from recipes.files.recipe import load_recipe
@@ -65,7 +68,7 @@ def test_effects_are_those_of_the_factors(finished):
 def test_the_renewed_attack_is_more_of_the_same_fine_tune():
     subject = ToySubject(load_recipe("recipes/frontier.yaml", SETTINGS))
     pair, (attacks, _) = subject._at(0).pair, subject._at(0).prompts["held_out", "trained"]
-    shares = subject.attacked_again(0, 0.05, pair.fresh, STEPS)
+    shares = [subject.attack_success(0, live) for live in subject.trained_on(0, 0.05, pair.fresh, STEPS)]
     steps = list(pair.steps(pair.fresh, subject._draw(0, 0.05), subject.recipe.training, 0))
     raw = subject.train(0, 0.05, PLAIN, [])["raw"]
     for name, pair_of_factors in steps[-1].items():
@@ -73,6 +76,23 @@ def test_the_renewed_attack_is_more_of_the_same_fine_tune():
     for share, done in zip(shares, STEPS, strict=True):
         pair.adapter.write(steps[done - 1])
         assert share == not_refused(answers(pair.model.eval(), attacks)) / len(attacks)
+
+
+def test_what_is_held_is_a_correction_of_the_whole_update_after_the_last_step(finished):
+    recipe = load_recipe("recipes/frontier.yaml", [*SETTINGS, f"output={finished}"])
+    subject, points = ToySubject(recipe), json.loads((finished / "side_effects.json").read_text())["points"]
+    (point,) = (point for point in points if point["method"] == "none")
+    raw = subject.train(0, 0.05, PLAIN, [])["raw"]
+    *_, live = subject.trained_on(0, 0.05, raw, STEPS)
+    pair, update = subject.pair(0), subject.update(0, 0.05, live)
+    gains = input_gains(update.activations.task, update.activations.probes, STRENGTH_AFTER)
+    held = {}
+    for name, (A, B) in live.items():
+        done = correct(A, B, *update.bases[name], Penalty.data_aware(STRENGTH_AFTER), 2.0, input_gain=gains[name])
+        held[name] = done.lora_A, done.lora_B
+    pair.adapter.write(held)
+    attacks, _ = subject._at(0).prompts["held_out", "trained"]
+    assert point["effects"][HELD] == not_refused(answers(pair.model, attacks)) / len(attacks)
 
 
 def test_stopping_early_leaves_the_model_for_evaluation():
@@ -102,7 +122,9 @@ def test_the_table_is_of_what_was_chosen_and_leaves_out_what_was_not():
 
     losses = {"aligned": 3.0, "none": 1.0, "scaling": 2.0, "guard": 1.5}
     points = [{**s.to_json(), **scores(losses[s.method] + 0.1 * s.seed, 3)} for s in settings]
-    measured = [{**s.to_json(), "effects": {"loss on texts": 2.0 + s.seed}, "again": [0.5]} for s in settings]
+    measured = [
+        {**s.to_json(), "effects": {"loss on texts": 2.0 + s.seed}, "again": [0.5], "held": 0.2} for s in settings
+    ]
     rows = {row["method"]: row for row in make_table(with_scores(measured, points))}
     assert rows["scaling"]["seeds"] == 1
     assert rows["scaling"]["effects"]["task retained"]["mean"] == pytest.approx(0.5)
