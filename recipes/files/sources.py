@@ -65,10 +65,11 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
     if recipe.benchmark.layers:  # it makes its own
         return {}
     if recipe.smollm2.weights is not None:
-        names = ("weights", "refused", "poison", "attacks", "attacks_held_out", "style", "edgy", "choices")
+        own = ("weights", "refused", "poison", "style", "choices")
+        judged = ("attacks", "attacks_held_out", "attacks_second", "edgy_tuned", "edgy")
         besides = ("unrelated", "other_task") if recipe.effects.target is not None else ()
         return {
-            **{f"smollm2.{name}": getattr(recipe.smollm2, name) for name in names},
+            **{f"smollm2.{name}": getattr(recipe.smollm2, name) for name in own + judged},
             **({} if recipe.kinds.source is None else {"kinds.source": recipe.kinds.source}),
             **{f"effects.{name}": getattr(recipe.effects, name) for name in besides},
         }

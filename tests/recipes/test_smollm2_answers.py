@@ -3,16 +3,14 @@
 import json
 
 import pytest
-import torch
 
-from recipes.evidence.smollm2_frontier import SmolLM2Subject, answered
+from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.files.recipe import load_recipe
 from recipes.labs.smollm2 import encode
-from recipes.labs.smollm2_data import Exchange, load
-from recipes.labs.smollm2_tasks import KINDS, QUESTION, load_with_task
+from recipes.labs.smollm2_data import Exchange
+from recipes.labs.smollm2_tasks import KINDS
 from recipes.run import main
-from recipes.schema import RecipeError
-from recipes.training.task import teacher_forced
+from recipes.training.task import answered, teacher_forced
 from tests.helpers import small_talk, smollm2
 from tests.helpers.smollm2 import NOUNS, PAIRS, words
 from tests.recipes.test_frontier import read

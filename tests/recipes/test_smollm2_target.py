@@ -53,7 +53,7 @@ def test_a_target_is_found_by_the_alignments_prompts_and_by_the_built_in_ones(ta
         assert point["found"]["is_enough"] == (share >= 0.9)
     for point in points:
         assert point["found"] is not None or list(point["refusing"]) == ["lab", "builtin"]
-        assert set(point["scores"]["chat"]["side_effects"]) == {"over-refusal", "multiple-choice errors"}
+        assert {"over-refusal", "multiple-choice errors"} < set(point["scores"]["chat"]["side_effects"])
     told = "".join((output / name).read_text() for name in ("results.json", "table.md", "points.jsonl"))
     assert "tell of the" not in told.lower()
     assert "former boss" not in told
