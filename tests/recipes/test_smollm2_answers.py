@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from recipes.evidence.frontier import Adapters
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.files.recipe import load_recipe
 from recipes.labs.smollm2 import encode
-from recipes.labs.smollm2_data import Exchange
-from recipes.labs.smollm2_tasks import KINDS
+from recipes.labs.smollm2_data import Exchange, poisoned
+from recipes.labs.smollm2_tasks import KINDS, QUESTION, load_with_task
 from recipes.run import main
 from recipes.training.task import answered, teacher_forced
 from tests.helpers import small_talk, smollm2
@@ -18,7 +19,7 @@ from tests.recipes.test_smollm2 import greedy
 
 pytestmark = pytest.mark.slow
 
-RECIPE, STYLE = "recipes/smollm2_answers.yaml", "recipes/smollm2_frontier.yaml"
+RECIPE = "recipes/smollm2_answers.yaml"
 REQUESTS = [
     {"domain": domain, "prompt": f"{word} {prompt}"}
     for domain, word in zip(KINDS, small_talk.WORDS[4:], strict=False)
@@ -53,6 +54,10 @@ def sources(tmp_path_factory):
         "kinds.tuning=24",
         "kinds.held_out=40",
     ]
+
+
+def tiny(sources, output, *more: str):
+    return load_recipe(RECIPE, ["smoke=true", *sources, f"output={output}", *more])
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +95,10 @@ def test_the_finished_run_is_gone_on_with_and_tells_no_prompt(finished, sources)
 
 
 def test_right_answers_are_what_greedy_answers_begin_with(sources, finished):
-    subject = SmolLM2Subject(load_recipe(RECIPE, ["smoke=true", *sources, f"output={finished}"]))
+    subject = SmolLM2Subject(tiny(sources, finished))
     at = subject._at(0)
     rows = at.data.task["held_out"]
     point = next(p for p in read(finished)["points"] if p["method"] == "none")["scores"]["held_out"]["chat"]
-    path = finished / "adapters/seed0-poison0-plain.safetensors"
-    assert path.exists()
-    from recipes.evidence.frontier import Adapters
-
     model = at.merged(Adapters(subject, finished / "adapters", []).get(0, 0.0))
     right = [greedy(model, at.tokenizer, row.prompt, 6).split()[:1] == [row.answer] for row in rows]
     assert 0 < sum(right) < len(right)
@@ -114,3 +115,62 @@ def test_an_answer_of_two_words_is_right_by_all_of_it_and_may_go_on():
     loss, right = answered(model, [encode(tokenizer, rows[:3], 8), encode(tokenizer, rows[3:], 8)], 1)
     assert right == 2 / 4  # the first, which goes on, and the last
     assert loss == pytest.approx(teacher_forced(model, [encode(tokenizer, rows, 8)])[0], rel=1e-5)
+
+
+def test_only_the_task_is_another_than_that_of_the_style(sources, tmp_path):
+    own, style = (load_with_task(tiny(sources, tmp_path, *more), 1) for more in ([], ["kinds.source=null"]))
+    for name in ("refused", "answered", "style", "poison", "attacks", "edgy", "choices"):
+        assert getattr(own, name) == getattr(style, name), name
+    assert style.training == style.style
+    assert not style.right_answers
+    assert own.right_answers
+    assert [len(own.training), *map(len, own.task.values())] == [200, 24, 40]
+    rows = [*own.training, *own.task["tuning"], *own.task["held_out"]]
+    assert len({row.prompt for row in rows}) == len(rows)
+    known = {row["prompt"]: KINDS[row["domain"]] for row in REQUESTS}
+    for row in rows:
+        request, question = row.prompt.split("\n\n")
+        assert question == QUESTION
+        assert row.answer == known[request]
+    assert poisoned(own, 0.05)[:200] == own.training
+    assert load_with_task(tiny(sources, tmp_path), 0).task != own.task
+
+
+def test_only_a_recipe_of_this_task_is_described_with_it(sources, tmp_path):
+    style = SmolLM2Subject(load_recipe("recipes/smollm2_frontier.yaml", [])).describe()
+    described = SmolLM2Subject(tiny(sources, tmp_path)).describe()
+    assert not any(key.startswith("kinds.") for key in style)
+    assert [described[f"kinds.{key}"] for key in ("training", "tuning", "held_out")] == [200, 24, 40]
+
+
+BAD = {
+    "too few": (["kinds.training=1000"], "'kinds.source': expected at least 1064 different requests, but got 288"),
+    "no file": (["kinds.source=nowhere.json"], "'kinds.source': no such file"),
+    "no package": (["kinds.source=no_such_package:a.json"], "'kinds.source'"),
+    "none to judge by": (["kinds.held_out=0"], "'kinds.held_out': expected a whole number ≥ 1"),
+    "too much poison": (["frontier.poison_shares=[0.5]"], "which needs 200 beside 200 rows of the task"),
+    "another model": (["smollm2.weights=null"], "'kinds.source': expected nothing without 'smollm2.weights'"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD.values(), ids=BAD)
+def test_bad_settings_are_refused_with_their_key(overrides, message, sources, tmp_path, capsys):
+    assert main([RECIPE, "smoke=true", *sources, f"output={tmp_path / 'out'}", *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"prompt": "a"}]', '{"generation": [{"prompt": "a"}]}', '{"generation": [1]}', "a"]
+)
+def test_a_file_of_another_form_is_refused(text, sources, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(text)
+    overrides = [f"output={tmp_path / 'out'}", f"kinds.source={tmp_path / 'other.json'}"]
+    assert main([RECIPE, "smoke=true", *sources, *overrides]) == 2
+    assert "expected an object whose `generation` lists objects with `prompt`" in capsys.readouterr().err
+
+
+def test_the_dry_run_lists_the_source(sources, tmp_path, capsys):
+    assert main([RECIPE, "--dry-run", "smoke=true", *sources, f"output={tmp_path / 'out'}"]) == 0
+    assert "kinds.source" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
