@@ -301,8 +301,9 @@ def with_right_answers(uninterrupted):
     return points
 
 
-def test_where_a_task_has_right_answers_their_share_is_what_is_chosen_by_and_retained(with_right_answers):
-    points, target = with_right_answers, 0.5
+@pytest.mark.parametrize("target", [0.5, 1.0])  # the second is met by all
+def test_where_a_task_has_right_answers_their_share_is_what_is_chosen_by_and_retained(with_right_answers, target):
+    points = with_right_answers
     table = make_table(points, [target])
     for row in (row for row in table if row["method"] in ("scaling", "lower_rate", "none")):
         retained = []
