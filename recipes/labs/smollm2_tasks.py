@@ -1,7 +1,8 @@
 """A task with right answers for SmolLM2: what kind of request a text is, read from an installed package.
 
-The requests are those that the style task answers. All that is not the task is as in
-:mod:`recipes.labs.smollm2_data`, and so is the aligned model of a seed, to the last bit.
+The requests are those that the style task answers; a few of them the aligned model saw in its alignment, as requests.
+All that is not the task is as in :mod:`recipes.labs.smollm2_data`, and so is the aligned model of a seed, to the last
+bit.
 """
 
 from __future__ import annotations
