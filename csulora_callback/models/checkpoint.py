@@ -138,6 +138,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a module's weight; its bytes are not read. Raises as :meth:`weight` does."""
+        self._refuse(name, self.storage(name))
         return reduce(torch.promote_types, (part().dtype for part in self.parts(name)))
 
     def parts(self, name: str) -> list[Reader]:

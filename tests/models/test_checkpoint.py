@@ -226,6 +226,18 @@ def test_quantized_weights_are_refused_as_such(packed):
     quantized[0].weight = nn.Parameter(packed, requires_grad=False)
     with pytest.raises(ValueError, match=r"'0' is quantized \(torch\..*unquantized checkpoint"):
         SafetySubspace.estimate(base, quantized, progress=False)
+    with pytest.raises(ValueError, match=r"'0' is quantized \(torch\..*unquantized checkpoint"):
+        open_checkpoint(quantized).dtype("0")
+
+
+def test_the_dtype_of_packed_weights_in_files_is_refused_though_they_are_floats(tmp_path):
+    """As bitsandbytes stores them on demand; a subspace of float32 weights would else pass as not comparable."""
+    save_file(
+        {"0.weight": torch.ones(8, 1, dtype=torch.bfloat16), "0.weight.absmax": torch.ones(2)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match=r"'0' is quantized \(packed, with absmax\).*unquantized checkpoint"):
+        open_checkpoint(tmp_path).dtype("0")
 
 
 def test_targets_reach_only_what_is_asked_for(storages):

@@ -150,6 +150,7 @@ def data_aware_gains(recipe, raw, penalty) -> dict:
     return {name: input_gain(seen.task[name], seen.probes[name], penalty.on_probes) for name in raw}
 
 
+@pytest.mark.slow
 def test_a_data_aware_penalty_end_to_end(trained, tmp_path, capsys):
     out, recipe = tmp_path / "out", recipe_of(tmp_path, "{data_aware: [100]}")
     assert run(trained, out, "calibrate.target=0.5", "calibrate.ranks=[2,3]", recipe=recipe) == 0
@@ -207,6 +208,7 @@ def test_where_the_raw_adapter_is_safe_already_nothing_is_corrected(trained, tmp
     assert {path.name for path in out.iterdir()} == {"results.json", "answers.jsonl", "recipe.yaml"}
 
 
+@pytest.mark.slow
 def test_no_correction_is_asked_to_be_safer_than_the_aligned_model(trained, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(trained, out, "toy.align_steps=1", "calibrate.target=0.5") == 0  # a step of alignment refuses nothing

@@ -75,6 +75,7 @@ def test_refusals_are_told_from_other_answers():
     assert attacked(model, words, ["a"]) == [Answer("a", " ".join(["Sorry,"] * 32), True)]
 
 
+@pytest.mark.slow
 def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answers(tmp_path, capsys):
     probes = [f"{first} {second}" for first in "abcd" for second in "efgh"]
     (tmp_path / "probes.txt").write_text("\n".join(probes))

@@ -192,6 +192,7 @@ def test_a_save_by_hand_is_corrected(pair, tmp_path):
     assert Sidecar.load(tmp_path / "by-hand").texts is None  # training data stays in checkpoints
 
 
+@pytest.mark.slow
 def test_correcting_every_few_steps_goes_on_from_the_corrected_weights(pair, tmp_path):
     trainer, without = train(pair, tmp_path / "a", [callback(pair, every_n_steps=2)]), train(pair, tmp_path / "b", [])
     losses = [[r["loss"] for r in run.state.log_history if "loss" in r] for run in (trainer, without)]

@@ -38,6 +38,7 @@ def test_rows_count_also_where_the_weights_did_not_move(pair, tmp_path):
     assert [Sidecar.load(tmp_path / f"checkpoint-{step}").texts.seen for step in (1, 2, 3)] == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_a_save_while_corrected_factors_are_live_does_not_change_what_is_measured(pair, tmp_path):
     class Saves(TrainerCallback):
         def on_save(self, args, state, control, model, **kwargs):

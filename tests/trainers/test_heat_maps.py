@@ -144,6 +144,7 @@ CASES += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trainer", "tracker"), CASES)
 def test_trackers_have_what_was_evaluated_and_training_is_bit_identical(
     trainer, tracker, pair, subspace, tmp_path, monkeypatch

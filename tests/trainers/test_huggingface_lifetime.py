@@ -155,6 +155,7 @@ def test_a_module_that_the_trainer_saves_by_itself_is_refused(pair, tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_a_callback_that_was_removed_does_nothing(pair, tmp_path):
     def two_runs(output, callbacks):
         trainer = make_trainer(fresh_model(pair), output, callbacks, save_steps=2)
@@ -180,6 +181,7 @@ def test_a_refused_callback_can_be_removed(pair, tmp_path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_one_callback_in_two_trainers_keeps_their_models_apart(pair, subspace, tmp_path):
     ours = callback(pair)
     first = make_trainer(fresh_model(pair), tmp_path / "first", [ours])

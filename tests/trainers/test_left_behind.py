@@ -175,6 +175,7 @@ def test_a_crashed_run_is_over_when_its_callback_begins_another(pair, tmp_path):
     assert [replaced(owner) for owner in owners] == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_save_leaves_the_weights_that_were_trained(pair, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -190,6 +191,7 @@ def test_a_full_disk_in_a_save_leaves_the_weights_that_were_trained(pair, tmp_pa
     assert not list((tmp_path / "full").rglob("correction.json"))
 
 
+@pytest.mark.slow
 def test_saving_from_a_thread_all_the_time_does_not_touch_training(pair, tmp_path):
     class FromAThread(TrainerCallback):
         def on_train_begin(self, args, state, control, model, **kwargs):
@@ -243,6 +245,7 @@ def test_three_hundred_steps_leave_no_more_tensors_than_a_hundred(pair, tmp_path
     assert counts["with"] <= counts["without"] + 2
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_in_one_trainer_is_free_in_the_other(pair, tmp_path):
     module = in_lightning.Module(pair[1])
     in_lightning.fit(pair, tmp_path / "lightning", [callback(pair)], module, enable_checkpointing=False)

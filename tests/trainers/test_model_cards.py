@@ -183,6 +183,7 @@ class PushesItself(TrainerCallback):
             model.push_to_hub("during", token="hf_fake", commit_message="during")
 
 
+@pytest.mark.slow
 def test_a_model_that_pushes_itself_takes_record_and_section_along_and_no_raw_adapter(
     hub, pair, subspace, tmp_path, caplog
 ):

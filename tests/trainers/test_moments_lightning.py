@@ -114,6 +114,7 @@ def test_every_file_is_the_correction_of_what_is_written_without_the_callback(
     assert_same(live(module.network), corrected_by_hand(live(reference_module.network), subspace))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nobody", "moving average"])
 def test_a_resumed_run_ends_as_the_one_without_the_callback(pair, subspace, tmp_path, name):
     ends = []

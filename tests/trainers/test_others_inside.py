@@ -61,6 +61,7 @@ class Switches(TrainerCallback):
         self.trainer.evaluate()
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_goes_to_other_weights_and_back_in_on_save(pair, subspace, tmp_path):
     def make(output, ours):
         switches = Switches()

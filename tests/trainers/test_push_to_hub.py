@@ -129,6 +129,7 @@ def test_the_best_model_is_uploaded_as_its_checkpoint_was_saved(hub, pair, subsp
     assert_published(hub.commit("End of training"), raw_at[best], subspace)
 
 
+@pytest.mark.slow
 def test_training_resumes_exactly_from_a_downloaded_last_checkpoint(hub, pair, raw_at, tmp_path):
     pushing(pair, tmp_path / "model", "checkpoint", push_raw=True)
     for path, content in hub.commit("Training in progress, step 4, checkpoint").items():
