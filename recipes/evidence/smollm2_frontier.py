@@ -295,9 +295,5 @@ def _digits(verdicts: Sequence[bool]) -> str:
 
 
 def _messages(exchange: Exchange) -> dict:
-    return {
-        "messages": [
-            {"role": "user", "content": exchange.prompt},
-            {"role": "assistant", "content": exchange.answer},
-        ]
-    }
+    turns = ("user", exchange.prompt), ("assistant", exchange.answer)
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
