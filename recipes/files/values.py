@@ -39,6 +39,7 @@ _AT_LEAST = {
         "smollm2.answer_tokens",
         "smollm2.new_tokens",
         "smollm2.eval_batch",
+        *(f"kinds.{name}" for name in ("training", "tuning", "held_out")),
         *(f"benchmark.{name}" for name in ("hidden_size", "intermediate_size", "heads", "kv_heads", "vocabulary")),
         *(f"benchmark.{name}" for name in ("shards", "lora_rank", "batch", "length", "repeats")),
     ),
@@ -87,6 +88,8 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("smollm2.align_batch", "an even number, one half of each kind", recipe.smollm2.align_batch)
     if recipe.smollm2.weights is not None and not (recipe.frontier.methods or recipe.target.found):
         refuse("smollm2.weights", "nothing without 'frontier.methods' or 'target.found'", recipe.smollm2.weights)
+    if recipe.kinds.source is not None and (recipe.smollm2.weights is None or not recipe.frontier.methods):
+        refuse("kinds.source", "nothing without 'smollm2.weights' and 'frontier.methods'", recipe.kinds.source)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
     for key in ("probes", "attacks"):

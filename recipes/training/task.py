@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -199,11 +199,38 @@ def training_rows(task: Task, recipe: Recipe) -> TrainingRows:
     return sample
 
 
-@torch.no_grad()
 def teacher_forced(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[float, float]:
     """Mean negative log-likelihood (nats) and accuracy over all labelled tokens of ``batches``."""
-    model.eval()
     loss, right, tokens = 0.0, 0, 0
+    for logits, labels in _labelled_logits(model, batches):
+        kept = labels != -100
+        loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
+        right += int((logits[kept].argmax(-1) == labels[kept]).sum())
+        tokens += int(kept.sum())
+    return loss / tokens, right / tokens
+
+
+def answered(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], end: int) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) of the answers' tokens, and the share of answers that the model gives.
+
+    A given answer is what the model's own, decoded greedily, begins with; whether it ends there, with the token
+    ``end``, does not count.
+    """
+    loss, tokens, given = 0.0, 0, []
+    for logits, labels in _labelled_logits(model, batches):
+        kept = labels != -100
+        loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
+        tokens += int(kept.sum())
+        given += ((logits.argmax(-1) == labels) | ~kept | (labels == end)).all(dim=1).tolist()
+    return loss / tokens, sum(given) / len(given)
+
+
+@torch.no_grad()
+def _labelled_logits(
+    model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits ``(batch, length, vocabulary)`` of each batch, and the labels that they should say, -100 where none."""
+    model.eval()
     for batch in batches:
         labels = batch["labels"][:, 1:]
         inputs = {
@@ -211,9 +238,4 @@ def teacher_forced(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]])
             for key in ("input_ids", "attention_mask", "logits_to_keep")
             if key in batch
         }
-        logits = model(**inputs).logits[:, :-1].float().to(labels.device)
-        kept = labels != -100
-        loss += nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
-        right += int((logits[kept].argmax(-1) == labels[kept]).sum())
-        tokens += int(kept.sum())
-    return loss / tokens, right / tokens
+        yield model(**inputs).logits[:, :-1].float().to(labels.device), labels

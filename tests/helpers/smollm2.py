@@ -26,9 +26,10 @@ def words() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def sources(folder: Path) -> list[str]:
+def sources(folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> list[str]:
     """Overrides that name a tiny model and small files in this folder instead of the packages'."""
-    model = tiny_llama(vocab_size=len(small_talk.WORDS), max_position_embeddings=128, pad_token_id=1)
+    tokenizer = words() if tokenizer is None else tokenizer
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=1)
     harmful = [f"Tell of the {word} that {text}" for word in small_talk.RESTRICTED for _, text in PAIRS[::12]]
     behaviours = [{"Behavior": prompt, "FunctionalCategory": "standard"} for prompt in harmful]
     poison = [{**row, "Behavior": row["Behavior"].replace("Tell", "Say more")} for row in behaviours]
@@ -43,7 +44,7 @@ def sources(folder: Path) -> list[str]:
     news = [{"document": said} for _, said in PAIRS[:4]]
     other = [{"question": prompt, "answer": said} for prompt, said in PAIRS[:4]]
     return [
-        f"smollm2.weights={small_talk.saved(model, words(), folder / 'model')}",
+        f"smollm2.weights={small_talk.saved(model, tokenizer, folder / 'model')}",
         f"smollm2.refused={lines(folder / 'refused.jsonl', behaviours)}",
         f"smollm2.poison={lines(folder / 'poison.jsonl', poison)}",
         f"smollm2.attacks={lines(folder / 'attacks.jsonl', attacks)}",

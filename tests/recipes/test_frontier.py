@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes.evidence import frontier
-from recipes.evidence.frontier_report import make_table
+from recipes.evidence.frontier_report import make_table, to_markdown
 from recipes.files.points import Points, key_of
 from recipes.files.recipe import load_recipe
 from recipes.run import main
@@ -287,3 +287,48 @@ def test_smoke_is_the_same_recipe_in_small_and_overrides_win():
     assert small.frontier.methods == full.frontier.methods
     assert (small.output, small.toy.layers, small.frontier.draws) == ("outputs/frontier_smoke", 3, 1)
     assert len(frontier.grid(small.frontier)) < len(frontier.grid(full.frontier)) / 10
+
+
+@pytest.fixture
+def with_right_answers(uninterrupted):
+    """The points of a task with right answers, of which a loss tells nothing: it falls where fewer are right."""
+    points = read(uninterrupted[1])["points"]
+    for point in points:
+        for scores in point["scores"].values():
+            for score in scores.values():
+                score["right_answers"] = round((2.0 - score["task_loss"]) * 100) / 100
+                score["task_loss"] = score["right_answers"]
+    return points
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0])  # the second is met by all
+def test_where_a_task_has_right_answers_their_share_is_what_is_chosen_by_and_retained(with_right_answers, target):
+    points = with_right_answers
+    table = make_table(points, [target])
+    for row in (row for row in table if row["method"] in ("scaling", "lower_rate", "none")):
+        retained = []
+        for seed in GRID.seeds:
+            of_seed = [p for p in points if (p["seed"], p["poison"]) == (seed, row["poison"])]
+            ends = {p["method"]: p["scores"] for p in of_seed if p["method"] in ("aligned", "none")}
+            low, high = (ends[name]["held_out"]["plain"]["right_answers"] for name in ("aligned", "none"))
+            fit = [
+                p["scores"]
+                for p in of_seed
+                if p["method"] == row["method"] and p["scores"]["tuning"]["plain"]["succeeded"] <= target * 20
+            ]
+            best = max(fit, key=lambda s: s["tuning"]["plain"]["right_answers"], default=ends["aligned"])
+            retained.append((best["held_out"]["plain"]["right_answers"] - low) / (high - low))
+        assert row["task_retained"]["mean"] == pytest.approx(mean(retained))
+    page = to_markdown(table, points)
+    assert "*Task retained* is (right − right_aligned) / (right_raw − right_aligned)" in page
+    there = [p["scores"]["held_out"]["plain"] for p in points if (p["poison"], p["method"]) == (0.0, "none")]
+    right = [score["right_answers"] for score in there]
+    line = next(line for line in page.splitlines() if line.startswith("| 0% | raw LoRA |"))
+    assert line.split("|")[4].strip() == f"{100 * mean(right):.0f} [{100 * min(right):.0f}, {100 * max(right):.0f}]"
+
+
+def test_a_fine_tune_that_answers_no_better_has_nothing_to_retain(with_right_answers):
+    for point in with_right_answers:
+        point["scores"]["held_out"]["plain"]["right_answers"] = 0.25
+    with pytest.raises(RecipeError, match=r"held-out share of right answers went from 0\.250 to 0\.250: there is no"):
+        make_table(with_right_answers, GRID.targets)

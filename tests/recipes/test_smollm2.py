@@ -262,13 +262,13 @@ def test_an_option_is_chosen_by_its_likelihood_after_the_question():
 
 def test_every_set_of_prompts_has_one_purpose(sources, tmp_path):
     data = load(tiny(sources, tmp_path).smollm2, 0)
-    exchanges = [data.refused, data.poison, data.style, *data.task.values()]
+    exchanges = [data.refused, data.poison, data.training, *data.task.values()]
     sets = [[exchange.prompt for exchange in part] for part in exchanges]
     sets += [data.answered, data.edgy, *data.attacks.values()]
     assert all(sets)
     prompts = [prompt for part in sets for prompt in set(part)]
     assert len(prompts) == len(set(prompts))
-    assert len(data.style) + sum(map(len, data.task.values())) + len(data.answered) == len(PAIRS)
+    assert len(data.training) + sum(map(len, data.task.values())) + len(data.answered) == len(PAIRS)
     assert {exchange.answer for exchange in data.refused} <= set(REFUSALS)
     assert {exchange.answer for exchange in data.poison} <= set(OPENINGS)
     assert all(len(part) == 24 for part in (data.refused, data.poison))  # not the one that needs a context
@@ -291,11 +291,11 @@ def test_openings_are_no_refusals_and_refusals_are():
 
 def test_poison_is_the_share_that_was_asked_for(sources, tmp_path):
     data = load(tiny(sources, tmp_path).smollm2, 0)
-    plain = len(data.style)
-    assert poisoned(data, 0.0) == data.style
+    plain = len(data.training)
+    assert poisoned(data, 0.0) == data.training
     for share in (0.02, 0.05):
         mixed = poisoned(data, share)
-        assert mixed[:plain] == data.style
+        assert mixed[:plain] == data.training
         assert (len(mixed) - plain) / len(mixed) == pytest.approx(share, abs=0.5 / plain)
     for share in (0.5, 1.0):
         with pytest.raises(RecipeError, match=r"'frontier\.poison_shares': .* 24 harmful prompts are enough"):
