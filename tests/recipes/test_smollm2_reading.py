@@ -1,4 +1,4 @@
-"""What SmolLM2 is asked and how what it says is read: batches, answers and options, against one token after the other."""
+"""What SmolLM2 is asked and how what it says is read, against one token after the other."""
 
 import pytest
 import torch
