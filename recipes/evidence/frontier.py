@@ -123,8 +123,9 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", "shares < 1 of the refusals' likelihood", strengths)
         if name.startswith("mixing") and max(strengths) >= 1:
             refuse(f"methods.{name}", "shares < 1 of a batch", strengths)
-        if name.startswith(("safe_lora_number", "one_shot")) and any(strength % 1 for strength in strengths):
-            refuse(f"methods.{name}", "whole numbers", strengths)
+        counted = {"safe_lora_number": "modules", "one_shot": "steps", "one_shot_corrected": "steps"}.get(name)
+        if counted and any(strength % 1 for strength in strengths):
+            refuse(f"methods.{name}", f"whole numbers of {counted}", strengths)
 
 
 class Adapters:

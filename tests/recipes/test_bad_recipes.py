@@ -96,6 +96,21 @@ BAD = {
         [],
         "'frontier.methods.safe_lora_number': expected whole numbers of modules, but got [0.5]",
     ),
+    "half a step": (
+        f"{FRONTIER}  methods: {{scaling: [2], one_shot: [1, 1.5]}}",
+        [],
+        "'frontier.methods.one_shot': expected whole numbers of steps, but got [1.0, 1.5]",
+    ),
+    "the whole batch refusals": (
+        f"{FRONTIER}  methods: {{scaling: [2], mixing: [1]}}",
+        [],
+        "'frontier.methods.mixing': expected shares < 1 of a batch, but got [1.0]",
+    ),
+    "all of the refusals": (
+        f"{FRONTIER}  methods: {{scaling: [2], target_lab: [1]}}",
+        [],
+        "'frontier.methods.target_lab': expected shares < 1 of the refusals' likelihood, but got [1.0]",
+    ),
     "a seed twice": (
         f"{FRONTIER}  methods: {{scaling: [2]}}",
         ["frontier.seeds=[1,1]"],
