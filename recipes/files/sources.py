@@ -69,7 +69,11 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         judged = ("attacks", "attacks_held_out", "attacks_second", "edgy_tuned", "edgy")
         besides = ("unrelated", "other_task") if recipe.effects.target is not None else ()
         return {
-            **{f"smollm2.{name}": getattr(recipe.smollm2, name) for name in own + judged},
+            **{
+                f"smollm2.{key}": source
+                for key in own + judged
+                if (source := getattr(recipe.smollm2, key)) is not None
+            },
             **({} if recipe.kinds.source is None else {"kinds.source": recipe.kinds.source}),
             **{f"effects.{name}": getattr(recipe.effects, name) for name in besides},
         }

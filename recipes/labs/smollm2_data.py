@@ -67,7 +67,7 @@ class Choice:
 class Data:
     """All that one seed's models are made of and judged by; ``attacks``, ``task`` and ``edgy`` by split.
 
-    Of the held-out attacks the first half is of the one source and the other of the second.
+    Of the held-out attacks the second half is of another source, where there is one.
     """
 
     refused: list[Exchange]
@@ -154,13 +154,17 @@ def _attacks(settings: SmolLM2) -> tuple[list[str], list[str]]:
     for prompts in categories:
         draw.shuffle(prompts)
     tuning = [prompt for turn in zip_longest(*categories) for prompt in turn if prompt is not None]
-    second = read("smollm2.attacks_second", settings.attacks_second, columns=("prompt",))["prompt"]
-    second = random.Random(0).sample(list(second), len(second))
     return (
         _first("attacks", tuning, settings.attacks_tuning),
-        _first("attacks_held_out", held_out, settings.attacks_reported)
-        + _first("attacks_second", second, settings.attacks_reported),
+        _first("attacks_held_out", held_out, settings.attacks_reported) + _second(settings),
     )
+
+
+def _second(settings: SmolLM2) -> list[str]:
+    if settings.attacks_second is None:
+        return []
+    rows = list(read("smollm2.attacks_second", settings.attacks_second, columns=("prompt",))["prompt"])
+    return _first("attacks_second", random.Random(0).sample(rows, len(rows)), settings.attacks_reported)
 
 
 def _edgy(settings: SmolLM2) -> tuple[list[str], list[str]]:
