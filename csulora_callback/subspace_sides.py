@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
 
 from csulora_callback.method.basis import Basis
 from csulora_callback.models.names import owner_of_bias
@@ -46,8 +45,7 @@ def _oriented(subspace: SafetySubspace, name: str, layer: Layer) -> Basis:
             f"`subspace`: expected a basis for the adapted module '{name}', but it holds none"
             f"{f'; nearest: {nearest}' if nearest else ''}. Estimate it with target_modules that cover the adapter's."
         )
-    basis = subspace[name]
-    return replace(basis, U=basis.V, V=basis.U) if layer.stored_transposed else basis
+    return subspace[name].oriented(layer.stored_transposed)
 
 
 def _check_sides(name: str, layer: Layer, got: tuple[int, int]) -> None:

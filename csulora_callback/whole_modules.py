@@ -53,10 +53,9 @@ class WholeModules:
             if held < rows:
                 self.passing[f"{name}, rows {held} to {rows - 1}"] = _NEW
             own = oriented_basis(subspace, name, layer.with_rows(held))
-            if held > rows:
-                own = subspace[name].first_rows(rows)
-                own = replace(own, U=own.V, V=own.U) if layer.stored_transposed else own
-            self.bases[name] = own
+            self.bases[name] = (
+                subspace[name].first_rows(rows).oriented(layer.stored_transposed) if held > rows else own
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers

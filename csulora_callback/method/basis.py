@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,17 @@ class Basis:
     def truncated(self, rank: int) -> Basis:
         """The first ``rank`` singular vectors on each side, or all where there are fewer."""
         return Basis(self.U[:, :rank], self.V[:, :rank], self.singular_values[:rank], self.displacement)
+
+    def oriented(self, stored_transposed: bool) -> Basis:
+        """As of ``y = W·x``: of a weight that is stored transposed ``V`` is on the output side.
+
+        Example:
+            >>> import torch
+            >>> basis = Basis(torch.zeros(4, 1), torch.zeros(3, 1), torch.ones(1), displacement=1.0)
+            >>> basis.oriented(stored_transposed=True).U.shape
+            torch.Size([3, 1])
+        """
+        return replace(self, U=self.V, V=self.U) if stored_transposed else self
 
     def first_rows(self, rows: int) -> Basis:
         """Of what the subspace keeps of ``D``, in the first rows alone: fewer of ``U``'s would not be orthonormal.

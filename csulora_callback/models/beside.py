@@ -82,11 +82,11 @@ class Beside:
 
     def check_off(self) -> None:
         """Raise ``ValueError`` if the model without the adapter is not the aligned one, as it trains itself."""
-        for name in self.in_place:
+        if self.in_place:
             raise ValueError(
-                f"`probes`: expected that the model without its adapter is the aligned one, which says what is to be "
-                f"refused, but '{name}', which passes by `uncorrected`, is trained in the model itself. Freeze it, or "
-                "leave out `probes` and correct by weights alone: penalty=Penalty.guard(10.0)."
+                "`probes`: expected that the model without its adapter is the aligned one, which says what is to be "
+                f"refused, but '{self.in_place[0]}', which passes by `uncorrected`, is trained in the model itself. "
+                "Freeze it, or leave out `probes` and correct by weights alone: penalty=Penalty.guard(10.0)."
             )
 
 

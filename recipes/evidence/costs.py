@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from recipes.evidence.controls import PLAIN, Control
-from recipes.evidence.frontier import Adapters, Setting, Subject, grid
+from recipes.evidence.frontier import Adapters, Setting, Subject, grid, to_json
 from recipes.evidence.methods import METHODS, STRENGTH_AFTER, Method
 from recipes.files.points import key_of, write_whole
 from recipes.schema import Frontier
@@ -39,14 +39,12 @@ def measure(subject: Subject, short: Subject, frontier: Frontier, output: Path) 
     """
     path = output / "costs.json"
     known = {key_of(cost): cost for cost in json.loads(path.read_text())["costs"]} if path.exists() else {}
-    settings = _settings(frontier)
-    if any(key_of(setting.to_json()) not in known for setting in settings):
-        meter = _Meter(subject, short, Adapters(subject, output / "adapters", []), settings[0])
-        for setting in settings:
-            if key_of(setting.to_json()) not in known:
-                known[key_of(setting.to_json())] = {**setting.to_json(), **meter.read(setting)}
-    costs = [known[key_of(setting.to_json())] for setting in settings]
-    write_whole(path, '{"costs": [\n' + ",\n".join(map(json.dumps, costs)) + "\n]}\n")
+    settings = {key_of(setting.to_json()): setting for setting in _settings(frontier)}
+    if missing := settings.keys() - known.keys():
+        meter = _Meter(subject, short, Adapters(subject, output / "adapters", []), next(iter(settings.values())))
+        known |= {key: {**settings[key].to_json(), **meter.read(settings[key])} for key in settings if key in missing}
+    costs = [known[key] for key in settings]
+    write_whole(path, to_json({"costs": costs}))
     return costs
 
 

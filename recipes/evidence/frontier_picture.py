@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from recipes.evidence.frontier_report import first, retained, with_interval
 from recipes.evidence.methods import METHODS
-from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, SKY, YELLOW, drawn
+from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, YELLOW, drawn
 
 MAIN = "The corrections"
 PANELS = {
@@ -63,12 +63,13 @@ IN_ALL = {"scaling": "o", "aligned": "s", "none": "X", "benign_only": "*"}
 
 # No two methods of a panel share a colour or a marker, and a method has its own in every panel.
 _INDIGO, _ROSE, _SAND, _BROWN, _MAGENTA, _PALE = "#332288", "#CC6677", "#B79F2B", "#661100", "#AA4499", "#88CCEE"
+_OLIVE = "#999933"
 _LOOKS = {
     "data_aware": (BLUE, "o"),
     "guard": (GREEN, "s"),
     "csulora": (ORANGE, "D"),
-    "target_lab": (_MAGENTA, "P"),
-    "target_builtin": (_ROSE, "p"),
+    "target_lab": (PURPLE, "P"),
+    "target_builtin": (_OLIVE, "p"),
     "separable": (SKY, "^"),
     "projection": (YELLOW, "v"),
     "data_aware_loose": (_PALE, "<"),
@@ -176,9 +177,9 @@ def _draw(
     axis.set_title(title)
     handles, dashes, shown = {}, {}, {method for method, _ in spots}
     for method in (*IN_ALL, *methods):
-        style, ranks = _style(method), [rank for name, rank in spots if name == method]
+        style, ranks = style_of(method), [rank for name, rank in spots if name == method]
         for dash, rank in zip(_DASHES, ranks, strict=False):
-            _line(axis, spots[method, rank], style if rank is None else {**style, "linestyle": dash})
+            draw_line(axis, spots[method, rank], style if rank is None else {**style, "linestyle": dash})
             handles.setdefault(METHODS[method].label, Line2D([], [], **style))
             if rank is not None:
                 dashes.setdefault(f"rank {rank}", Line2D([], [], color=GREY, linestyle=dash))
@@ -195,7 +196,8 @@ def _draw(
     axis.legend(handles.values(), handles, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _style(method: str) -> dict:
+def style_of(method: str) -> dict:
+    """Of its line and markers, as ``Axes.plot`` takes them: one for a method in all pictures."""
     if method in IN_ALL:
         line = "-" if method == "scaling" else "none"
         size = {"scaling": 4, "benign_only": 13}.get(method, 9)
@@ -204,7 +206,8 @@ def _style(method: str) -> dict:
     return {"color": color, "marker": marker, "linestyle": "-", "zorder": 3}
 
 
-def _line(axis: Axes, spots: Sequence[Spot], style: Mapping[str, object]) -> None:
+def draw_line(axis: Axes, spots: Sequence[Spot], style: Mapping[str, object]) -> None:
+    """The spots of one method with their intervals."""
     means = [[getattr(spot, side)["mean"] for spot in spots] for side in ("retained", "success")]
     axis.plot(*means, **style)
     for spot in spots:

@@ -7,24 +7,14 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from recipes.evidence.frontier_picture import Spot, draw_line, style_of
 from recipes.evidence.methods import METHODS
-from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, PURPLE, SKY, YELLOW, drawn
+from recipes.files.pictures import PERCENT, drawn
 
-_LOOKS = {
-    "aligned": (BLACK, "s"),
-    "none": (BLACK, "X"),
-    "data_aware": (BLUE, "o"),
-    "target_lab": (BLUE, "P"),
-    "target_builtin": (SKY, "p"),
-    "guard": (GREEN, "s"),
-    "csulora": (ORANGE, "D"),
-    "mixing": (PURPLE, "v"),
-    "mixing_corrected": (PURPLE, "^"),
-    "kl": (YELLOW, "<"),
-    "kl_corrected": (YELLOW, ">"),
-    "scaling": (GREY, "o"),
-    "safe_lora_threshold": (GREY, "*"),
-}
+SHOWN = (
+    *("aligned", "none", "data_aware", "target_lab", "target_builtin", "guard", "csulora", "mixing"),
+    *("mixing_corrected", "kl", "kl_corrected", "scaling", "safe_lora_threshold"),
+)
 _RING = 1500.0  # points², of refusing every harmless request
 
 
@@ -40,18 +30,12 @@ def plot(labs: Mapping[str, Sequence[Mapping]], path: Path) -> None:
 
 def _draw(axis: Axes, title: str, rows: Sequence[Mapping]) -> None:
     axis.set_title(title)
-    for row in rows:
-        if row["method"] not in _LOOKS:
-            continue
-        color, marker = _LOOKS[row["method"]]
-        kept, success, refused = (row[name] for name in ("task kept", "attack success", "over-refusal"))
-        at = kept["mean"], success["mean"]
-        axis.plot(*at, marker=marker, color=color, linestyle="none", markersize=7, label=METHODS[row["method"]].label)
-        axis.scatter(*at, s=_RING * refused["mean"], facecolors="none", edgecolors=color, linewidths=0.8, zorder=1)
-        for value, line in ((kept, axis.hlines), (success, axis.vlines)):
-            if value["low"] is not None:
-                fixed = at[1] if value is kept else at[0]
-                line(fixed, value["low"], value["high"], color=color, linewidth=1.0, alpha=0.5, zorder=1)
+    for row in (row for row in rows if row["method"] in SHOWN):
+        style = {**style_of(row["method"]), "linestyle": "none", "markersize": 7}
+        spot = Spot(row["task kept"], row["attack success"])
+        draw_line(axis, [spot], {**style, "label": METHODS[row["method"]].label})
+        ring = {"facecolors": "none", "edgecolors": style["color"], "linewidths": 0.8, "zorder": 1}
+        axis.scatter(spot.retained["mean"], spot.success["mean"], s=_RING * row["over-refusal"]["mean"], **ring)
     axis.xaxis.set_major_formatter(PERCENT)
     axis.yaxis.set_major_formatter(PERCENT)
     axis.set_ylabel("attack success")

@@ -1,7 +1,5 @@
 """Where the full-precision weights under an adapter are, and what is said where there are none."""
 
-import shutil
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,6 +8,7 @@ from csulora_callback import SafetySubspace
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.under_adapter import NoFullPrecision, weights_under
+from tests.helpers import hub_cache
 from tests.helpers.quantized import LOOKS, PackedLinear, packed
 
 
@@ -47,16 +46,10 @@ def test_a_model_that_was_loaded_from_nowhere_is_refused(pair, monkeypatch, sour
 
 
 def test_of_a_hub_id_the_revision_in_the_adapters_config_counts(pair, tmp_path, monkeypatch):
-    repo = tmp_path / "models--some-org--some-model"
-    (repo / "refs").mkdir(parents=True)
-    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
-        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
-        (repo / "refs" / ref).write_text(str(place) * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache.keep(pair, tmp_path, monkeypatch)
     model = packed(pair[1], PackedLinear)
     config = model.peft_config["default"]
-    config.base_model_name_or_path = "some-org/some-model"
+    config.base_model_name_or_path = hub_cache.NAME
     for revision, folder in zip((None, "v2"), pair, strict=True):
         config.revision = revision
         adapter = find_adapter(model)

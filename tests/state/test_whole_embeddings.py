@@ -1,13 +1,12 @@
 """Whole embeddings of adapters that were saved: which rows count, and of which checkpoint."""
 
-import shutil
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import Penalty, SafetySubspace, correct_adapter
 from csulora_callback.models.adapters import find_adapter
+from tests.helpers import hub_cache
 from tests.helpers.beside import dense, key, saved, tables
 from tests.helpers.lab import RANK, TARGETS, VOCABULARY, with_lora
 
@@ -15,15 +14,9 @@ SIDED = Penalty.table(aligned=0.25, output=4.0, input=0.5, off=1.0)  # tells an 
 
 
 def test_the_subspace_is_held_against_the_revision_that_was_trained(pair, tmp_path, monkeypatch):
-    repo = tmp_path / "models--some-org--some-model"
-    (repo / "refs").mkdir(parents=True)
-    for place, (ref, folder) in enumerate(zip(("main", "v2"), pair, strict=True)):
-        shutil.copytree(folder, repo / "snapshots" / (str(place) * 40))
-        (repo / "refs" / ref).write_text(str(place) * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_cache.keep(pair, tmp_path, monkeypatch)
     model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]), modules_to_save=["lm_head"])
-    model.peft_config["default"].base_model_name_or_path = "some-org/some-model"
+    model.peft_config["default"].base_model_name_or_path = hub_cache.NAME
     model.peft_config["default"].revision = "v2"
     model.save_pretrained(tmp_path / "raw")
     subspace = SafetySubspace.estimate(*pair, target_modules=[*TARGETS, "lm_head"], rank=RANK, progress=False)
