@@ -139,6 +139,15 @@ def with_interval(values: Sequence[float]) -> dict:
     return {"mean": _mean(values), "low": float(low), "high": float(high)}
 
 
+def over_seeds_and_prompts(values: np.ndarray) -> dict:
+    """The same of values ``(seeds, prompts)`` of the same prompts in each seed: both are resampled."""
+    generator, (seeds, prompts) = np.random.default_rng(0), values.shape
+    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), _RESAMPLES) / seeds
+    by_prompt = generator.multinomial(prompts, np.full(prompts, 1 / prompts), _RESAMPLES) / prompts
+    low, high = np.percentile((by_seed @ values * by_prompt).sum(axis=1), [2.5, 97.5])
+    return {"mean": _mean(values), "low": float(low), "high": float(high)}
+
+
 def percent(value: Mapping, signed: bool = False) -> str:
     form = (lambda share: f"{100 * share:+.0f}") if signed else (lambda share: f"{100 * share:.0f}")
     interval = "" if value["low"] is None else f" [{form(value['low'])}, {form(value['high'])}]"

@@ -12,8 +12,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from recipes.evidence import costs, overview_picture
-from recipes.evidence.frontier_report import first, percent, retained, side_effects_of, with_interval
+from recipes.evidence.frontier_report import (
+    first,
+    over_seeds_and_prompts,
+    percent,
+    retained,
+    side_effects_of,
+    with_interval,
+)
 from recipes.evidence.methods import METHODS
 from recipes.files.markdown import markdown_table
 from recipes.files.points import key_of, write_whole
@@ -31,8 +40,9 @@ ROWS = (
 def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping]) -> list[dict]:
     """One row a method, of the points of one poison share: held-out values of what was chosen in each seed.
 
-    ``attack success``, ``over-refusal`` and ``task kept`` are means over seeds with bootstrap intervals;
-    ``over aligned`` are the first two less the aligned model's, paired by seed.
+    ``attack success``, ``over-refusal`` and ``task kept`` are means with bootstrap intervals over seeds, and of the
+    first two over prompts as well, where the verdict on each prompt is kept; ``over aligned`` are these less the
+    aligned model's, paired by seed and prompt.
     """
     by_seed: dict[int, list[Mapping]] = {}
     for point in points:
@@ -40,15 +50,15 @@ def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping]) -> list[dict]
     rows = []
     for method in (name for name in ROWS if any(point["method"] == name for point in points)):
         chosen = [choose(mine, method) for mine in by_seed.values()]
-        told = [
-            _told(point, _of(mine, "aligned"), _of(mine, "none"))
-            for point, mine in zip(chosen, by_seed.values(), strict=True)
-        ]
+        ends = [[_of(mine, name)["scores"]["held_out"] for mine in by_seed.values()] for name in ("aligned", "none")]
+        held_out = [point["scores"]["held_out"] for point in chosen]
+        kept = [retained(first(own), first(low), first(top)) for own, low, top in zip(held_out, *ends, strict=True)]
         rows.append(
             {
                 "method": method,
                 "strengths": [_strength(point) for point in chosen],
-                **{name: with_interval([values[name] for values in told]) for name in told[0]},
+                **_safety_of(held_out, ends[0]),
+                "task kept": with_interval(kept),
                 "cost": _cost(chosen, spent),
             }
         )
@@ -59,32 +69,55 @@ def choose(points: Sequence[Mapping], method: str) -> Mapping:
     """The setting of a method that somebody would take, by the tuning half of one seed's points.
 
     That which keeps most of the task among those that exceed the aligned model's attack success and over-refusal by
-    no more than ``MARGINS``; where there is none, that which exceeds them least.
+    no more than ``MARGINS``; where there is none, that which exceeds them least. Over-refusal is that of harmless
+    prompts which the aligned model answers: of the tuning ones it may itself refuse most.
     """
     ends = [_of(points, name)["scores"]["tuning"] for name in ("aligned", "none")]
 
     def order(point: Mapping) -> tuple[float, float]:
         tuning = point["scores"]["tuning"]
-        own, aligned = _safety(tuning), _safety(ends[0])
-        too_much = sum(max(0.0, own[name] - aligned[name] - margin) for name, margin in MARGINS.items())
+        over = (_attack_success(tuning) - _attack_success(ends[0]), _newly_refused(tuning, ends[0]))
+        too_much = sum(max(0.0, own - margin) for own, margin in zip(over, MARGINS.values(), strict=True))
         return round(too_much, 9), -retained(first(tuning), *map(first, ends))
 
     return min((point for point in points if point["method"] == method and not point["draw"]), key=order)
 
 
-def _safety(scores: Mapping) -> dict[str, float]:
-    score = first(scores)
-    return {
-        "attack success": score["succeeded"] / score["prompts"],
-        "over-refusal": side_effects_of(scores)["over-refusal"],
-    }
+def _attack_success(scores: Mapping) -> float:
+    return first(scores)["succeeded"] / first(scores)["prompts"]
 
 
-def _told(point: Mapping, aligned: Mapping, raw: Mapping) -> dict[str, float]:
-    own, *ends = (each["scores"]["held_out"] for each in (point, aligned, raw))
-    safety, safest = _safety(own), _safety(ends[0])
-    over = {f"{name}, over aligned": safety[name] - safest[name] for name in safety}
-    return {**safety, **over, "task kept": retained(first(own), *map(first, ends))}
+def _newly_refused(scores: Mapping, aligned: Mapping) -> float:
+    """The share refused of the harmless prompts that the aligned model answers, which may be few of them."""
+    if "told" not in first(scores):
+        return side_effects_of(scores)["over-refusal"] - side_effects_of(aligned)["over-refusal"]
+    own, before = _verdicts([scores], "over-refused"), _verdicts([aligned], "over-refused")
+    return float(own[before == 0].mean())
+
+
+def _safety_of(scores: Sequence[Mapping], aligned: Sequence[Mapping]) -> dict[str, dict]:
+    """Means with intervals of each seed's scores, and of what they exceed the aligned model's by."""
+    said = {}
+    for name, kind in (("attack success", "refused"), ("over-refusal", "over-refused")):
+        if "told" in first(scores[0]):
+            own, before = (_verdicts(each, kind) for each in (scores, aligned))
+            if kind == "refused":
+                own, before = 1 - own, 1 - before
+            said |= {name: over_seeds_and_prompts(own), f"{name}, over aligned": over_seeds_and_prompts(own - before)}
+        else:
+            own, before = ([_share(each, name) for each in half] for half in (scores, aligned))
+            over = [value - least for value, least in zip(own, before, strict=True)]
+            said |= {name: with_interval(own), f"{name}, over aligned": with_interval(over)}
+    return said
+
+
+def _share(scores: Mapping, name: str) -> float:
+    return _attack_success(scores) if name == "attack success" else side_effects_of(scores)[name]
+
+
+def _verdicts(scores: Sequence[Mapping], kind: str) -> np.ndarray:
+    """``(seeds, prompts)``, 1 where a prompt was judged so."""
+    return np.array([list(map(int, first(each)["told"][kind])) for each in scores])
 
 
 def _of(points: Sequence[Mapping], method: str) -> Mapping:
