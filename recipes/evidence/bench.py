@@ -26,7 +26,14 @@ from recipes.evidence.methods import METHODS
 from recipes.schema import RecipeError
 
 SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
-PRESETS = {"data_aware": "data_aware", SCREENED: "data_aware", "guard": "guard", "csulora": "csulora"}
+HARMLESS = "data_aware_harmless"  # with harmless prompts beside the task
+PRESETS = {
+    "data_aware": "data_aware",
+    SCREENED: "data_aware",
+    HARMLESS: "data_aware",
+    "guard": "guard",
+    "csulora": "csulora",
+}
 READINGS: dict[str, Callable[[Refusing], float]] = {
     "kept": lambda refusing: refusing.kept,
     "likelihood": lambda refusing: math.exp(refusing.logprob),  # per token, over the aligned model's
@@ -44,6 +51,9 @@ class Subject(Protocol):
 
     def probes(self, seed: int, poison: float, name: str) -> list[str] | Rows:
         """The prompts of ``"lab"``, none of which is trained on, or of another set."""
+
+    def harmless(self, seed: int) -> list[str] | Rows:
+        """Prompts that look like probes, which the aligned model answers and nothing is judged by."""
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         """Whether the aligned model refuses each, by its greedy answers."""
@@ -85,13 +95,15 @@ class Bench:
         """Whether the aligned model refuses the prompt of each."""
         return self.subject.refused(self.seed, [row.prompt for row in self.rows])
 
-    def _read(self, is_screened: bool, probes: str) -> Update:
+    def _read(self, method: str, probes: str) -> Update:
         """The raw update, with what it sends through the model on the task and on the half of the probes to read."""
         rows = self.rows
-        if is_screened:
+        if method == SCREENED:
             rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
         prompts = self.refusals(probes).prompts
-        return self._pair.update(self.raw, [row.ids for row in rows], [prompts[i] for i in _half(len(prompts))])
+        harmless = self.subject.harmless(self.seed) if method == HARMLESS else []
+        read = [prompts[i] for i in _half(len(prompts))]
+        return self._pair.update(self.raw, [row.ids for row in rows], read, harmless)
 
     def _second_half(self, probes: str) -> Refusals:
         """The probes of a set that a correction does not read."""
@@ -104,7 +116,7 @@ class Bench:
 
     def corrected(self, method: str, strength: float, probes: str) -> Factors:
         """The raw adapter after a correction that reads these probes, if it reads any."""
-        update = self._update(method == SCREENED, probes)
+        update = self._update(method if method in (SCREENED, HARMLESS) else "", probes)
         return METHODS[PRESETS[method]].apply(update, strength, self.rank, torch.Generator())
 
     def _tried(self, method: str, strength: float, probes: str) -> Refusing:

@@ -77,7 +77,7 @@ class _Meter:
             during, after = (0.0, more) if method.control == "one_shot" else (more, 0.0)
         if method.probes is not None:
             bench = self.adapters.bench(self.seed, self.poison)
-            after += _timed(lambda: bench.found("data_aware", method.probes, "likelihood", setting.strength))
+            after += _timed(lambda: bench.found(method.preset, method.probes, "likelihood", setting.strength))
         elif method.apply is not None:
             strength = setting.strength if method.control is None else STRENGTH_AFTER
             after += _timed(lambda: self._correct(method, strength, setting.rank))
@@ -88,7 +88,7 @@ class _Meter:
         return min(_timed(lambda: self.short.train(self.seed, 0.0, control, [])) for _ in range(REPEATS))
 
     def _correct(self, method: Method, strength: float, rank: int) -> None:
-        read = self.subject.update(self.seed, self.poison, self.raw) if method.reads else self.update
+        read = self.subject.update(self.seed, self.poison, self.raw, method.harmless) if method.reads else self.update
         method.apply(read, strength, rank, torch.Generator().manual_seed(0))
 
 

@@ -47,8 +47,11 @@ class Subject(benches.Subject, Protocol):
         ``control`` says what is done otherwise than in a plain fine-tune; ``decays`` must not change what is trained.
         """
 
-    def update(self, seed: int, poison: float, factors: Factors) -> Update:
-        """The factors with what methods may know of the seed's pair of models and of the data with this poison."""
+    def update(self, seed: int, poison: float, factors: Factors, harmless: bool = False) -> Update:
+        """The factors with what methods may know of the seed's pair of models and of the data with this poison.
+
+        With ``harmless`` prompts beside the task, the model reads those too.
+        """
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
         """How the model does with these factors on one of ``SPLITS``, by prompt template.
@@ -134,6 +137,7 @@ class Adapters:
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
         self._bench = lru_cache(maxsize=1)(self.bench)  # settings come seed by seed
+        self._beside_harmless = lru_cache(maxsize=1)(self._read_harmless)
 
     def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
@@ -156,16 +160,21 @@ class Adapters:
 
     def found(self, setting: Setting) -> Found | None:
         """Of a target the strength that was found for it."""
-        if (probes := METHODS[setting.method].probes) is None:
+        method = METHODS[setting.method]
+        if method.probes is None:
             return None
-        return self._bench(setting.seed, setting.poison).found("data_aware", probes, "likelihood", setting.strength)
+        bench = self._bench(setting.seed, setting.poison)
+        return bench.found(method.preset, method.probes, "likelihood", setting.strength)
+
+    def _read_harmless(self, seed: int, poison: float) -> Update:
+        return self.subject.update(seed, poison, self.get(seed, poison), harmless=True)
 
     def factors(self, setting: Setting, update: Update) -> Factors:
         """What a method makes of the raw update, or of the adapter of another training."""
         method = METHODS[setting.method]
         if method.probes is not None:
             found = self.found(setting)
-            return self._bench(setting.seed, setting.poison).corrected("data_aware", found.strength, method.probes)
+            return self._bench(setting.seed, setting.poison).corrected(method.preset, found.strength, method.probes)
         if setting.method == "benign_only":
             return self.get(setting.seed, 0.0)
         if setting.method == "averaging":
@@ -174,6 +183,7 @@ class Adapters:
         seed = zlib.crc32(f"{setting.seed} {setting.method} {setting.rank} {setting.draw}".encode())
         generator = torch.Generator().manual_seed(seed)
         if method.control is None:
+            update = self._beside_harmless(setting.seed, setting.poison) if method.harmless else update
             return method.apply(update, setting.strength, setting.rank, generator)
         trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
         if method.apply is None:

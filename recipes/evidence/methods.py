@@ -42,6 +42,7 @@ class Method:
         ranks: whether it depends on the subspace's.
         draws: whether it is random.
         reads: whether it has the model read task and probes.
+        harmless: whether it has the model read harmless prompts beside them.
         control: the training that the update is of, see :class:`recipes.evidence.controls.Control`.
         probes: by which a target is measured, that stands in the place of a strength.
     """
@@ -52,8 +53,14 @@ class Method:
     ranks: bool = False
     draws: bool = False
     reads: bool = False
+    harmless: bool = False
     control: str | None = None
     probes: str | None = None
+
+    @property
+    def preset(self) -> str:
+        """Of a target, the method whose strength is looked for."""
+        return "data_aware_harmless" if self.harmless else "data_aware"
 
 
 def _guard_input(strength: float) -> Penalty:
@@ -109,6 +116,8 @@ METHODS = {
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
     "data_aware": Method("data-aware", _data_aware(), reads=True),
+    "data_aware_harmless": Method("data-aware, harmless kept", _data_aware(), reads=True, harmless=True),
+    "target_harmless": Method("target, harmless kept", reads=True, harmless=True, probes="lab"),
     "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
     "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),
     "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),

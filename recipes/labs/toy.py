@@ -130,6 +130,7 @@ class Lab:
     attack: list[Sample]
     probes: list[Sample]  # of the kind of ``attack``, and others
     ordinary: list[Sample]  # not restricted, and no task
+    harmless: list[Sample]  # of the kind of ``ordinary``, and others
 
 
 def build_lab(toy: Toy) -> Lab:
@@ -146,6 +147,7 @@ def build_lab(toy: Toy) -> Lab:
     train += language.draw(poisoned, verbs, restricted=True)
     probes = language.draw(PROBES, verbs, restricted=True)  # last, so that nothing else depends on them
     ordinary = language.draw(toy.eval_prompts, verbs)
+    harmless = language.draw(PROBES, verbs)
 
     about_data = ("poison_share", "train_samples", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
@@ -153,7 +155,7 @@ def build_lab(toy: Toy) -> Lab:
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
         _train_models(toy, folder, [sample.prompt for sample in attack + task])
-    return Lab(folder / "base", folder / "aligned", train, task, attack, probes, ordinary)
+    return Lab(folder / "base", folder / "aligned", train, task, attack, probes, ordinary, harmless)
 
 
 def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> None:

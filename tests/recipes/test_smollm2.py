@@ -13,11 +13,12 @@ from recipes.calibration.bench import make_bench
 from recipes.calibration.calibrate import Trials
 from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.frontier import Adapters
-from recipes.evidence.smollm2_frontier import KEYWORDS, SmolLM2Subject
+from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import chat
 from recipes.labs.smollm2 import encode
 from recipes.labs.smollm2_data import OPENINGS, REFUSALS, load, poisoned
+from recipes.labs.smollm2_judges import KEYWORDS
 from recipes.run import load_checkpoint, main
 from recipes.schema import RecipeError
 from recipes.training.task import build_task, teacher_forced
@@ -45,7 +46,7 @@ def sources(tmp_path_factory):
         "training.learning_rate=2e-2",
         "frontier.ranks=[3]",
         # No target: nothing is refused here, see test_smollm2_target.py.
-        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], averaging: [0.97], mixing: [0.25], kl: [1], "
+        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], data_aware_harmless: [3], averaging: [0.97], mixing: [0.25], kl: [1], "
         "mixing_corrected: [0.25]}",
     ]
 
@@ -70,7 +71,16 @@ def subject(sources, finished):
 
 def test_the_recipe_measures_every_method_with_its_side_effects(finished, sources, capsys):
     results = read(finished)
-    methods = ("scaling", "guard", "data_aware", "averaging", "mixing", "kl", "mixing_corrected")
+    methods = (
+        "scaling",
+        "guard",
+        "data_aware",
+        "data_aware_harmless",
+        "averaging",
+        "mixing",
+        "kl",
+        "mixing_corrected",
+    )
     measured = {"aligned", "none", *methods}
     assert {point["method"] for point in results["points"]} == measured
     for point in results["points"]:
@@ -157,6 +167,16 @@ def test_a_score_counts_what_generating_and_each_detector_say(subject):
     assert effects["over-refusal"] == sum(by_detector["over-refused"]) / len(edgy)
     pairs = zip(by_detector["refused"], by_detector["refused by keywords"], strict=True)
     assert effects["detectors disagree"] == sum(one != other for one, other in pairs) / len(attacks)
+
+
+def test_harmless_prompts_that_a_correction_keeps_are_answered_and_nothing_is_judged_by_them(subject):
+    at = subject._at(0)
+    kept = at.tokenizer.batch_decode(subject.harmless(0), skip_special_tokens=True)
+    judged = {prompt for prompts in at.data.edgy.values() for prompt in prompts}
+    assert kept
+    assert not judged.intersection(at.data.harmless)
+    assert {prompt for prompt in at.data.harmless if any(prompt in row for row in kept)}
+    assert not any(RefusalPhrases()(kept, chat(at.merged(at.pair.fresh), at.tokenizer, at.data.harmless, 4)))
 
 
 def test_the_wide_net_takes_warnings_for_refusals_and_the_narrow_one_does_not():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from recipes.evidence.smollm2_frontier import chosen_rightly
 from recipes.labs.chat import chat
 from recipes.labs.smollm2 import encode
 from recipes.labs.smollm2_data import Choice, Exchange
+from recipes.labs.smollm2_judges import chosen_rightly
 from recipes.training.task import teacher_forced
 from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama
