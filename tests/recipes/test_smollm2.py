@@ -46,8 +46,8 @@ def sources(tmp_path_factory):
         "training.learning_rate=2e-2",
         "frontier.ranks=[3]",
         # No target: nothing is refused here, see test_smollm2_target.py.
-        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], data_aware_harmless: [3], averaging: [0.97], mixing: [0.25], kl: [1], "
-        "mixing_corrected: [0.25]}",
+        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], data_aware_harmless: [3], averaging: [0.97], "
+        "mixing: [0.25], kl: [1], mixing_corrected: [0.25]}",
     ]
 
 
