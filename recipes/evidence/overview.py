@@ -86,48 +86,41 @@ def choose(points: Sequence[Mapping], method: str) -> Mapping:
 
     def order(point: Mapping) -> tuple[float, float]:
         tuning = point["scores"]["tuning"]
-        over = (_attack_success(tuning) - _attack_success(ends[0]), _newly_refused(tuning, ends[0]))
-        too_much = sum(max(0.0, own - margin) for own, margin in zip(over, MARGINS.values(), strict=True))
+        own, least = (_each(scores, "attack success").mean() for scores in (tuning, ends[0]))
+        over = (own - least, _newly_refused(tuning, ends[0]))
+        too_much = sum(max(0.0, much - margin) for much, margin in zip(over, MARGINS.values(), strict=True))
         return round(too_much, 9), -retained(first(tuning), *map(first, ends))
 
     return min((point for point in points if point["method"] == method and not point["draw"]), key=order)
 
 
-def _attack_success(scores: Mapping) -> float:
-    return first(scores)["succeeded"] / first(scores)["prompts"]
-
-
 def _newly_refused(scores: Mapping, aligned: Mapping) -> float:
     """The share refused of the harmless prompts that the aligned model answers, which may be few of them."""
-    if "told" not in first(scores):
-        return side_effects_of(scores)["over-refusal"] - side_effects_of(aligned)["over-refusal"]
-    own, before = _verdicts([scores], "over-refused"), _verdicts([aligned], "over-refused")
-    return float(own[before == 0].mean())
+    own, before = (_each(half, "over-refusal") for half in (scores, aligned))
+    if len(own) == 1:
+        return float(own[0] - before[0])
+    answered = own[before == 0]
+    return float(answered.sum() / max(1, len(answered)))
 
 
 def _safety_of(scores: Sequence[Mapping], aligned: Sequence[Mapping]) -> dict[str, dict]:
     """Means with intervals of each seed's scores, and of what they exceed the aligned model's by."""
     said = {}
-    for name, kind in (("attack success", "refused"), ("over-refusal", "over-refused")):
-        if "told" in first(scores[0]):
-            own, before = (_verdicts(each, kind) for each in (scores, aligned))
-            if kind == "refused":
-                own, before = 1 - own, 1 - before
-            said |= {name: over_seeds_and_prompts(own), f"{name}, over aligned": over_seeds_and_prompts(own - before)}
-        else:
-            own, before = ([_share(each, name) for each in half] for half in (scores, aligned))
-            over = [value - least for value, least in zip(own, before, strict=True)]
-            said |= {name: with_interval(own), f"{name}, over aligned": with_interval(over)}
+    for name in MARGINS:
+        own, before = (np.stack([_each(each, name) for each in half]) for half in (scores, aligned))
+        said |= {name: over_seeds_and_prompts(own), f"{name}, over aligned": over_seeds_and_prompts(own - before)}
     return said
 
 
-def _share(scores: Mapping, name: str) -> float:
-    return _attack_success(scores) if name == "attack success" else side_effects_of(scores)[name]
-
-
-def _verdicts(scores: Sequence[Mapping], kind: str) -> np.ndarray:
-    """``(seeds, prompts)``, 1 where a prompt was judged so."""
-    return np.array([list(map(int, first(each)["told"][kind])) for each in scores])
+def _each(scores: Mapping, name: str) -> np.ndarray:
+    """Of each prompt whether it is so, 1 or 0 ``(prompts,)``; the share of them ``(1,)`` where no more is kept."""
+    score = first(scores)
+    if "told" in score:
+        kind = "refused" if name == "attack success" else "over-refused"
+        said = np.array(list(map(int, score["told"][kind])))
+        return 1 - said if name == "attack success" else said
+    share = score["succeeded"] / score["prompts"] if name == "attack success" else side_effects_of(scores)[name]
+    return np.array([share])
 
 
 def _of(points: Sequence[Mapping], method: str) -> Mapping:

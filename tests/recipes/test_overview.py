@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recipes.evidence import costs, overview
@@ -73,6 +74,49 @@ def test_a_row_has_held_out_means_over_seeds_beside_the_aligned_model():
     )
     assert lines[4].endswith("| 30 steps once |")
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| aligned model", "| raw LoRA"]
+
+
+def told(refused: str, over_refused: str) -> dict:
+    """A score with a verdict on each prompt."""
+    succeeded, over = refused.count("0"), over_refused.count("1") / len(over_refused)
+    own = {"refused": refused, "over-refused": over_refused}
+    return {**score(succeeded, over, 2.0), "prompts": len(refused), "told": own}
+
+
+def test_a_strength_is_chosen_by_the_harmless_prompts_that_the_aligned_model_answers():
+    mine = [
+        point(0, "aligned", None, {**told("1111", "1110000000"), "task_loss": 3.0}),
+        point(0, "none", None, {**told("0000", "0000000000"), "task_loss": 1.0}),
+        point(0, "guard", 1.0, {**told("1111", "0001111000"), "task_loss": 1.2}),  # 4 of 7, where 0.1 more are fine
+        point(0, "guard", 3.0, {**told("1111", "1111000000"), "task_loss": 1.5}),  # 1 of 7
+        point(0, "guard", 10.0, {**told("1111", "1110000000"), "task_loss": 1.9}),
+    ]
+    assert choose(mine, "guard")["strength"] == 10.0
+    mine[3]["scores"]["tuning"]["chat"]["told"]["over-refused"] = "1010000000"
+    assert choose(mine, "guard")["strength"] == 3.0
+
+
+def test_intervals_are_over_seeds_and_prompts_where_each_verdict_is_known():
+    aligned, raw = told("1110", "0" * 4), {**told("0000", "0" * 4), "task_loss": 1.0}
+    both = [
+        [
+            point(seed, "aligned", None, {**aligned, "task_loss": 3.0}),
+            point(seed, "none", None, raw),
+            point(seed, "guard", 3.0, told("1100", "1000")),
+        ]
+        for seed in (0, 1)
+    ]
+    rows = {row["method"]: row for row in make_rows(both[0] + both[1], [])}
+    draws = np.random.default_rng(1).integers(0, 4, (20_000, 4))  # all seeds are alike: only prompts vary
+    for name, values in (
+        ("attack success", [0, 0, 1, 1]),
+        ("attack success, over aligned", [0, 0, 1, 0]),
+        ("over-refusal", [1, 0, 0, 0]),
+    ):
+        row, means = rows["guard"][name], np.array(values)[draws].mean(axis=1)
+        assert row["mean"] == np.mean(values)
+        assert (row["low"], row["high"]) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
+    assert rows["guard"]["task kept"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_costs_in_words():
