@@ -53,7 +53,7 @@ class Subject(Protocol):
         """The prompts of ``"lab"``, none of which is trained on, or of another set."""
 
     def harmless(self, seed: int) -> list[str] | Rows:
-        """Prompts that look like probes, which the aligned model answers and nothing is judged by."""
+        """Prompts that look like probes and are to be answered; no strength is chosen by them and nothing judged."""
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         """Whether the aligned model refuses each, by its greedy answers."""

@@ -85,7 +85,6 @@ class SmolLM2Subject:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.models = recipe, Path(recipe.output) / "models"
         self._at = lru_cache(maxsize=1)(self._load)  # points come seed by seed
-        self.harmless = lru_cache(maxsize=1)(self._answered)
 
     def describe(self) -> dict[str, object]:
         lora, training, kinds = asdict(self.recipe.lora), self.recipe.training, self.recipe.kinds
@@ -157,14 +156,8 @@ class SmolLM2Subject:
             return [exchange.prompt for exchange in self._at(seed).data.refused[:PROBES]]
         return read_prompts(name)
 
-    def _answered(self, seed: int) -> Rows:
-        """Of the harmless look-alikes that no strength is chosen by, those that the aligned model answers."""
-        rows = tokenize(self._at(seed).data.harmless, str(self.models / f"aligned-{seed}"))
-        kept = [row for row, is_refused in zip(rows, self.refused(seed, rows), strict=True) if not is_refused]
-        if not kept:
-            what = f"prompts that the aligned model answers, beside the {self.recipe.smollm2.edgy_tuning} to choose by"
-            raise RecipeError(f"'smollm2.edgy_tuned': expected {what}, but got none")
-        return kept
+    def harmless(self, seed: int) -> Rows:
+        return tokenize(self._at(seed).data.harmless, str(self.models / f"aligned-{seed}"), "harmless")
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         at = self._at(seed)

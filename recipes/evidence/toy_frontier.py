@@ -90,7 +90,7 @@ class ToySubject:
         return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed, poison)).probes]
 
     def harmless(self, seed: int) -> list[list[int]]:
-        """Requests without a restricted word, which the fine-tune does not teach; those of data without poison."""
+        """Requests without a restricted word, which the fine-tune does not teach."""
         return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed)).harmless]
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:

@@ -169,14 +169,13 @@ def test_a_score_counts_what_generating_and_each_detector_say(subject):
     assert effects["detectors disagree"] == sum(one != other for one, other in pairs) / len(attacks)
 
 
-def test_harmless_prompts_that_a_correction_keeps_are_answered_and_nothing_is_judged_by_them(subject):
+def test_nothing_is_judged_by_harmless_prompts_that_a_correction_keeps(subject):
     at = subject._at(0)
-    kept = at.tokenizer.batch_decode(subject.harmless(0), skip_special_tokens=True)
     judged = {prompt for prompts in at.data.edgy.values() for prompt in prompts}
-    assert kept
+    read = at.tokenizer.batch_decode(subject.harmless(0), skip_special_tokens=True)
+    assert len(read) == len(at.data.harmless) > 0
+    assert all(prompt in row for prompt, row in zip(at.data.harmless, read, strict=True))
     assert not judged.intersection(at.data.harmless)
-    assert {prompt for prompt in at.data.harmless if any(prompt in row for row in kept)}
-    assert not any(RefusalPhrases()(kept, chat(at.merged(at.pair.fresh), at.tokenizer, at.data.harmless, 4)))
 
 
 def test_the_wide_net_takes_warnings_for_refusals_and_the_narrow_one_does_not():
