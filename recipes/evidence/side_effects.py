@@ -51,6 +51,11 @@ def check(recipe: Recipe) -> None:
     ):
         if value not in known:
             raise RecipeError(f"'effects.{key}': expected one of the frontier's, {known}, but got {value!r}")
+    for name in effects.methods or []:
+        if name not in frontier.methods:
+            raise RecipeError(
+                f"'effects.methods': expected some of the frontier's, {list(frontier.methods)}, but got {name!r}"
+            )
     if not effects.steps or sorted(set(effects.steps)) != effects.steps or effects.steps[0] < 1:
         raise RecipeError(f"'effects.steps': expected rising whole numbers ≥ 1, but got {effects.steps}")
     if effects.steps[-1] > recipe.training.max_steps:
@@ -75,8 +80,9 @@ def run(subject: Subject, recipe: Recipe, results: Mapping, output: Path) -> Non
 
 
 def chosen(table: Sequence[Mapping], seeds: Sequence[int], effects: Effects) -> list[Setting]:
-    """Of each seed the aligned model, the raw LoRA, and what was chosen for each method; of random ones the first."""
+    """Of each seed the aligned model, the raw LoRA, and what was chosen for the methods; of random ones the first."""
     rows = [row for row in table if (row["poison"], row["target"]) == (effects.poison, effects.target)]
+    rows = [row for row in rows if effects.methods is None or row["method"] in effects.methods]
     settings = []
     for place, seed in enumerate(seeds):
         settings += [Setting(seed, effects.poison, name, None, None, None) for name in ("aligned", "none")]
@@ -93,7 +99,7 @@ def chosen(table: Sequence[Mapping], seeds: Sequence[int], effects: Effects) -> 
 def measure(subject: Subject, adapters: Adapters, settings: Sequence[Setting], effects: Effects, output: Path) -> list:
     """Each setting's effects; those that the folder ``effects`` of the output holds are not measured again."""
     folder = output / "effects"
-    chosen_for = ("target", "poison")  # which settings are measured, and not how
+    chosen_for = ("target", "poison", "methods")  # which settings are measured, and not how
     claim(folder, {key: value for key, value in asdict(effects).items() if key not in chosen_for})
     points = Points(folder / "points.jsonl")
     missing = [setting for setting in settings if key_of(setting.to_json()) not in points]

@@ -115,6 +115,8 @@ def test_the_table_is_of_what_was_chosen_and_leaves_out_what_was_not():
     assert [(s.seed, s.method) for s in settings if s.method == "scaling"] == [(0, "scaling")]
     assert Setting(1, 0.1, "guard", float("inf"), 4, None) in settings
     assert len(settings) == 2 * 2 + 1 + 2
+    some = chosen(table, [0], replace(effects, methods=["guard"]))
+    assert [setting.method for setting in some] == ["aligned", "none", "guard"]
 
     def scores(loss: float, succeeded: int) -> dict:
         score = {"task_loss": loss, "succeeded": succeeded, "prompts": 10, "side_effects": {"slips": loss / 10}}
@@ -141,6 +143,7 @@ def test_the_table_is_of_what_was_chosen_and_leaves_out_what_was_not():
 BAD = {
     "target": ({"target": 0.3}, "'effects.target': expected one of the frontier's"),
     "poison": ({"target": 0.2, "poison": 0.3}, "'effects.poison': expected one of the frontier's"),
+    "methods": ({"target": 0.2, "methods": ["guard", "hope"]}, "'effects.methods': expected some of the frontier's"),
     "no steps": ({"target": 0.2, "steps": []}, "'effects.steps': expected rising whole numbers"),
     "falling": ({"target": 0.2, "steps": [4, 2]}, "'effects.steps': expected rising whole numbers"),
     "too many": ({"target": 0.2, "steps": [1, 500]}, "'effects.steps': expected at most training.max_steps = 200"),
