@@ -128,10 +128,9 @@ class Activations:
         probes = vectors_of(adapter, texts.read, start=start)
         rows, _, inputs = texts.counted
         task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
-        if task:  # harmless prompts alone would make it count for nothing
-            harmless = vectors_of(adapter, texts.harmless, modules=probes or None, start=start)
-            task = beside_task(task, harmless)
-        return cls(task, probes, texts)
+        # Alone they would make the task count for nothing: they are read where something is known of it.
+        harmless = vectors_of(adapter, texts.harmless, modules=task, start=start)
+        return cls(beside_task(task, harmless), probes, texts)
 
     def unreached(self, adapter: Adapter) -> str | None:
         """What to say of the modules that no probe reaches; ``None`` where there are none."""
