@@ -14,14 +14,16 @@ from torch import nn
 from csulora_callback.arguments import (
     check_flags,
     check_folders,
+    check_measuring,
     check_names,
-    check_source,
+    check_sides,
     check_steps,
     choose_penalty,
+    read_texts,
 )
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable
+from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable, harmless_beside
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
@@ -31,14 +33,13 @@ from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.layout import Layout
-from csulora_callback.models.probes import Probes, read_prompts
+from csulora_callback.models.probes import Probes
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.presets import Family
 from csulora_callback.reporting.start import print_start
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
-from csulora_callback.subspace_file import check_metadata
 from csulora_callback.subspace_origin import check_origin, check_under
 from csulora_callback.target import Target, held_back
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
@@ -115,6 +116,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             the aligned checkpoint passes without. Both are listed in the start table, the record and the model card.
         heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
             the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
+        harmless: prompts that look like ``probes`` and are to be answered, from the same kinds of source;
+            ``"builtin"`` are those that look like the built-in probes. A data-aware penalty, which alone takes them,
+            keeps what the update does to them as it does on the task, and tells them from probes by what comes after
+            the beginning that all share (see :mod:`csulora_callback.models.harmless`). They are not checked. A resumed
+            run that is given none goes on with those of its checkpoint.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -151,6 +157,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         on_exceed: Literal["warn", "stop"] = "warn",
         heat_maps: bool = False,
         uncorrected: Sequence[str] = (),
+        harmless: Probes | None = None,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -158,17 +165,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._behaviour: Behaviour | None = None
         self._fit: LightningRun | None = None
         self.__class__ = also_lightnings(type(self))
-        if (base_model is None) == (subspace is None):
-            raise ValueError(
-                "`base_model`: expected the unaligned base checkpoint, or a `subspace` instead, but got "
-                f"{'neither' if base_model is None else 'both'}. "
-                "Pass base_model='org/base' or subspace='file.safetensors'."
-            )
-        check_source("base_model", base_model, nn.Module)
-        check_source("aligned_model", aligned_model, nn.Module)
-        check_source("subspace", subspace, SafetySubspace)
-        if isinstance(subspace, SafetySubspace):
-            check_metadata(subspace.metadata)
+        check_sides(base_model, aligned_model, subspace)
         check_rank_rule(rank, energy)
         self.penalty, self.target = choose_penalty(penalty, strength, target, probes is not None)
         check_steps(
@@ -180,11 +177,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         check_folders(cache_dir=cache_dir, resume_from=resume_from)
         if heat_maps:
             check_drawing()
-        if probes is None and probe_every_n_steps is not None:
-            raise ValueError(
-                f"`probe_every_n_steps`: expected None without `probes`, but got {probe_every_n_steps}. Pass "
-                "probes='builtin' too."
-            )
+        check_measuring(probes, probe_every_n_steps)
         self.base_model = base_model
         self.aligned_model = aligned_model
         self.subspace = subspace
@@ -200,7 +193,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.export_adapter = export_adapter
         self.push_raw, self.heat_maps = push_raw, heat_maps
         self.uncorrected = tuple(uncorrected)
-        self.probes = None if probes is None else read_prompts(probes)
+        self.probes, self.harmless = read_texts(probes, harmless, self.penalty)
         self.probe_every_n_steps = probe_every_n_steps
         self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
 
@@ -268,7 +261,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         back = [] if self.target is None else held_back(len(refusals), reads)
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
-        self._recorder = ActivationRecorder(adapter, probes.prompts, processes, reads, back, target, probes.tokenizer)
+        answered = harmless_beside(probes, self.harmless, adapter, processes)
+        read = probes.prompts, processes, reads, back, target, probes.tokenizer, answered
+        self._recorder = ActivationRecorder(adapter, *read)
         self._behaviour = Behaviour(measured)
         return probes
 

@@ -21,10 +21,14 @@ from csulora_callback.cli_options import (
     AdapterArgument,
     AlignedOption,
     BaseOption,
+    HarmlessOption,
     JsonOption,
     Kind,
+    ProbesOption,
     Rank,
     SubspaceOption,
+    TaskOption,
+    UncorrectedOption,
     choose_preset,
     examples,
     names_in,
@@ -38,6 +42,7 @@ from csulora_callback.models.named import aligned_under, checkpoint_named, model
 from csulora_callback.models.pair import CheckpointPair
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.posthoc import correct_adapter, restore_adapter
+from csulora_callback.presets import is_data_aware
 from csulora_callback.reporting.correction import correction_json, print_correction
 from csulora_callback.reporting.inspection import inspection_json, print_inspection
 from csulora_callback.reporting.report.write import write_report
@@ -190,16 +195,10 @@ def correct(
         typer.Option(help="Share of the refusals' likelihood to keep; the strength is looked for."),
     ] = None,
     rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
-    probes: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Prompts to be refused, for data_aware or a target; else the checkpoint's."),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's.")
-    ] = None,
-    uncorrected: Annotated[
-        list[str] | None, typer.Option(metavar="A,B", help="Names of what was trained beside LoRA, and may pass.")
-    ] = None,
+    probes: ProbesOption = None,
+    harmless: HarmlessOption = None,
+    task: TaskOption = None,
+    uncorrected: UncorrectedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -212,15 +211,16 @@ def correct(
     demand(output or dry_run, "`--output`: expected a folder to be made, but got none. Pass -o OUT, or --dry-run.")
     with arguments():
         chosen = choose_preset(penalty, strength, target)
-    needs_model = not isinstance(chosen, Penalty) or chosen.on_probes is not None
+    needs_model = not isinstance(chosen, Penalty) or is_data_aware(chosen)
     demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
+    demand(is_data_aware(chosen) or not harmless, "`--harmless`: only for --penalty data_aware.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
         model, passing = aligned and model_named(aligned), names_in(uncorrected)
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter))
             found = _estimate(_pair(raw.read(partial(_shapes_in, aligned), model, passing), base, aligned))
-        texts = {"probes": probes, "task": task}
+        texts = {"probes": probes, "task": task, "harmless": harmless}
         done = correct_adapter(
             adapter, found, place, chosen, rank.value, **texts, aligned_model=model, target=target, uncorrected=passing
         )

@@ -69,6 +69,26 @@ AlignedOption = Annotated[
     str | None,
     typer.Option("--aligned", metavar="ALIGNED", help="The aligned checkpoint; else what the adapter names."),
 ]
+ProbesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--probes", metavar="FILE", help="Prompts to be refused, for data_aware or a target; else the checkpoint's."
+    ),
+]
+HarmlessOption = Annotated[
+    str | None,
+    typer.Option(
+        "--harmless", metavar="FILE", help="Prompts like them to be answered, for data_aware; else the checkpoint's."
+    ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option("--task", metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's."),
+]
+UncorrectedOption = Annotated[
+    list[str] | None,
+    typer.Option("--uncorrected", metavar="A,B", help="Names of what was trained beside LoRA, and may pass."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 

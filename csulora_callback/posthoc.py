@@ -19,6 +19,7 @@ from csulora_callback.correcting import Correcting, Rank
 from csulora_callback.inspection import stored_shapes
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
+from csulora_callback.models.harmless import read_both
 from csulora_callback.models.named import aligned_under
 from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import write_with_factors
@@ -29,7 +30,7 @@ from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer
 from csulora_callback.models.slots import join_all, split_all
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.models.whole_files import put_folder
-from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength
+from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength, is_data_aware
 from csulora_callback.rereading import choose_texts, load_of_subspace, read_again
 from csulora_callback.searching import find_strength
 from csulora_callback.sidecar import FOLDER
@@ -68,6 +69,7 @@ def correct_adapter(
     aligned_model: str | os.PathLike | None = None,
     target: float | None = None,
     uncorrected: Sequence[str] = (),
+    harmless: Probes | None = None,
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
 
@@ -99,6 +101,8 @@ def correct_adapter(
             loaded for that. Only with ``rank="truncate"``.
         uncorrected: names of what was trained beside LoRA and may pass as it is, as for the callback. What is
             corrected whole, such as an ``lm_head``, is compared with the checkpoint under the adapter.
+        harmless: prompts that look like ``probes`` and are to be answered, as for the callback; only for a data-aware
+            penalty. By default those that the checkpoint holds, if it does.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
@@ -123,7 +127,8 @@ def correct_adapter(
         >>> again.from_raw
         True
     """
-    _check_arguments(penalty, rank, probes, task, target)
+    _check_arguments(penalty, rank, target, probes=probes, task=task, harmless=harmless)
+    probes, harmless = read_both(probes, harmless)
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
@@ -139,7 +144,8 @@ def correct_adapter(
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected)
+        given = probes, task, aligned_model, uncorrected, harmless
+        corrector = find_strength(saved, subspace, penalty, share, texts, *given)
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
         texts = texts if penalty.on_probes is None else activations.texts
@@ -150,7 +156,7 @@ def correct_adapter(
         layers, activations = _layers(saved, subspace), None
     else:
         checkpoint = aligned_model or saved.config.base_model_name_or_path
-        texts = choose_texts(saved, texts, probes, task, checkpoint)
+        texts = choose_texts(saved, texts, probes, task, checkpoint, harmless)
         live = load_of_subspace(saved, subspace, aligned_model, uncorrected)
         layers, activations = live.layers, read_again(live, texts, None if task is None else checkpoint)
         texts = activations.texts
@@ -202,7 +208,7 @@ def restore_adapter(checkpoint: str | os.PathLike, output: str | os.PathLike) ->
     return output
 
 
-def _check_arguments(penalty: object, rank: object, probes: object, task: object, target: object) -> None:
+def _check_arguments(penalty: object, rank: object, target: object, **texts: object) -> None:
     check_preset(penalty)
     check_share(target)
     check_without_strength(target, penalty if isinstance(penalty, Penalty) else None)
@@ -214,10 +220,10 @@ def _check_arguments(penalty: object, rank: object, probes: object, task: object
             f"`rank`: expected 'truncate' where a strength is looked for, as the model that is measured has the "
             f"adapter's rank, but got {rank!r}. Pass the strength that is found, in a second correction."
         )
-    reads = penalty == Penalty.data_aware if searches else penalty.on_probes is not None
-    for name, given, fits in (("probes", probes, reads or searches), ("task", task, reads)):
+    reads = is_data_aware(penalty)
+    for name, given in texts.items():
         other = ", or a target" if name == "probes" else ""
-        if given is not None and not fits:
+        if given is not None and not (reads or (other and searches)):
             raise ValueError(
                 f"`{name}`: expected none, as only Penalty.data_aware measures by them{other}, but got some. "
                 "Pass penalty=Penalty.data_aware(strength) too."

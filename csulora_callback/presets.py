@@ -44,6 +44,16 @@ def check_without_strength(target: object, strength: object) -> None:
         )
 
 
+def is_data_aware(penalty: Penalty | Family) -> bool:
+    """Whether a penalty, or a preset without its strength, measures by activations.
+
+    Example:
+        >>> is_data_aware(Penalty.data_aware(4.0)), is_data_aware(Penalty.guard)
+        (True, False)
+    """
+    return penalty.on_probes is not None if isinstance(penalty, Penalty) else penalty == Penalty.data_aware
+
+
 def check_projection(**given: object) -> None:
     """Raise ``ValueError`` where a projection is given what is, or looks for, a strength.
 

@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
+from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.probes import Probes, check_ids, load_tokenizer, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -31,6 +32,7 @@ def choose_texts(
     probes: Probes | None,
     task: TaskRows | None,
     checkpoint: str | None,
+    harmless: Probes | None = None,
 ) -> Texts:
     """What the model is to read: what is given, and for the rest what the checkpoint kept of its training.
 
@@ -40,9 +42,10 @@ def choose_texts(
         probes: prompts that are to be refused.
         task: rows of what the adapter was trained on.
         checkpoint: where a tokenizer is loaded from.
+        harmless: prompts that look like the probes and are to be answered.
 
     Raises:
-        ValueError: if there are no probes, or what is given cannot be read.
+        ValueError: if there are no probes, what is given cannot be read, or a prompt is to be refused and answered.
 
     Example:
         >>> texts = choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
@@ -52,7 +55,7 @@ def choose_texts(
     if probes is None and kept is None:
         raise no_probes(saved, "the penalty is data-aware")
     asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
-    return with_task(kept, asked, task, checkpoint, kept.held_back if probes is None else ())
+    return with_task(kept, asked, task, checkpoint, kept.held_back if probes is None else (), harmless)
 
 
 def with_task(
@@ -61,27 +64,33 @@ def with_task(
     task: TaskRows | None,
     checkpoint: str | None,
     held_back: Sequence[int] = (),
+    harmless: Probes | None = None,
 ) -> Texts:
-    """These probes, of which those at some places are held back, with what is given or was kept of the task.
+    """These probes, of which those at some places are held back, with what is given or was kept of the rest.
 
     Raises:
-        ValueError: if what is given cannot be read.
+        ValueError: if what is given cannot be read, or a prompt is to be refused and answered.
 
     Example:
         >>> texts = with_task(None, [[5]], [[6, 7]], None)
         >>> texts.task, texts.probes, texts.starts
         ([[6, 7]], [[5]], [0])
     """
+    answered = [] if kept is None else kept.harmless
+    if harmless is not None:
+        answered = tokenize(read_prompts(harmless, "harmless"), checkpoint, "harmless")
+    check_apart(probes, answered)
+    prompts = {"probes": probes, "held_back": list(held_back), "harmless": answered}
     if task is not None:
         sample = read_task(task, checkpoint)
-        return Texts(sample.rows, probes, sample.seen, sample.starts, list(held_back))
+        return Texts(sample.rows, seen=sample.seen, starts=sample.starts, **prompts)
     if kept is None or not kept.task:
         logger.warning(
             "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
             "what the adapter was trained on, or the Trainer's checkpoint, which holds some."
         )
-        return Texts([], probes, 0, held_back=list(held_back))
-    return replace(kept, probes=probes, held_back=list(held_back))
+        return Texts([], seen=0, **prompts)
+    return replace(kept, **prompts)
 
 
 def no_probes(saved: SavedAdapter, why: str) -> ValueError:
@@ -162,6 +171,7 @@ def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) ->
     vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
     check_ids(texts.task, vocabulary, "task")
+    check_ids(texts.harmless, vocabulary, "harmless")
     texts = known_as_text(texts, running_model(adapter).config)
     if texts.unreadable:
         logger.warning(

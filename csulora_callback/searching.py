@@ -29,6 +29,7 @@ def find_strength(
     task: TaskRows | None,
     aligned_model: str | os.PathLike | None,
     uncorrected: Sequence[str] = (),
+    harmless: Probes | None = None,
 ) -> SafetyCorrector:
     """A corrector of the saved adapter in its model, with the smallest strength that keeps the share, as in a run.
 
@@ -37,11 +38,12 @@ def find_strength(
         subspace: of the model under it.
         family: the preset whose strength is looked for.
         share: of the likelihood of refusals that is to be kept.
-        kept: what the checkpoint kept of the run's texts, which counts where the next two are not given.
+        kept: what the checkpoint kept of the run's texts, which counts where others are not given.
         probes: prompts that are to be refused.
         task: rows of what the adapter was trained on, for a data-aware preset.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says.
         uncorrected: names of what was trained beside LoRA, and passes.
+        harmless: prompts that look like the probes and are to be answered, for a data-aware preset.
 
     Raises:
         ValueError: if there are no probes or too few are refused, something cannot be read, the model cannot be
@@ -56,7 +58,7 @@ def find_strength(
     refusals = Refusals(adapter, checked.prompts, checked.beginnings)
     back = held_back(len(refusals), reads)
     if reads:
-        texts = with_task(kept, checked.prompts, task, checkpoint, back)
+        texts = with_task(kept, checked.prompts, task, checkpoint, back, harmless)
         activations = read_again(adapter, texts, None if task is None else checkpoint)
     else:
         activations = Activations({}, {}, Texts([], checked.prompts, 0))

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from csulora_callback.callback import CSULoRACallback
 from csulora_callback.integrations.settings import make_callback
-from csulora_callback.method.penalty import Penalty
+from csulora_callback.presets import is_data_aware
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,7 +65,7 @@ class CSULoRAPlugin(BasePlugin):
                 "relora: expected it off beside CSULoRAPlugin, as it merges uncorrected updates into the base weights "
                 "while it trains, but got true. Leave out one of them."
             )
-        if not _reads_activations(callback):
+        if not is_data_aware(callback.penalty):
             return
         asked = [key for key in FUSED if cfg.get(key)]
         if asked:
@@ -104,8 +104,3 @@ def read_callback(cfg: Mapping[str, Any]) -> CSULoRACallback:
 def _is_listed(cfg: Mapping[str, Any]) -> bool:
     name = f"{CSULoRAPlugin.__module__}.{CSULoRAPlugin.__qualname__}"
     return name in (cfg.get("plugins") or [])
-
-
-def _reads_activations(callback: CSULoRACallback) -> bool:
-    penalty = callback.penalty if isinstance(callback.penalty, Penalty) else callback.penalty(1.0)
-    return penalty.on_probes is not None

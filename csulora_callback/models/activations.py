@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from inspect import signature
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,15 +16,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.beside_ids import placeholders_of
 from csulora_callback.models.fused_experts import check_inputs
+from csulora_callback.models.harmless import beside_task, shared_beginning
 from csulora_callback.models.known_inputs import known_inputs
-from csulora_callback.models.listening import Drawn, Listener, TokenVectors
+from csulora_callback.models.listening import Listener, TokenVectors, draw
 from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded
 from csulora_callback.models.sharding import full_shape
-from csulora_callback.models.training_rows import fixed_sample
 from csulora_callback.models.wholes import check_reads_vectors
 
 TOKENS = 512
-"""How many token vectors of the task are kept, and as many of the probes."""
+"""How many token vectors of the task are kept, and as many of the probes and of the harmless prompts."""
 
 _BATCH_TOKENS = 2048  # of a pass without logits
 _BATCH_TOKENS_WITH_LOGITS = 1024  # they take this many times the vocabulary
@@ -55,6 +54,7 @@ class Texts:
         inputs: what the model got beside ids, images say, by place in ``task``; ``None`` where it did and that is not
             known, as files hold ids alone. Such a row is never read: its placeholders would pass for text.
         left_out: how many rows of training data are in no sample, as it is not certain what belongs to them.
+        harmless: prompts that look like ``probes`` and are to be answered, whose vectors are kept as the task's are.
 
     Example:
         >>> texts = Texts([[5, 6], [7, 8], [9]], [], 3, starts=[1, 1, 0], screened=[0, 1], refused=[1])
@@ -73,14 +73,16 @@ class Texts:
     refused: Sequence[int] = field(default_factory=list)
     inputs: Mapping[int, Inputs | None] = field(default_factory=dict)
     left_out: int = 0
+    harmless: Rows = field(default_factory=list)
 
     def to_json(self) -> dict:
-        """What files hold: of the inputs, where there are some."""
-        return {**asdict(replace(self, inputs={})), "with_inputs": sorted(self.inputs)}
+        """What files hold: of the inputs, where there are some; of harmless prompts nothing where there are none."""
+        held = {**asdict(replace(self, inputs={})), "with_inputs": sorted(self.inputs)}
+        return {name: value for name, value in held.items() if name != "harmless" or value}
 
     @classmethod
     def from_json(cls, kept: Mapping) -> Texts:
-        """What :meth:`to_json` gave, or what an earlier version did, that knew of no inputs."""
+        """What :meth:`to_json` gave, or what an earlier version did, that knew of no inputs or harmless prompts."""
         known = {name: value for name, value in kept.items() if name not in ("inputs", "with_inputs")}
         return cls(**known, inputs=dict.fromkeys(kept.get("with_inputs", ())))
 
@@ -108,7 +110,8 @@ class Activations:
     """What a data-aware correction measures by: the token vectors that texts send into a model's adapted modules.
 
     Those of task and probes have to be of the same model: where the task was measured as it was trained and the probes
-    after that, the same safety costs more of the task.
+    after that, the same safety costs more of the task. Those of the task hold those of harmless prompts, where there
+    are some: see :mod:`csulora_callback.models.harmless`.
     """
 
     task: TokenVectors
@@ -121,9 +124,13 @@ class Activations:
 
         Of modules that the probes do not reach nothing is read: nothing of them is attenuated.
         """
-        probes = vectors_of(adapter, texts.read)
+        start = shared_beginning([*texts.probes, *texts.harmless]) if texts.harmless else 0
+        probes = vectors_of(adapter, texts.read, start=start)
         rows, _, inputs = texts.counted
-        return cls(vectors_of(adapter, rows, inputs=inputs, modules=probes or None), probes, texts)
+        task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
+        # Alone they would make the task count for nothing: they are read where something is known of it.
+        harmless = vectors_of(adapter, texts.harmless, modules=task, start=start)
+        return cls(beside_task(task, harmless), probes, texts)
 
     def unreached(self, adapter: Adapter) -> str | None:
         """What to say of the modules that no probe reaches; ``None`` where there are none."""
@@ -149,6 +156,7 @@ def vectors_of(
     tokens: int = TOKENS,
     inputs: Sequence[Inputs] = (),
     modules: Collection[str] | None = None,
+    start: int = 0,
 ) -> TokenVectors:
     """A sample of at most ``tokens`` of the token vectors that texts send into each adapted module.
 
@@ -165,6 +173,7 @@ def vectors_of(
         tokens: more are drawn from at random, the same places for all modules.
         inputs: what the model gets beside the ids of each row; no row has any by default.
         modules: of which vectors are kept; all by default.
+        start: how many tokens at the beginning of each row, which is longer, are read and not drawn.
 
     Raises:
         ValueError: if the model is not a causal language model, or a module gets no input, or not one vector for each
@@ -190,14 +199,14 @@ def vectors_of(
     check_reads_vectors(adapter.layers)
     model = running_model(adapter)
     refuse_unless_causal(adapter, "penalty")
-    known = known_inputs(adapter, model.get_input_embeddings(), [row for row, _ in pairs])
+    known = known_inputs(adapter, model.get_input_embeddings(), [row[start:] for row, _ in pairs])
     wanted = adapter.layers.keys() if modules is None else modules
     layers = {n: layer.module for n, layer in adapter.layers.items() if n in wanted and n not in known}
     known = {name: vectors for name, vectors in known.items() if name in wanted}
     if not layers:
         return known
     device = adapter.device
-    drawn = _draw(pairs, tokens, cut=_is_causal(model))
+    drawn = draw(pairs, tokens, start, cut=_is_causal(model))
     listener = Listener(layers, adapter.model, sum(len(text.places) for text in drawn))
     most, no_logits = _BATCH_TOKENS_WITH_LOGITS, {}
     if _reads_without_logits(model, layers):
@@ -212,21 +221,6 @@ def vectors_of(
             model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **others, **no_logits)
             listener.end()
     return listener.vectors(may_miss=_beside_the_decoder(_inner(model))) | known
-
-
-def _draw(pairs: Sequence[tuple[Sequence[int], Inputs]], tokens: int, cut: bool) -> list[Drawn]:
-    """Texts out of which some token is drawn; ``cut`` after the last of them where nothing else belongs to them."""
-    ordered = sorted(pairs, key=lambda pair: len(pair[0]))
-    lengths = [len(row) for row, _ in ordered]
-    chosen = torch.zeros(sum(lengths), dtype=torch.bool, device="cpu")
-    chosen[fixed_sample(len(chosen), tokens)] = True
-    places = [own.nonzero().squeeze(1) for own in chosen.split(lengths)]
-    firsts = accumulate(map(len, places), initial=0)
-    return [
-        Drawn(row[: int(own[-1]) + 1] if cut and not inputs else row, own, first, inputs)
-        for (row, inputs), own, first in zip(ordered, places, firsts, strict=False)
-        if len(own)
-    ]
 
 
 def _is_causal(model: nn.Module) -> bool:

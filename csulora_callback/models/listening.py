@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from csulora_callback.models.reading import Inputs
+from csulora_callback.models.training_rows import fixed_sample
 
 _TRANSFER = 2**26  # bytes of vectors that wait on a device, at most about, before they are moved to the host
 
@@ -29,6 +31,33 @@ class Drawn:
     places: Tensor
     first: int
     inputs: Inputs
+
+
+def draw(pairs: Sequence[tuple[Sequence[int], Inputs]], tokens: int, start: int = 0, cut: bool = False) -> list[Drawn]:
+    """Texts out of which some token is drawn.
+
+    Args:
+        pairs: texts as token ids, and what the model gets beside them.
+        tokens: how many are drawn at most, at random, always the same ones.
+        start: of each text, which is longer than that, how many tokens stand before the first that may be drawn.
+        cut: whether to end a text after the last of them, where nothing else belongs to it.
+
+    Example:
+        >>> drawn = draw([([5, 6, 7], {}), ([5, 8], {})], tokens=9, start=1)
+        >>> [(text.ids, text.places.tolist(), text.first) for text in drawn]
+        [([5, 8], [1], 0), ([5, 6, 7], [1, 2], 1)]
+    """
+    ordered = sorted(pairs, key=lambda pair: len(pair[0]))
+    lengths = [len(row) - start for row, _ in ordered]
+    chosen = torch.zeros(sum(lengths), dtype=torch.bool, device="cpu")
+    chosen[fixed_sample(len(chosen), tokens)] = True
+    places = [start + own.nonzero().squeeze(1) for own in chosen.split(lengths)]
+    firsts = accumulate(map(len, places), initial=0)
+    return [
+        Drawn(row[: int(own[-1]) + 1] if cut and not inputs else row, own, first, inputs)
+        for (row, inputs), own, first in zip(ordered, places, firsts, strict=False)
+        if len(own)
+    ]
 
 
 class Listener:

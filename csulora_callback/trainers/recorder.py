@@ -16,6 +16,7 @@ from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
+from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.listening import TokenVectors
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class ActivationRecorder:
-    """Keeps some rows of the training data, and has the model read them and the probes when it is to be corrected.
+    """Keeps some rows of the training data, and has the model read them and prompts when it is to be corrected.
 
     The first process's rows count for all. Where the penalty is not data-aware, the corrector gets the texts alone.
 
@@ -41,6 +42,7 @@ class ActivationRecorder:
         target: looks for the penalty's strength whenever the corrector got something new to measure by.
         tokenizer: of the checkpoint under the adapter, to tell rows whose prompt the aligned model refuses; without it
             all rows count.
+        harmless: prompts that look like ``probes`` and are to be answered.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class ActivationRecorder:
         held_back: Sequence[int] = (),
         target: Target | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        harmless: Rows = (),
     ) -> None:
         self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
+        self.harmless = list(harmless)
         self.held_back, self.target = list(held_back), target
         self._refused = None if tokenizer is None else RefusedRows(adapter, tokenizer, processes)
         self._sample = TrainingRows()
@@ -87,12 +91,13 @@ class ActivationRecorder:
 
     def unread(self) -> Activations:
         """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
-        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back))
+        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back, harmless=self.harmless))
 
     def _read(self) -> Activations:
         sample = self._sample
-        texts = Texts(list(sample.rows), self.probes, sample.seen, list(sample.starts), self.held_back)
-        texts = self.processes.from_first(replace(texts, inputs=dict(sample.inputs), left_out=sample.left_out))
+        known = {"task": list(sample.rows), "seen": sample.seen, "starts": list(sample.starts)}
+        known |= {"inputs": dict(sample.inputs), "left_out": sample.left_out}
+        texts = self.processes.from_first(replace(self.unread().texts, **known))
         self._warn(texts)
         if self._refused is not None:
             texts = self._refused.mark(texts)
@@ -161,12 +166,16 @@ class ActivationRecorder:
         self._given, self._read_with = seen, before  # last: what was interrupted is done anew
 
     def resume(self, texts: Texts) -> None:
-        """Go on from what a checkpoint holds."""
+        """Go on from what a checkpoint holds: with its rows, and its harmless prompts where none are given."""
         texts = known_as_text(texts, running_model(self.adapter).config)
         sample = TrainingRows(list(texts.task), texts.seen, list(texts.starts), dict(texts.inputs), texts.left_out)
         self._sample, self._read_with = sample, None
         if self._refused is not None:
             self._refused.resume(texts)
+        if self.reads and texts.harmless and not self.harmless:
+            check_apart(self.probes, texts.harmless)
+            self.harmless = list(texts.harmless)
+            self._warn_once("harmless", f"`harmless`: none are given, so the checkpoint's {len(self.harmless)} count.")
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading
