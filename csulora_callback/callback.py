@@ -262,8 +262,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
         answered = harmless_beside(probes, self.harmless, adapter, processes)
-        read = probes.prompts, processes, reads, back, target, probes.tokenizer, answered
-        self._recorder = ActivationRecorder(adapter, *read)
+        self._recorder = ActivationRecorder(
+            adapter, probes.prompts, processes, reads, back, target, probes.tokenizer, answered
+        )
         self._behaviour = Behaviour(measured)
         return probes
 

@@ -144,8 +144,9 @@ def correct_adapter(
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        given = probes, task, aligned_model, uncorrected, harmless
-        corrector = find_strength(saved, subspace, penalty, share, texts, *given)
+        corrector = find_strength(
+            saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected, harmless
+        )
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
         texts = texts if penalty.on_probes is None else activations.texts

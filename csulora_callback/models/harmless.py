@@ -1,4 +1,4 @@
-r"""Harmless prompts that look like the probes: what keeps a correction from having the model refuse them as well.
+r"""Harmless prompts that look like the probes, beside the task: a correction keeps what the update does to them too.
 
 A data-aware correction attenuates what an update does to the inputs that probes send into a module, and what only
 looks like a probe sends nearly the same ones. So harmless prompts stand beside the task. With ``T`` token vectors of
@@ -69,14 +69,14 @@ def check_apart(probes: Sequence[str] | Rows, harmless: Sequence[str] | Rows) ->
 
 
 def shared_beginning(rows: Rows) -> int:
-    """How many tokens all rows begin with in common, but for the last token of the shortest.
+    """How many tokens all rows begin with in common, but for the last token of the shortest; of an empty one none.
 
     Example:
         >>> shared_beginning([[0, 1, 5, 6], [0, 1, 7]]), shared_beginning([[0, 1, 5], [0, 1]])
         (2, 1)
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    return min(sum(1 for _ in same), min(map(len, rows)) - 1)
+    return max(0, min(sum(1 for _ in same), min(map(len, rows)) - 1))
 
 
 def beside_task(task: TokenVectors, harmless: TokenVectors) -> TokenVectors:

@@ -53,6 +53,7 @@ def test_the_shared_beginning_is_the_common_prefix_and_leaves_a_token_of_each(pr
 def test_a_shared_beginning_that_is_a_whole_prompt_leaves_its_last_token():
     assert shared_beginning([[0, 3, 4], [0, 3], [0, 3, 5]]) == 1
     assert shared_beginning([[0, 3]]) == 1
+    assert shared_beginning([[0, 3], []]) == 0
 
 
 @given(

@@ -24,6 +24,7 @@ START = 2  # all prompts begin with 0, 3
 PROBES = [[0, 3, 5, 6, 7], [0, 3, 9], [0, 3, 4, 11, 12, 13]]
 HARMLESS = [[0, 3, 5, 8, 7], [0, 3, 10, 10, 6]]
 PENALTY = Penalty.data_aware(4.0)
+SHORT = {"max_steps": 4, "save_steps": 2}
 
 
 def callback(pair, **arguments) -> CSULoRACallback:
@@ -36,7 +37,7 @@ def runs(pair, tmp_path_factory):
     """One run without the callback, in ``plain``, and with it: with harmless prompts and ``without``."""
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"plain": [], "with": [callback(pair)], "without": [callback(pair, harmless=None)]}
-    trained = {kind: train(pair, folder / kind, callbacks) for kind, callbacks in kinds.items()}
+    trained = {kind: train(pair, folder / kind, callbacks, **SHORT) for kind, callbacks in kinds.items()}
     assert losses(trained["plain"]) == losses(trained["with"])
     return folder
 
@@ -53,7 +54,7 @@ def assert_corrected(pair, corrected: dict, factors: dict, texts: Texts, other: 
 
 
 def test_a_checkpoint_holds_the_correction_by_both_and_training_is_bit_identical(runs, pair):
-    for step in (4, 8):
+    for step in (2, 4):
         folder, without = (runs / f"{kind}/checkpoint-{step}" for kind in ("with", "without"))
         texts = Sidecar.load(folder).texts
         assert (texts.probes, texts.harmless) == (PROBES, HARMLESS)
@@ -62,17 +63,17 @@ def test_a_checkpoint_holds_the_correction_by_both_and_training_is_bit_identical
 
 
 def test_after_training_what_the_checkpoint_kept_gives_the_same_bytes(runs, subspace, tmp_path):
-    for step in (4, 8):
+    for step in (2, 4):
         folder = runs / f"with/checkpoint-{step}"
         done = correct_adapter(folder, subspace, tmp_path / f"kept-{step}", PENALTY)
         assert (done.output / "adapter_model.safetensors").read_bytes() == read(folder)
-    texts, plain = Sidecar.load(folder).texts, runs / "plain/checkpoint-8"
+    texts, plain = Sidecar.load(folder).texts, runs / "plain/checkpoint-4"
     given = {"probes": texts.probes, "task": texts.task}
     (tmp_path / "harmless.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in HARMLESS))
     correct_adapter(plain, subspace, tmp_path / "given", PENALTY, **given, harmless=tmp_path / "harmless.jsonl")
     assert read(tmp_path / "given") == read(folder)
     correct_adapter(plain, subspace, tmp_path / "without", PENALTY, **given)
-    assert read(tmp_path / "without") == read(runs / "without/checkpoint-8")
+    assert read(tmp_path / "without") == read(runs / "without/checkpoint-4")
     # Others in the place of those that were kept.
     correct_adapter(folder, subspace, tmp_path / "other", PENALTY, harmless=[[0, 3, 20]])
     assert read(tmp_path / "other") not in (read(folder), read(tmp_path / "without"))
@@ -84,9 +85,9 @@ def read(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("given", [pytest.param(HARMLESS, marks=pytest.mark.slow), None])
 def test_a_resumed_run_is_the_uninterrupted_one_also_where_none_are_given_again(given, runs, pair, tmp_path, caplog):
-    shutil.copytree(runs / "with/checkpoint-4", tmp_path / "checkpoint-4")
-    train(pair, tmp_path, [callback(pair, harmless=given)], resume=str(tmp_path / "checkpoint-4"))
-    one, other = runs / "with/checkpoint-8", tmp_path / "checkpoint-8"
+    shutil.copytree(runs / "with/checkpoint-2", tmp_path / "checkpoint-2")
+    train(pair, tmp_path, [callback(pair, harmless=given)], resume=str(tmp_path / "checkpoint-2"), **SHORT)
+    one, other = runs / "with/checkpoint-4", tmp_path / "checkpoint-4"
     assert read(one) == read(other)
     assert Sidecar.load(one).texts == Sidecar.load(other).texts
     assert ("`harmless`: none are given, so the checkpoint's 2 count." in caplog.text) == (given is None)
@@ -112,10 +113,10 @@ def test_in_lightning_the_same(pair, subspace, tmp_path):
 
 
 def test_without_them_the_files_are_what_they_were(runs):
-    kept = json.loads((runs / "without/checkpoint-8/csulora/texts.json").read_text())
+    kept = json.loads((runs / "without/checkpoint-4/csulora/texts.json").read_text())
     assert "harmless" not in kept
-    modules = json.loads((runs / "without/checkpoint-8/csulora/correction.json").read_text()).keys()
-    assert modules == json.loads((runs / "with/checkpoint-8/csulora/correction.json").read_text()).keys()
+    modules = json.loads((runs / "without/checkpoint-4/csulora/correction.json").read_text()).keys()
+    assert modules == json.loads((runs / "with/checkpoint-4/csulora/correction.json").read_text()).keys()
 
 
 @pytest.mark.slow
@@ -171,6 +172,7 @@ def test_what_cannot_stand_beside_probes_is_refused_at_once(pair, case):
         callback(pair, **changed)
 
 
+@pytest.mark.slow
 def test_ids_that_the_model_has_not_are_refused_before_training(pair, tmp_path):
     with pytest.raises(ValueError, match=r"^`harmless`: expected token ids from 0 to 31"):
         train(pair, tmp_path / "out", [callback(pair, harmless=[[32]])])
@@ -192,10 +194,10 @@ def test_after_training_too(runs, subspace, tmp_path, case):
     changed, message = BAD_AFTERWARDS[case]
     arguments = {"penalty": PENALTY, "harmless": HARMLESS, **changed}
     with pytest.raises(ValueError, match=f"^`harmless`: {message}"):
-        correct_adapter(runs / "with/checkpoint-8", subspace, tmp_path / "out", **arguments)
+        correct_adapter(runs / "with/checkpoint-4", subspace, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_probes_there_is_nothing_to_stand_beside(runs, subspace, tmp_path):
     with pytest.raises(ValueError, match=r"^`probes`: expected prompts that are to be refused"):
-        correct_adapter(runs / "plain/checkpoint-8", subspace, tmp_path / "out", PENALTY, harmless=HARMLESS)
+        correct_adapter(runs / "plain/checkpoint-4", subspace, tmp_path / "out", PENALTY, harmless=HARMLESS)
