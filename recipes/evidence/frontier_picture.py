@@ -23,6 +23,8 @@ PANELS = {
     MAIN: ("data_aware", "target_lab", "target_builtin", "guard", "csulora", "separable", "projection"),
     "data-aware and its controls": (
         "data_aware",
+        "data_aware_harmless",
+        "target_harmless",
         "data_aware_loose",
         "data_aware_tight",
         "data_aware_no_task",
@@ -63,7 +65,7 @@ IN_ALL = {"scaling": "o", "aligned": "s", "none": "X", "benign_only": "*"}
 
 # No two methods of a panel share a colour or a marker, and a method has its own in every panel.
 _INDIGO, _ROSE, _SAND, _BROWN, _MAGENTA, _PALE = "#332288", "#CC6677", "#B79F2B", "#661100", "#AA4499", "#88CCEE"
-_OLIVE = "#999933"
+_OLIVE, _TEAL, _FOREST = "#999933", "#44AA99", "#117733"
 _LOOKS = {
     "data_aware": (BLUE, "o"),
     "guard": (GREEN, "s"),
@@ -72,6 +74,8 @@ _LOOKS = {
     "target_builtin": (_OLIVE, "p"),
     "separable": (SKY, "^"),
     "projection": (YELLOW, "v"),
+    "data_aware_harmless": (_TEAL, "h"),
+    "target_harmless": (_FOREST, "8"),
     "data_aware_loose": (_PALE, "<"),
     "data_aware_tight": (_INDIGO, ">"),
     "data_aware_no_task": (_SAND, "^"),
