@@ -23,7 +23,7 @@ from csulora_callback.arguments import (
 )
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable, harmless_beside
+from csulora_callback.checked_probes import CheckedProbes, ask_harmless, check_probes, check_readable
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
@@ -32,6 +32,7 @@ from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.layout import Layout
 from csulora_callback.models.probes import Probes
 from csulora_callback.models.processes import Processes
@@ -255,13 +256,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._recorder = self._behaviour = None
         if self.probes is None:
             return None
+        answered = ask_harmless(self.harmless, adapter, processes)
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
+        check_apart(probes.prompts, answered)
         reads = penalty.on_probes is not None
         refusals = Refusals(adapter, probes.prompts, probes.beginnings, processes)
         back = [] if self.target is None else held_back(len(refusals), reads)
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
-        answered = harmless_beside(probes, self.harmless, adapter, processes)
         self._recorder = ActivationRecorder(
             adapter, probes.prompts, processes, reads, back, target, probes.tokenizer, answered
         )

@@ -17,7 +17,6 @@ from csulora_callback.models.activations import refuse_unless_causal, running_mo
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.fused_experts import check_inputs
-from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.probes import ask, check_ids, load_tokenizer, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -106,20 +105,17 @@ def check_probes(
     )
 
 
-def harmless_beside(
-    probes: CheckedProbes, harmless: Sequence[str] | Rows | None, adapter: Adapter, processes: Processes
-) -> Rows:
+def ask_harmless(harmless: Sequence[str] | Rows | None, adapter: Adapter, processes: Processes) -> Rows:
     """Harmless prompts as token ids, as the model under an adapter is asked them; they are taken at their word.
 
     Raises:
-        ValueError: if they cannot be asked, or one comes out as one of the probes does.
+        ValueError: if they cannot be asked.
     """
     if harmless is None:
         return []
     checkpoint = adapter.config.base_model_name_or_path
     rows = processes.together(lambda: tokenize(harmless, checkpoint, "harmless"))
     check_ids(rows, vocabulary_of(adapter), "harmless")
-    check_apart(probes.prompts, rows)
     return rows
 
 

@@ -257,10 +257,14 @@ class Correcting:
 
 
 def _sampled_rows(texts: Texts | None) -> dict[str, object]:
-    """Of the record: which sampled rows do not count, and which had images, by place in texts.json; how many lack."""
+    """Of the record: which sampled rows do not count, and which had images, by place in texts.json; how many lack.
+
+    And how many harmless prompts stood beside the task.
+    """
     if texts is None:
         return {}
     screened = {"screened": len(texts.screened), "places": list(texts.refused)}
     counts = {"left_out_rows": texts.left_out, "rows_with_inputs": sorted(texts.inputs)}
+    counts["harmless_prompts"] = len(texts.harmless) if texts.counted.rows else 0
     about = {"refused_rows": screened} if texts.screened else {}
     return about | {key: value for key, value in counts.items() if value}

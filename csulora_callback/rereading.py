@@ -55,7 +55,27 @@ def choose_texts(
     if probes is None and kept is None:
         raise no_probes(saved, "the penalty is data-aware")
     asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
-    return with_task(kept, asked, task, checkpoint, kept.held_back if probes is None else (), harmless)
+    back = kept.held_back if probes is None else ()
+    return with_task(kept_beside(kept, probes, harmless), asked, task, checkpoint, back, harmless)
+
+
+def kept_beside(kept: Texts | None, probes: Probes | None, harmless: Probes | None) -> Texts | None:
+    """What a checkpoint kept, without its harmless prompts where other probes are given: they look like its own.
+
+    Example:
+        >>> kept = Texts([[5, 6]], [[7]], 3, harmless=[[8]])
+        >>> kept_beside(kept, None, None).harmless, kept_beside(kept, [[9]], None).harmless
+        ([[8]], [])
+    """
+    if kept is None or probes is None or not kept.harmless:
+        return kept
+    if harmless is None:
+        logger.warning(
+            "`harmless`: the checkpoint's %d do not count, as they stood beside its own probes and others are given. "
+            "Pass harmless=... to have some.",
+            len(kept.harmless),
+        )
+    return replace(kept, harmless=[])
 
 
 def with_task(
@@ -69,7 +89,8 @@ def with_task(
     """These probes, of which those at some places are held back, with what is given or was kept of the rest.
 
     Raises:
-        ValueError: if what is given cannot be read, or a prompt is to be refused and answered.
+        ValueError: if what is given cannot be read, a prompt is to be refused and answered, or harmless ones are given
+            and nothing is known of the task that they stand beside.
 
     Example:
         >>> texts = with_task(None, [[5]], [[6, 7]], None)
@@ -85,6 +106,12 @@ def with_task(
         sample = read_task(task, checkpoint)
         return Texts(sample.rows, seen=sample.seen, starts=sample.starts, **prompts)
     if kept is None or not kept.task:
+        if harmless is not None:
+            raise ValueError(
+                "`harmless`: expected rows of the task as well, beside which they count, but nothing is known of it. "
+                "Pass task=... with rows of what the adapter was trained on, or the Trainer's checkpoint, which holds "
+                "some."
+            )
         logger.warning(
             "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
             "what the adapter was trained on, or the Trainer's checkpoint, which holds some."

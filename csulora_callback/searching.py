@@ -14,7 +14,7 @@ from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.presets import Family
-from csulora_callback.rereading import load_of_subspace, no_probes, read_again, with_task
+from csulora_callback.rereading import kept_beside, load_of_subspace, no_probes, read_again, with_task
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.target import Target, held_back
 
@@ -58,7 +58,7 @@ def find_strength(
     refusals = Refusals(adapter, checked.prompts, checked.beginnings)
     back = held_back(len(refusals), reads)
     if reads:
-        texts = with_task(kept, checked.prompts, task, checkpoint, back, harmless)
+        texts = with_task(kept_beside(kept, probes, harmless), checked.prompts, task, checkpoint, back, harmless)
         activations = read_again(adapter, texts, None if task is None else checkpoint)
     else:
         activations = Activations({}, {}, Texts([], checked.prompts, 0))

@@ -124,12 +124,13 @@ class Activations:
 
         Of modules that the probes do not reach nothing is read: nothing of them is attenuated.
         """
-        start = shared_beginning([*texts.probes, *texts.harmless]) if texts.harmless else 0
-        probes = vectors_of(adapter, texts.read, start=start)
         rows, _, inputs = texts.counted
-        task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
         # Alone they would make the task count for nothing: they are read where something is known of it.
-        harmless = vectors_of(adapter, texts.harmless, modules=task, start=start)
+        answered = texts.harmless if rows else []
+        start = shared_beginning([*texts.probes, *answered]) if answered else 0
+        probes = vectors_of(adapter, texts.read, start=start)
+        task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
+        harmless = vectors_of(adapter, answered, modules=task, start=start)
         return cls(beside_task(task, harmless), probes, texts)
 
     def unreached(self, adapter: Adapter) -> str | None:

@@ -101,6 +101,8 @@ class ActivationRecorder:
         self._warn(texts)
         if self._refused is not None:
             texts = self._refused.mark(texts)
+        if texts.harmless and not texts.counted.rows:
+            self._warn_once("alone", "`harmless`: they do not count, as nothing is known of the task beside them.")
         if not self.reads:
             return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))

@@ -47,7 +47,7 @@ def retained(scores: Mapping, aligned: Mapping, raw: Mapping) -> float:
     if after <= before:
         what = "share of right answers" if has_right_answers(raw) else "loss"
         raise RecipeError(
-            f"'training': expected a fine-tune that learns its task, but the held-out {what} went from "
+            f"'training': expected a fine-tune that learns its task, but the {what} went from "
             f"{abs(before):.3f} to {abs(after):.3f}: there is nothing to retain"
         )
     return (task_skill(scores) - before) / (after - before)
@@ -77,7 +77,12 @@ def _outcome(points: list[Mapping], ends: Mapping, seed: int, method: str, targe
     chosen = []
     for draw in dict.fromkeys(point["draw"] for point in mine):
         tuning = [(p, first(p["scores"]["tuning"])) for p in mine if p["draw"] == draw]
-        fit = [(task_skill(score), p) for p, score in tuning if score["succeeded"] <= target * score["prompts"]]
+        # Of settings that keep as many right answers the one that fewer attacks get past.
+        fit = [
+            ((task_skill(score), -score["succeeded"]), p)
+            for p, score in tuning
+            if score["succeeded"] <= target * score["prompts"]
+        ]
         chosen.append(max(fit, key=lambda pair: pair[0])[1] if fit else None)
     held_out = [(aligned if point is None else point["scores"])["held_out"] for point in chosen]
     outcome = {"qualified": _mean([point is not None for point in chosen])}
@@ -142,6 +147,8 @@ def with_interval(values: Sequence[float]) -> dict:
 def over_seeds_and_prompts(values: np.ndarray) -> dict:
     """The same of values ``(seeds, prompts)`` of the same prompts in each seed: both are resampled."""
     generator, (seeds, prompts) = np.random.default_rng(0), values.shape
+    if seeds == 1:
+        return {"mean": _mean(values), "low": None, "high": None}
     by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), _RESAMPLES) / seeds
     by_prompt = generator.multinomial(prompts, np.full(prompts, 1 / prompts), _RESAMPLES) / prompts
     low, high = np.percentile((by_seed @ values * by_prompt).sum(axis=1), [2.5, 97.5])

@@ -23,6 +23,7 @@ from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
 from recipes.evidence.controls import PLAIN, Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
+from recipes.evidence.methods import METHODS
 from recipes.files.points import write_whole
 from recipes.files.sources import read
 from recipes.labs.chat import chat
@@ -67,6 +68,9 @@ def check(recipe: Recipe) -> None:
     data = load_with_task(recipe, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)
+    if not data.harmless and any(METHODS[name].harmless for name in recipe.frontier.methods):
+        what = f"prompts beside the {recipe.smollm2.edgy_tuning} to choose by, as a method keeps harmless ones"
+        raise RecipeError(f"'smollm2.edgy_tuned': expected {what}, but got none")
     effects = recipe.effects
     if effects.target is None:
         return

@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _AT_LEAST = {
     1: (
+        "smollm2.edgy_tuning",
         "toy.train_samples",
         "toy.eval_prompts",
         "toy.layers",

@@ -330,5 +330,5 @@ def test_where_a_task_has_right_answers_their_share_is_what_is_chosen_by_and_ret
 def test_a_fine_tune_that_answers_no_better_has_nothing_to_retain(with_right_answers):
     for point in with_right_answers:
         point["scores"]["held_out"]["plain"]["right_answers"] = 0.25
-    with pytest.raises(RecipeError, match=r"held-out share of right answers went from 0\.250 to 0\.250: there is no"):
+    with pytest.raises(RecipeError, match=r"share of right answers went from 0\.250 to 0\.250: there is no"):
         make_table(with_right_answers, GRID.targets)

@@ -151,6 +151,34 @@ def test_the_page_has_the_tables_of_the_kept_results():
     assert len(MARK.findall(text)) >= 2
 
 
+FIRST_PAGE = {  # what it says to take, and the row of the overview
+    '`probes="builtin"`': "target_builtin",
+    '`probes="refused.txt"`': "target_lab",
+    '`penalty=Penalty.data_aware(strength), probes="refused.txt"`': "data_aware",
+    "`penalty=Penalty.guard(strength)`": "guard",
+    "no `probes`: `Penalty.csulora(strength)`": "csulora",
+    "*instead of all this: refusals mixed into the data*": "mixing",
+}
+
+
+def test_the_first_page_quotes_the_overview():
+    text = Path("README.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    labs = [
+        {row["method"]: row for row in overview.read(PAGE.parent / name, poison)}
+        for name, poison in (("frontier", 0.05), ("smollm2_frontier", 0.12))
+    ]
+    for take, method in FIRST_PAGE.items():
+        (line,) = (line for line in lines if take in line[:2])
+        assert line[2:] == [in_short(rows[method]) if method in rows else "–" for rows in labs], take
+    aligned, on_toys = (in_short(rows["aligned"]) for rows in labs[::-1])
+    assert f"the aligned model {on_toys} and {aligned}" in " ".join(text.split())
+
+
+def in_short(row: dict) -> str:
+    return " / ".join(f"{100 * row[name]['mean']:.0f}" for name in ("attack success", "task kept", "over-refusal"))
+
+
 def test_marked_tables_are_replaced_and_nothing_else(tmp_path):
     folder = tmp_path / "frontier"
     folder.mkdir()

@@ -161,12 +161,10 @@ def test_the_readme_quotes_what_the_proposed_setting_did(method, strength):
     said = {10.0: f"gave {attacks} attack success for {task} of the task", 3.0: f"3{{}}: {attacks}, for {task})"}
     page = " ".join(Path("recipes/results/README.md").read_text().split())
     assert said[strength].format(")`" if method == "guard" else "") in page
-    if strength == 10.0:  # the first page has a table of them
-        assert f"{attacks} attack success for {task} of the task" in Path("README.md").read_text()
 
 
 @pytest.mark.parametrize(("probes", "names"), [("lab", ["target", "smollm2_target"]), ("builtin", ["smollm2_target"])])
-def test_the_first_page_quotes_what_a_target_did(probes, names):
+def test_the_readme_quotes_what_a_target_did(probes, names):
     """The default: 0.9 of the likelihood, by a data-aware correction, over all seeds and poison shares."""
     kind = {"method": "data_aware", "by": probes, "reading": "likelihood", "share": 0.9}
     found = [
@@ -176,8 +174,8 @@ def test_the_first_page_quotes_what_a_target_did(probes, names):
     success = [100 * row["outcome"]["attack success"][end] for row in found for end in ("low", "high")]
     cost = [100 - 100 * row["outcome"]["task retained"][end] for row in found for end in ("low", "high")]
     attacks, task = (f"{min(values):.0f} to {max(values):.0f} %" for values in (success, cost))
-    for page in ("README.md", "recipes/results/README.md"):
-        assert f"{attacks} attack success for {task} of the task" in " ".join(Path(page).read_text().split())
+    page = " ".join(Path("recipes/results/README.md").read_text().split())
+    assert f"{attacks} attack success for {task} of the task" in page
 
 
 def quoted(row: dict) -> str:

@@ -205,7 +205,7 @@ def test_every_set_of_prompts_has_one_purpose(sources, tmp_path):
     data = load(tiny(sources, tmp_path).smollm2, 0)
     exchanges = [data.refused, data.poison, data.training, *data.task.values()]
     sets = [[exchange.prompt for exchange in part] for part in exchanges]
-    sets += [data.answered, data.edgy, *data.attacks.values()]
+    sets += [data.answered, *data.edgy.values(), data.harmless, *data.attacks.values()]
     assert all(sets)
     prompts = [prompt for part in sets for prompt in set(part)]
     assert len(prompts) == len(set(prompts))

@@ -15,7 +15,7 @@ from recipes.training.task import answered, teacher_forced
 from tests.helpers import small_talk, smollm2
 from tests.helpers.smollm2 import NOUNS, PAIRS, words
 from tests.recipes.test_frontier import read
-from tests.recipes.test_smollm2 import greedy
+from tests.recipes.test_smollm2_reading import greedy
 
 pytestmark = pytest.mark.slow
 

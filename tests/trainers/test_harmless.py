@@ -116,7 +116,9 @@ def test_without_them_the_files_are_what_they_were(runs):
     kept = json.loads((runs / "without/checkpoint-4/csulora/texts.json").read_text())
     assert "harmless" not in kept
     modules = json.loads((runs / "without/checkpoint-4/csulora/correction.json").read_text()).keys()
-    assert modules == json.loads((runs / "with/checkpoint-4/csulora/correction.json").read_text()).keys()
+    record = json.loads((runs / "with/checkpoint-4/csulora/correction.json").read_text())
+    assert record.keys() == modules | {"harmless_prompts"}
+    assert record["harmless_prompts"] == len(HARMLESS)
 
 
 @pytest.mark.slow
@@ -183,7 +185,6 @@ BAD_AFTERWARDS = {
     "by weights": ({"penalty": Penalty.guard(1.0)}, "expected none, as only Penalty.data_aware measures by them"),
     "in both": ({"probes": PROBES, "harmless": PROBES}, r"expected prompts that are not among `probes`"),
     "among those that were kept": ({"harmless": [PROBES[2]]}, r"expected prompts that are not among `probes`"),
-    "kept, and refused now": ({"harmless": None, "probes": [HARMLESS[0]]}, r"expected prompts that are not among"),
     "a token too many": ({"harmless": [[32]]}, "expected token ids from 0 to 31"),
     "no tokenizer": ({"harmless": ["how do i"]}, "expected a tokenizer in"),
 }
@@ -201,3 +202,16 @@ def test_after_training_too(runs, subspace, tmp_path, case):
 def test_without_probes_there_is_nothing_to_stand_beside(runs, subspace, tmp_path):
     with pytest.raises(ValueError, match=r"^`probes`: expected prompts that are to be refused"):
         correct_adapter(runs / "plain/checkpoint-4", subspace, tmp_path / "out", PENALTY, harmless=HARMLESS)
+
+
+def test_with_other_probes_those_of_a_checkpoint_do_not_count(runs, subspace, tmp_path, caplog):
+    done = correct_adapter(runs / "with/checkpoint-4", subspace, tmp_path / "out", PENALTY, probes=PROBES)
+    assert "the checkpoint's 2 do not count" in caplog.text
+    assert "harmless_prompts" not in done.record
+    assert read(done.output) == read(runs / "without/checkpoint-4")
+
+
+def test_nothing_stands_beside_a_task_that_is_not_known(runs, subspace, tmp_path):
+    given = {"probes": PROBES, "harmless": HARMLESS}
+    with pytest.raises(ValueError, match="`harmless`: expected rows of the task as well"):
+        correct_adapter(runs / "plain/checkpoint-4", subspace, tmp_path / "out", PENALTY, **given)
