@@ -42,6 +42,7 @@ def sources(tmp_path_factory):
         *smollm2.sources(tmp_path_factory.mktemp("sources")),
         "frontier.targets=[0.2,1.0]",  # the second is met by all
         "effects.target=1.0",
+        "effects.methods=null",
         "smollm2.align_rate=1e-3",
         "training.learning_rate=2e-2",
         "frontier.ranks=[3]",
