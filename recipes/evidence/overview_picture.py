@@ -34,7 +34,7 @@ def _draw(axis: Axes, title: str, rows: Sequence[Mapping]) -> None:
         style = {**style_of(row["method"]), "linestyle": "none", "markersize": 7}
         spot = Spot(row["task kept"], row["attack success"])
         draw_line(axis, [spot], {**style, "label": METHODS[row["method"]].label})
-        ring = {"facecolors": "none", "edgecolors": style["color"], "linewidths": 0.8, "zorder": 1}
+        ring = {"facecolors": "none", "edgecolors": style["color"], "linewidths": 0.8, "zorder": 1, "clip_on": False}
         axis.scatter(spot.retained["mean"], spot.success["mean"], s=_RING * row["over-refusal"]["mean"], **ring)
     axis.xaxis.set_major_formatter(PERCENT)
     axis.yaxis.set_major_formatter(PERCENT)
