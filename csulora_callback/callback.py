@@ -121,7 +121,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             ``"builtin"`` are those that look like the built-in probes. A data-aware penalty, which alone takes them,
             keeps what the update does to them as it does on the task, and tells them from probes by what comes after
             the beginning that all share (see :mod:`csulora_callback.models.harmless`). They are not checked. A resumed
-            run that is given none goes on with those of its checkpoint.
+            run that is given none goes on with those of its checkpoint, where that holds some.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything

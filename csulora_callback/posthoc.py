@@ -102,7 +102,8 @@ def correct_adapter(
         uncorrected: names of what was trained beside LoRA and may pass as it is, as for the callback. What is
             corrected whole, such as an ``lm_head``, is compared with the checkpoint under the adapter.
         harmless: prompts that look like ``probes`` and are to be answered, as for the callback; only for a data-aware
-            penalty. By default those that the checkpoint holds, if it does.
+            penalty, and beside a known task. By default those that the checkpoint holds, unless other ``probes`` are
+            given than its own.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
