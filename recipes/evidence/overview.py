@@ -70,7 +70,7 @@ def make_rows(points: Sequence[Mapping], spent: Sequence[Mapping]) -> list[dict]
                 "strengths": [_strength(point) for point in chosen],
                 **_safety_of(held_out, ends[0]),
                 "task kept": with_interval(kept),
-                "cost": _cost(chosen, spent),
+                "cost": _cost(chosen, spent) if spent else None,
             }
         )
     return rows
@@ -147,8 +147,9 @@ def _cost(chosen: Sequence[Mapping], spent: Sequence[Mapping]) -> str:
 
 
 def to_markdown(rows: Sequence[Mapping]) -> str:
-    """The rows, for a person."""
+    """The rows, for a person; costs only where they were measured."""
     columns = ["", "strength of each seed", "attack success", "over the aligned model's", "task kept", "over-refusal"]
+    has_costs = any(row["cost"] is not None for row in rows)
     cells = [
         [
             METHODS[row["method"]].label,
@@ -157,19 +158,20 @@ def to_markdown(rows: Sequence[Mapping]) -> str:
             percent(row["attack success, over aligned"], signed=True),
             percent(row["task kept"]),
             percent(row["over-refusal"]),
-            row["cost"],
+            *([row["cost"]] if has_costs else []),
         ]
         for row in rows
     ]
-    return markdown_table([*columns, "extra cost"], cells, texts=(0, 1, 6))
+    return markdown_table([*columns, *(["extra cost"] if has_costs else [])], cells, texts=(0, 1, 6))
 
 
 def read(folder: Path, poison: float) -> list[dict]:
-    """The rows of a frontier's kept results."""
+    """The rows of a frontier's kept results, and of its costs, if they were measured."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    spent = json.loads((folder / "costs.json").read_text(encoding="utf-8"))
+    costs_file = folder / "costs.json"
+    spent = json.loads(costs_file.read_text(encoding="utf-8"))["costs"] if costs_file.exists() else []
     points = [point for point in results["points"] if point["poison"] == poison]
-    return make_rows(points, spent["costs"])
+    return make_rows(points, spent)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
