@@ -22,11 +22,10 @@ from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence.baselines import Update
 from recipes.evidence.lora_pair import LoraPair, TaskRow
-from recipes.evidence.methods import METHODS
+from recipes.evidence.methods import HARMLESS, METHODS
 from recipes.schema import RecipeError
 
 SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
-HARMLESS = "data_aware_harmless"  # with harmless prompts beside the task
 PRESETS = {
     "data_aware": "data_aware",
     SCREENED: "data_aware",

@@ -60,7 +60,7 @@ class Method:
     @property
     def preset(self) -> str:
         """Of a target, the method whose strength is looked for."""
-        return "data_aware_harmless" if self.harmless else "data_aware"
+        return HARMLESS if self.harmless else "data_aware"
 
 
 def _guard_input(strength: float) -> Penalty:
@@ -101,6 +101,7 @@ def _projection(_: float) -> Penalty:
     return Penalty.projection()
 
 
+HARMLESS = "data_aware_harmless"  # with harmless prompts beside the task
 STRENGTH_AFTER = 10.0
 """Of the data-aware correction that follows a control."""
 
@@ -116,7 +117,7 @@ METHODS = {
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
     "data_aware": Method("data-aware", _data_aware(), reads=True),
-    "data_aware_harmless": Method("data-aware, harmless kept", _data_aware(), reads=True, harmless=True),
+    HARMLESS: Method("data-aware, harmless kept", _data_aware(), reads=True, harmless=True),
     "target_harmless": Method("target, harmless kept", reads=True, harmless=True, probes="lab"),
     "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
     "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),

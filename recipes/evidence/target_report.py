@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from recipes.evidence.bench import SCREENED
 from recipes.evidence.frontier_report import first, percent
+from recipes.evidence.methods import METHODS
 from recipes.evidence.target_tables import READINGS, grouped
 from recipes.files.markdown import markdown_table
 
-LABELS = {
-    "aligned": "aligned model",
-    "none": "raw LoRA",
-    "data_aware": "data-aware",
-    "data_aware_screened": "data-aware, refused rows out",
-    "guard": "guard",
-    "csulora": "csulora",
-}
+LABELS = {name: method.label for name, method in METHODS.items()} | {SCREENED: "data-aware, refused rows out"}
 
 
 def to_markdown(results: Mapping) -> str:

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import pytest
 
-from recipes.evidence.target_report import coefficient, strengths_of, to_markdown
+from recipes.evidence.bench import PRESETS
+from recipes.evidence.target_report import LABELS, coefficient, strengths_of, to_markdown
 from recipes.evidence.target_tables import bounded, correlation, correlations, found, make_tables, outcome, spread
 from recipes.schema import Target
 
@@ -134,3 +135,7 @@ def test_the_sampled_rows_are_counted_by_seed():
     page = to_markdown(results)
     assert "| data-aware | 100 | 3, 3 | 75 [50, 100] | 10 [10, 10] | 128 | 27 | 24 | 22 |" in page
     json.dumps(results, allow_nan=False)
+
+
+def test_every_method_that_a_target_can_be_of_has_a_name_in_its_tables():
+    assert PRESETS.keys() <= LABELS.keys()
