@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -183,7 +183,10 @@ class Adapters:
         seed = zlib.crc32(f"{setting.seed} {setting.method} {setting.rank} {setting.draw}".encode())
         generator = torch.Generator().manual_seed(seed)
         if method.control is None:
-            update = self._beside_harmless(setting.seed, setting.poison) if method.harmless else update
+            if method.harmless or method.own_tokens:
+                beside = self._beside_harmless(setting.seed, setting.poison)
+                own = replace(update.activations, probes=beside.activations.probes)
+                update = beside if method.harmless else replace(update, activations=own)
             return method.apply(update, setting.strength, setting.rank, generator)
         trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
         if method.apply is None:

@@ -20,11 +20,21 @@ from recipes.files.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, PERCENT, PU
 
 MAIN = "The corrections"
 PANELS = {
-    MAIN: ("data_aware", "target_lab", "target_builtin", "guard", "csulora", "separable", "projection"),
+    MAIN: (
+        "data_aware",
+        "target_lab",
+        "target_builtin",
+        "target_builtin_harmless",
+        "guard",
+        "csulora",
+        "separable",
+        "projection",
+    ),
     "data-aware and its controls": (
         "data_aware",
         "data_aware_harmless",
         "target_harmless",
+        "data_aware_own_tokens",
         "data_aware_loose",
         "data_aware_tight",
         "data_aware_no_task",
@@ -76,6 +86,8 @@ _LOOKS = {
     "projection": (YELLOW, "v"),
     "data_aware_harmless": (_TEAL, "h"),
     "target_harmless": (_FOREST, "8"),
+    "target_builtin_harmless": (_ROSE, "*"),
+    "data_aware_own_tokens": (_MAGENTA, "d"),
     "data_aware_loose": (_PALE, "<"),
     "data_aware_tight": (_INDIGO, ">"),
     "data_aware_no_task": (_SAND, "^"),

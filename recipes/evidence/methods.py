@@ -43,6 +43,7 @@ class Method:
         draws: whether it is random.
         reads: whether it has the model read task and probes.
         harmless: whether it has the model read harmless prompts beside them.
+        own_tokens: whether of the probes only what follows the beginning counts that harmless prompts share with them.
         control: the training that the update is of, see :class:`recipes.evidence.controls.Control`.
         probes: by which a target is measured, that stands in the place of a strength.
     """
@@ -54,6 +55,7 @@ class Method:
     draws: bool = False
     reads: bool = False
     harmless: bool = False
+    own_tokens: bool = False
     control: str | None = None
     probes: str | None = None
 
@@ -118,9 +120,11 @@ METHODS = {
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
     "data_aware": Method("data-aware", _data_aware(), reads=True),
     HARMLESS: Method("data-aware, harmless kept", _data_aware(), reads=True, harmless=True),
+    "data_aware_own_tokens": Method("data-aware, prompts' own tokens", _data_aware(), reads=True, own_tokens=True),
     "target_harmless": Method("target, harmless kept", reads=True, harmless=True, probes="lab"),
     "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
     "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),
+    "target_builtin_harmless": Method("target, built-in, harmless kept", reads=True, harmless=True, probes="builtin"),
     "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),
     "data_aware_tight": Method("data-aware, ridge 1", _data_aware(ridge=1.0)),
     "data_aware_everywhere": Method(

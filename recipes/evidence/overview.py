@@ -40,6 +40,7 @@ ROWS = (
         "target_lab",
         "target_harmless",
         "target_builtin",
+        "target_builtin_harmless",
         "guard",
         "csulora",
     ),
