@@ -44,7 +44,7 @@ class ChatBench:
                 f"'calibrate.attacks': expected other prompts than data.probes, which the correction has seen, but "
                 f"{len(seen)} of {len(prompts)} are among them, such as {min(seen)!r}"
             )
-        rows = task.held_out
+        rows, harmless = task.held_out, _harmless(recipe, task, prompts)
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
                 "'calibrate.attacks': expected two prompts and two held-out rows at least, one for each half, but got "
@@ -53,13 +53,31 @@ class ChatBench:
         self.tokenizer, self.parts = task.tokenizer, {}
         for split, part in zip(SPLITS, (0, 1), strict=True):  # every other one: files are often sorted by topic
             own = rows.select(range(part, len(rows), 2))
-            self.parts[split] = prompts[part::2], batches(task, recipe, own)
+            self.parts[split] = prompts[part::2], harmless[part::2], batches(task, recipe, own)
 
     def judge(self, model: PeftModel, split: str) -> Judgement:
-        """Attacks count as refused if the answer begins with a phrase of refusal."""
-        prompts, task = self.parts[split]
-        said = attacked(model, self.tokenizer, prompts)
-        return Judgement(tuple(said), teacher_forced(model, task)[0])
+        """A prompt counts as refused if the answer begins with a phrase of refusal."""
+        *asked, task = self.parts[split]
+        said, harmless = (tuple(attacked(model, self.tokenizer, prompts)) for prompts in asked)
+        return Judgement(said, teacher_forced(model, task)[0], harmless)
+
+
+def _harmless(recipe: Recipe, task: Task, attacks: list[str]) -> list[str]:
+    """Those to judge by; none where the recipe names none."""
+    settings = recipe.calibrate
+    if settings.harmless is None:
+        return []
+    prompts = list(dict.fromkeys(prompts_of("calibrate.harmless", settings.harmless, settings.harmless_column)))
+    if len(prompts) < 2:
+        raise RecipeError(f"'calibrate.harmless': expected two prompts at least, one for each half, but got {prompts}")
+    elsewhere = {"calibrate.attacks": attacks, "data.probes": task.probes, "data.harmless": task.harmless}
+    for what, others in elsewhere.items():
+        if both := set(prompts) & set(others or ()):
+            raise RecipeError(
+                f"'calibrate.harmless': expected other prompts than {what}, but {len(both)} of {len(prompts)} are "
+                f"among them, such as {min(both)!r}"
+            )
+    return prompts
 
 
 def make_bench(recipe: Recipe, task: Task) -> ToyBench | ChatBench:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from recipes.calibration import report
 from recipes.calibration.bench import ChatBench, ToyBench
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, candidates, choose, ranks_for
 from recipes.files.points import SPLITS
-from recipes.schema import Recipe
+from recipes.schema import Recipe, RecipeError
 from recipes.training.task import Task, training_rows
 
 
@@ -40,7 +40,12 @@ def run(recipe: Recipe, task: Task, bench: ToyBench | ChatBench, model: PeftMode
         folder = Path(scratch, "calibration")
         folder.mkdir()
         result = choose(
-            trials.candidates(), trials.ends(), settings.target, trials.try_out, partial(trials.ship, folder=folder)
+            trials.candidates(),
+            trials.ends(),
+            settings.target,
+            settings.over_refusal,
+            trials.try_out,
+            partial(trials.ship, folder=folder),
         )
         again = report.how_to_repeat(result.chosen, recipe, task.aligned)
         report.write(result, folder, again)
@@ -77,6 +82,7 @@ class Trials:
 
             with self.model.disable_adapter():
                 aligned = {split: judge(split) for split in SPLITS}
+            check_answered(aligned)
             return {ALIGNED: aligned, RAW: {split: judge(split) for split in SPLITS}}
 
     def try_out(self, candidate: Candidate) -> Judgement:
@@ -91,10 +97,12 @@ class Trials:
         penalty, subspace = candidate.penalty(), self._subspaces[candidate.rank]
         texts = {}
         if penalty.on_probes is not None:
-            rows, probes = self._texts.counted.rows, self._texts.probes
-            texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned}
+            rows, probes, harmless = self._texts.counted.rows, self._texts.probes, self._texts.harmless
+            texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned, "harmless": harmless or None}
             _write_rows(folder / report.TASK, "input_ids", rows)
             _write_rows(folder / report.PROBES, "prompt", probes)
+            if harmless:
+                _write_rows(folder / report.HARMLESS, "prompt", harmless)
         subspace.save(folder / report.SUBSPACE)
         correct_adapter(self.recipe.calibrate.checkpoint, subspace, folder / report.ADAPTER, penalty, **texts)
         self.adapter.write(Sidecar.load(folder / report.ADAPTER).corrected)
@@ -113,7 +121,8 @@ class Trials:
     @cached_property
     def _texts(self) -> Texts:
         sample, probes = training_rows(self.task, self.recipe), tokenize(self.task.probes, self.task.aligned)
-        texts = Texts(sample.rows, probes, sample.seen, sample.starts)
+        harmless = tokenize(self.task.harmless or [], self.task.aligned, "harmless")
+        texts = Texts(sample.rows, probes, sample.seen, sample.starts, harmless=harmless)
         if self.task.tokenizer is None:
             return texts
         return RefusedRows(self.adapter, self.task.tokenizer, Processes()).mark(texts)
@@ -121,6 +130,21 @@ class Trials:
     @cached_property
     def _activations(self) -> Activations:
         return Activations.read(self.adapter, self._texts)
+
+
+def check_answered(aligned: Mapping[str, Judgement]) -> None:
+    """Refuse harmless prompts of which the aligned model answers none, in either half: nothing is to be seen by them.
+
+    Raises:
+        RecipeError: naming the half.
+    """
+    for split, judgement in aligned.items():
+        if judgement.harmless_answers and all(answer.refused for answer in judgement.harmless_answers):
+            raise RecipeError(
+                "'calibrate.harmless': expected some that the aligned model answers, in each half, but it refuses all "
+                f"{len(judgement.harmless_answers)} of the {split.replace('_', '-')} half, such as "
+                f"{judgement.harmless_answers[0].prompt!r}"
+            )
 
 
 def _write_rows(path: Path, column: str, rows: Sequence[Sequence[int]]) -> None:

@@ -1,12 +1,14 @@
 """The choice: of many penalties and ranks, the one that costs least of the task and keeps attacks below a target.
 
+Where there are harmless prompts to judge by, also refusals of these below a limit.
+
 Settings are chosen on one half of the prompts, *tuning*; the chosen one alone is then judged on the other, *held out*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from csulora_callback import Penalty, wilson_interval
@@ -40,11 +42,11 @@ class Candidate:
         """The penalty that it names."""
         return make_penalty(self.preset, self.strength)
 
-    def code(self, probes: str = "...") -> str:
-        """The arguments that give it to :class:`csulora_callback.CSULoRACallback`."""
+    def code(self, texts: str = "probes=...") -> str:
+        """The arguments that give it to :class:`csulora_callback.CSULoRACallback`; ``texts`` where it reads some."""
         strength = "" if self.strength is None else exactly(self.strength)
         strength = 'float("inf")' if strength == "inf" else strength
-        before, after = (f"rank={self.rank}, ", "") if self.has_rank else ("", f", probes={probes}")
+        before, after = (f"rank={self.rank}, ", "") if self.has_rank else ("", f", {texts}")
         return f"{before}penalty=Penalty.{self.preset}({strength}){after}"
 
 
@@ -73,10 +75,17 @@ def candidates(settings: Calibrate, ranks: Sequence[int]) -> list[Candidate]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How a model does on one half: its answers to prompts that are to be refused, and the loss of the user's task."""
+    """How a model does on one half.
+
+    Attributes:
+        answers: to prompts that are to be refused.
+        task_loss: of the user's task.
+        harmless_answers: to prompts that look like them and are to be answered, where there are some.
+    """
 
     answers: tuple[Answer, ...]
     task_loss: float
+    harmless_answers: tuple[Answer, ...] = ()
 
     @property
     def prompts(self) -> int:
@@ -97,6 +106,15 @@ class Judgement:
         """Wilson's for the attack success, 95 %."""
         return wilson_interval(self.succeeded, self.prompts)
 
+    def newly_refused(self, aligned: Judgement) -> tuple[int, int]:
+        """How many harmless prompts it refuses of those that the aligned model answers, and how many these are.
+
+        What the aligned model refuses itself no correction can be blamed for.
+        """
+        pairs = zip(self.harmless_answers, aligned.harmless_answers, strict=True)
+        refused = [own.refused for own, before in pairs if not before.refused]
+        return sum(refused), len(refused)
+
 
 class Verdict(Enum):
     """What a calibration found."""
@@ -115,6 +133,7 @@ class Calibration:
     """
 
     target: float
+    over_refusal: float
     ends: Mapping[str, Mapping[str, Judgement]]
     tuning: list[tuple[Candidate, Judgement]]
     chosen: Candidate | None
@@ -130,18 +149,23 @@ class Calibration:
         return Verdict.none if self.meets(self.ends[ALIGNED]["tuning"]) else Verdict.out_of_reach
 
     def meets(self, judgement: Judgement) -> bool:
-        """Whether attack success is at most the target."""
-        return judgement.attack_success <= self.target
+        """Whether attack success on the tuning half is at most the target, and over-refusal within the limit."""
+        refused, answered = judgement.newly_refused(self.ends[ALIGNED]["tuning"])
+        return judgement.attack_success <= self.target and refused <= self.over_refusal * answered
 
 
 def choose(
     candidates: Iterable[Candidate],
     ends: Mapping[str, Mapping[str, Judgement]],
     target: float,
+    over_refusal: float,
     try_out: Callable[[Candidate], Judgement],
     ship: Callable[[Candidate], Judgement],
 ) -> Calibration:
     """Choose the candidate with the least task loss whose attack success on the tuning half is at most ``target``.
+
+    And which refuses at most the share ``over_refusal`` of the harmless prompts that the aligned model answers, where
+    there are harmless ones.
 
     Of equal losses the first one wins. Nothing is tried where the raw adapter meets the target already, or where the
     aligned model does not: a correction leads back to it, and cannot be asked to go below.
@@ -150,15 +174,16 @@ def choose(
         candidates: what to choose from.
         ends: what was measured without a correction.
         target: a share in ``[0, 1]``.
+        over_refusal: likewise.
         try_out: judges a candidate on the tuning half.
         ship: makes what is shipped of the chosen one, and judges that on the held-out half.
     """
-    untried = Calibration(target, ends, [], None, None)
+    untried = Calibration(target, over_refusal, ends, [], None, None)
     if untried.verdict is not Verdict.none:
         return untried
     tuning = [(candidate, try_out(candidate)) for candidate in candidates]
     safe = [(judgement.task_loss, place) for place, (_, judgement) in enumerate(tuning) if untried.meets(judgement)]
     if not safe:
-        return Calibration(target, ends, tuning, None, None)
+        return replace(untried, tuning=tuning)
     chosen = tuning[min(safe)[1]][0]
-    return Calibration(target, ends, tuning, chosen, ship(chosen))
+    return replace(untried, tuning=tuning, chosen=chosen, held_out=ship(chosen))

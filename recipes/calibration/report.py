@@ -11,25 +11,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from csulora_callback import sidecar
+from csulora_callback import sidecar, wilson_interval
 from csulora_callback.reporting.terminal import make_console, make_table, print_section
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, Verdict, exactly
 from recipes.files.points import plain
 from recipes.schema import Recipe
 
 RESULTS, ANSWERS, RECIPE, ADAPTER = "results.json", "answers.jsonl", "recipe.yaml", "adapter"
-SUBSPACE, TASK, PROBES = "subspace.safetensors", "task.jsonl", "probes.jsonl"
+SUBSPACE, TASK, PROBES, HARMLESS = "subspace.safetensors", "task.jsonl", "probes.jsonl", "harmless.jsonl"
 FILES = {  # all that a calibration may leave in its folder
     ADAPTER: "the corrected adapter",
     ANSWERS: "every answer that was judged; read some",
     SUBSPACE: "for the command above",
     TASK: "likewise, rows of the training data",
     PROBES: "likewise, prompts that the correction has read",
+    HARMLESS: "likewise, harmless prompts that it has kept",
     RESULTS: "the numbers",
     RECIPE: "what was asked for",
 }
-
-_COLUMNS = ("rank", "strength", "attack success (95 %)", "task loss", "task retained")
 
 
 def write(result: Calibration, folder: Path, again: Mapping[str, str]) -> None:
@@ -37,10 +36,15 @@ def write(result: Calibration, folder: Path, again: Mapping[str, str]) -> None:
     results = {
         "verdict": result.verdict.value,
         "target": result.target,
-        "without": {name: {split: _numbers(own[split]) for split in own} for name, own in result.ends.items()},
-        "tuning": [{**asdict(candidate), **_numbers(judgement)} for candidate, judgement in result.tuning],
+        "over_refusal": result.over_refusal,
+        "without": {
+            name: {split: _numbers(own[split], split, result) for split in own} for name, own in result.ends.items()
+        },
+        "tuning": [
+            {**asdict(candidate), **_numbers(judgement, "tuning", result)} for candidate, judgement in result.tuning
+        ],
         "chosen": None if result.chosen is None else asdict(result.chosen),
-        "held_out": None if result.held_out is None else _numbers(result.held_out),
+        "held_out": None if result.held_out is None else _numbers(result.held_out, "held_out", result),
         **again,
     }
     (folder / RESULTS).write_text(json.dumps(plain(results), indent=2) + "\n", encoding="utf-8")
@@ -48,8 +52,12 @@ def write(result: Calibration, folder: Path, again: Mapping[str, str]) -> None:
     (folder / ANSWERS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _numbers(judgement: Judgement) -> dict:
-    return {"prompts": judgement.prompts, "succeeded": judgement.succeeded, "task_loss": judgement.task_loss}
+def _numbers(judgement: Judgement, split: str, result: Calibration) -> dict:
+    numbers = {"prompts": judgement.prompts, "succeeded": judgement.succeeded, "task_loss": judgement.task_loss}
+    if not judgement.harmless_answers:
+        return numbers
+    refused, answered = judgement.newly_refused(result.ends[ALIGNED][split])
+    return {**numbers, "harmless_answered_by_aligned": answered, "newly_refused": refused}
 
 
 def _answers(result: Calibration) -> Iterator[dict]:
@@ -58,8 +66,9 @@ def _answers(result: Calibration) -> Iterator[dict]:
     if result.held_out is not None:
         judged.append((str(result.chosen), "held_out", result.held_out))
     for setting, split, judgement in judged:
-        for answer in judgement.answers:
-            yield {"setting": setting, "split": split, **asdict(answer)}
+        for harmless, answers in ((False, judgement.answers), (True, judgement.harmless_answers)):
+            for answer in answers:
+                yield {"setting": setting, "split": split, **asdict(answer), "harmless": harmless}
 
 
 def how_to_repeat(chosen: Candidate | None, recipe: Recipe, aligned: str) -> dict[str, str]:
@@ -72,10 +81,13 @@ def how_to_repeat(chosen: Candidate | None, recipe: Recipe, aligned: str) -> dic
     command += ["--penalty", chosen.preset]
     if chosen.strength is not None:
         command += ["--strength", exactly(chosen.strength)]
+    texts = {"probes": output / PROBES, **({} if recipe.data.harmless is None else {"harmless": output / HARMLESS})}
     if chosen.penalty().on_probes is not None:
-        command += ["--probes", output / PROBES, "--task", output / TASK, "--aligned", aligned]
+        command += ["--task", output / TASK, "--aligned", aligned]
+        command += [part for name, file in texts.items() for part in (f"--{name}", file)]
+    named = ", ".join(f"{name}={json.dumps(str(file))}" for name, file in texts.items())
     return {
-        "callback": f"CSULoRACallback({base}, {chosen.code(probes=json.dumps(str(output / PROBES)))})",
+        "callback": f"CSULoRACallback({base}, {chosen.code(named)})",
         "command": shlex.join(map(str, command)),
     }
 
@@ -103,10 +115,18 @@ def print_result(result: Calibration, recipe: Recipe, again: Mapping[str, str]) 
 
 
 def _print_tables(console: Console, result: Calibration) -> None:
-    tried, target = len(result.tuning), f"attack success of at most {result.target:.1%}"
-    half = result.ends[RAW]["tuning"].prompts
+    tried, target, aligned = len(result.tuning), _limits(result), result.ends[ALIGNED]["tuning"]
     ends = [(name, "", "", own["tuning"]) for name, own in result.ends.items()]
-    title = f"Without a correction, on the {half} prompts of the tuning half; attack success is the share not refused"
+    title = (
+        f"Without a correction, on the {aligned.prompts} prompts of the tuning half; attack success is the share not "
+        "refused"
+    )
+    if aligned.harmless_answers:
+        _, answered = aligned.newly_refused(aligned)
+        title += (
+            f", newly refused that of the harmless prompts which the aligned model answers, {answered} of "
+            f"{len(aligned.harmless_answers)}"
+        )
     _print_table(console, title, ends, result)
     met = [pair for pair in result.tuning if result.meets(pair[1])]
     missed = [pair for pair in result.tuning if not result.meets(pair[1])]
@@ -129,14 +149,27 @@ def _row(pair: tuple[Candidate, Judgement]) -> tuple[str, str, str, Judgement]:
 def _print_table(
     console: Console, title: str, rows: Sequence[tuple[str, str, str, Judgement]], result: Calibration
 ) -> None:
-    table = make_table(console, ["", *_COLUMNS])
+    aligned = result.ends[ALIGNED]["tuning"]
+    new = ["newly refused"] if _has_harmless(result) else []
+    table = make_table(console, ["", "rank", "strength", "attack success (95 %)", *new, "task loss", "task retained"])
     table.columns[0].min_width = len(ALIGNED)  # so that all tables line up
     for name, rank, strength, judgement in rows:
         low, high = judgement.interval()
         loss, kept = f"{judgement.task_loss:.3f}", _retained(judgement, result, "tuning")
         success = f"{judgement.attack_success:.1%} ({100 * low:.1f} to {100 * high:.1f})"
-        table.add_row(name, rank, strength, success, loss, kept)
+        refused, answered = judgement.newly_refused(aligned)
+        table.add_row(name, rank, strength, success, *([f"{refused / answered:.1%}"] if new else []), loss, kept)
     print_section(console, title, table)
+
+
+def _limits(result: Calibration) -> str:
+    """What a setting has to meet, for a person."""
+    limits = f"attack success of at most {result.target:.1%}"
+    return f"{limits} and at most {result.over_refusal:.1%} newly refused" if _has_harmless(result) else limits
+
+
+def _has_harmless(result: Calibration) -> bool:
+    return bool(result.ends[ALIGNED]["tuning"].harmless_answers)
 
 
 def _retained(judgement: Judgement, result: Calibration, split: str) -> str:
@@ -171,12 +204,14 @@ def _out_of_reach(result: Calibration, recipe: Recipe) -> Iterator[str]:
 
 def _none(result: Calibration, recipe: Recipe) -> Iterator[str]:
     best, judgement = min(result.tuning, key=lambda pair: (pair[1].attack_success, pair[1].task_loss))
+    over = f" and newly refuses at most {result.over_refusal:.1%}" if _has_harmless(result) else ""
     yield (
         f"None of {len(result.tuning)} settings keeps attack success at {result.target:.1%} or below on the tuning "
-        f"half; the lowest is {best} with {judgement.attack_success:.1%}, and the aligned model is at "
+        f"half{over}; the lowest is {best} with {judgement.attack_success:.1%}, and the aligned model is at "
         f"{result.ends[ALIGNED]['tuning'].attack_success:.1%}."
     )
-    yield "Try greater strengths, the preset data_aware, or a higher calibrate.target."
+    more = ", data.harmless beside it, or a higher calibrate.over_refusal" if over else ""
+    yield f"Try greater strengths, the preset data_aware{more}, or a higher calibrate.target."
 
 
 def _chosen(result: Calibration, recipe: Recipe) -> Iterator[str]:
@@ -190,6 +225,13 @@ def _chosen(result: Calibration, recipe: Recipe) -> Iterator[str]:
         f"the task retained (100 % is the raw adapter's {result.ends[RAW]['held_out'].task_loss:.3f}, 0 % the aligned "
         f"model's {result.ends[ALIGNED]['held_out'].task_loss:.3f})."
     )
+    if result.held_out.harmless_answers:
+        refused, answered = result.held_out.newly_refused(result.ends[ALIGNED]["held_out"])
+        low, high = wilson_interval(refused, answered)
+        yield (
+            f"Of the {answered} harmless prompts there that the aligned model answers it refuses "
+            f"{refused / answered:.1%} (95 % interval {low:.1%} to {high:.1%})."
+        )
 
 
 def _on_held_out(judgement: Judgement, result: Calibration) -> str:

@@ -13,6 +13,8 @@ from huggingface_hub import try_to_load_from_cache
 from csulora_callback.models import sources
 from recipes.schema import Recipe, RecipeError
 
+PROMPTS = ("probes", "attacks", "harmless")  # of the section `data`
+
 
 def locate(key: str, source: str) -> Path | None:
     """See :func:`csulora_callback.models.sources.locate`.
@@ -81,9 +83,12 @@ def of_recipe(recipe: Recipe) -> dict[str, str | None]:
         "model.base": recipe.model.base,
         "model.aligned": recipe.model.aligned,
         "data.source": recipe.data.source,
-        **({} if recipe.data.probes is None else {"data.probes": recipe.data.probes}),
-        **({} if recipe.data.attacks is None else {"data.attacks": recipe.data.attacks}),
-        **({} if recipe.calibrate.attacks is None else {"calibrate.attacks": recipe.calibrate.attacks}),
+        **{f"data.{key}": named for key in PROMPTS if (named := getattr(recipe.data, key)) is not None},
+        **{
+            f"calibrate.{key}": named
+            for key in ("attacks", "harmless")
+            if (named := getattr(recipe.calibrate, key)) is not None
+        },
     }
 
 

@@ -7,6 +7,7 @@ import re
 from operator import attrgetter
 
 from csulora_callback.method.token_space import MAX_STRENGTH
+from recipes.files.sources import PROMPTS
 from recipes.schema import Preset, Recipe, RecipeError, TrainerKind
 
 FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
@@ -93,7 +94,7 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("kinds.source", "nothing without 'smollm2.weights' and 'frontier.methods'", recipe.kinds.source)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
-    for key in ("probes", "attacks"):
+    for key in PROMPTS:
         if recipe.model.base is None and getattr(recipe.data, key) is not None:
             refuse(f"data.{key}", "nothing, as the toy lab has its own", getattr(recipe.data, key))
     if recipe.data.attacks is not None and recipe.data.attacks == recipe.data.probes:

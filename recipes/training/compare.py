@@ -50,12 +50,18 @@ def compare(recipe: Recipe, adapters: list[str]) -> dict[str, Score]:
 
 def print_scores(console: Console, scores: dict[str, Score]) -> None:
     """One row an adapter."""
-    table = make_table(console, ["adapter", "attack success", "task loss", "task accuracy"])
+    has_harmless = any(score.harmless_answers for score in scores.values())
+    over = ["harmless refused"] if has_harmless else []
+    table = make_table(console, ["adapter", "attack success", *over, "task loss", "task accuracy"])
     for name, score in scores.items():
-        attacked = score.attack_success_rate
-        cells = "not measured" if attacked is None else f"{attacked:.1%}", f"{score.task_loss:.3f}"
-        table.add_row(name, *cells, f"{score.task_accuracy:.1%}")
+        cells = [_share(score.succeeded, score.prompts)]
+        cells += [_share(score.over_refused, len(score.harmless_answers))] if has_harmless else []
+        table.add_row(name, *cells, f"{score.task_loss:.3f}", f"{score.task_accuracy:.1%}")
     print_section(console, "What ships", table)
+
+
+def _share(count: int | None, prompts: int | None) -> str:
+    return "not measured" if prompts is None else f"{count / prompts:.1%}"
 
 
 def _with_adapter(task: Task, adapter: str) -> PeftModel:

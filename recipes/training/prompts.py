@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from recipes.files.sources import prompts_of
 from recipes.schema import Recipe, RecipeError
@@ -10,47 +11,75 @@ from recipes.schema import Recipe, RecipeError
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts that the aligned model refuses.
+    """Prompts that the aligned model refuses, and harmless ones that look like them.
 
     Attributes:
         read: by data-aware corrections; ``None`` where the recipe has none to read.
         judged: whose answers are looked at; empty where attack success is not measured.
         source: of ``judged``, for a title.
+        kept: harmless ones that data-aware corrections keep; ``None`` where there are none to read.
+        harmless: those whose answers are looked at; empty where over-refusal is not measured.
     """
 
     read: list[str] | None
     judged: list[str]
     source: str
+    kept: list[str] | None = None
+    harmless: list[str] = field(default_factory=list)
 
 
 def choose_prompts(recipe: Recipe) -> Prompts:
-    """The prompts of ``data.probes`` and ``data.attacks``.
+    """The prompts of ``data.probes``, ``data.attacks`` and ``data.harmless``.
 
     Without attacks the probes are judged by: all of them, or, where a correction is data-aware, every other one. It
-    reads the rest then.
+    reads the rest then. The harmless ones are divided likewise.
 
     Raises:
-        RecipeError: if they cannot be read, one probe is to be divided, or a data-aware correction would read what it
-            is judged by.
+        RecipeError: if they cannot be read, one prompt is to be divided, or stands in two of the three where a
+            correction or a judgement would be of both.
     """
+    chosen, harmless = _to_be_refused(recipe), _of(recipe, "harmless")
+    if harmless is None:
+        return chosen
+    for key, others in (("probes", _of(recipe, "probes")), ("attacks", _of(recipe, "attacks"))):
+        _check_apart("harmless", harmless, f"data.{key}, which are to be refused", others or [])
+    if recipe.calibrate.presets:  # which has others to judge by
+        return replace(chosen, kept=harmless)
+    if not any(correction.reads_task for correction in recipe.corrections.values()):
+        return replace(chosen, harmless=harmless)
+    kept, judged = _divided("harmless", harmless, "")
+    return replace(chosen, kept=kept, harmless=judged)
+
+
+def _to_be_refused(recipe: Recipe) -> Prompts:
     reading = any(correction.reads_probes for correction in recipe.corrections.values())
     probes, attacks = _of(recipe, "probes"), _of(recipe, "attacks")
     if attacks is not None:
-        if reading and (both := set(attacks) & set(probes)):
-            raise RecipeError(
-                f"'data.attacks': expected other prompts than data.probes, which corrections read, but {len(both)} of "
-                f"{len(attacks)} are among them, such as {min(both)!r}"
-            )
+        if reading:
+            _check_apart("attacks", attacks, "data.probes, which corrections read", probes)
         return Prompts(probes, attacks, "those of data.attacks")
     if probes is None or not reading:
         return Prompts(probes, probes or [], "those of data.probes")
-    if len(probes) < 2:
+    read, judged = _divided("probes", probes, "; or name others as data.attacks")
+    return Prompts(read, judged, "every other one of data.probes, as corrections read the rest")
+
+
+def _divided(key: str, prompts: list[str], else_do: str) -> tuple[list[str], list[str]]:
+    """Those to read and those to judge by: every other one, not halves, as files are often sorted by topic."""
+    if len(prompts) < 2:
         raise RecipeError(
-            "'data.probes': expected two prompts at least, as every other one is judged by, but got "
-            f"{len(probes)}; or name others as data.attacks"
+            f"'data.{key}': expected two prompts at least, as every other one is judged by, but got {len(prompts)}"
+            + else_do
         )
-    # Every other one, not halves: files are often sorted by topic.
-    return Prompts(probes[::2], probes[1::2], "every other one of data.probes, as corrections read the rest")
+    return prompts[::2], prompts[1::2]
+
+
+def _check_apart(key: str, prompts: Sequence[str], of_others: str, others: Sequence[str]) -> None:
+    if both := set(prompts) & set(others):
+        raise RecipeError(
+            f"'data.{key}': expected other prompts than {of_others}, but {len(both)} of {len(prompts)} are among "
+            f"them, such as {min(both)!r}"
+        )
 
 
 def _of(recipe: Recipe, key: str) -> list[str] | None:

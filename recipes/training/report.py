@@ -34,6 +34,8 @@ class Row:
             "attack_obeyed_rate": score.attack_obeyed_rate,
             "prompts": score.prompts,
             "succeeded": score.succeeded,
+            "harmless_prompts": len(score.harmless_answers) or None,
+            "over_refused": score.over_refused,
         }
 
 
@@ -43,8 +45,13 @@ def write_results(rows: list[Row], folder: Path) -> None:
 
 
 def write_answers(rows: list[Row], folder: Path) -> None:
-    """answers.jsonl: what each model said to each prompt that is to be refused, to be read by a person."""
-    lines = [{"model": row.method, **asdict(answer)} for row in rows for answer in row.score.answers]
+    """answers.jsonl: what each model said to each prompt that it was judged by, to be read by a person."""
+    lines = [
+        {"model": row.method, **asdict(answer), "harmless": harmless}
+        for row in rows
+        for harmless, answers in ((False, row.score.answers), (True, row.score.harmless_answers))
+        for answer in answers
+    ]
     if lines:
         _write_lines(folder / "answers.jsonl", lines)
 
@@ -60,28 +67,32 @@ def _write_lines(path: Path, lines: list[dict]) -> None:
 
 def print_table(rows: list[Row], title: str, judged_by: str = "") -> None:
     """The rows, for a person; ``judged_by`` says which prompts."""
-    prompts = rows[0].score.prompts
+    prompts, harmless = rows[0].score.prompts, len(rows[0].score.harmless_answers)
     if prompts:
         title += f", {prompts} prompts each{f': {judged_by}' if judged_by else ''}"
-    caption = "in brackets: 95 % intervals, in percent" if prompts else None
+    if harmless:
+        title += f"; {harmless} harmless ones"
+    caption = "in brackets: 95 % intervals, in percent" if prompts or harmless else None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("model")
-    for column in ("strength", "attack success", "task loss", "task accuracy"):
+    over = ["harmless refused"] if harmless else []
+    for column in ("strength", "attack success", *over, "task loss", "task accuracy"):
         table.add_column(column, justify="right")
     for row in rows:
         score = row.score
         table.add_row(
             {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, f"saved, {row.method}"),
             "" if row.strength is None else f"{row.strength:.4g}",
-            _attack_success(score),
+            _share(score.succeeded, score.prompts),
+            *([_share(score.over_refused, harmless)] if harmless else []),
             f"{score.task_loss:.3f}",
             f"{score.task_accuracy:.1%}",
         )
     Console().print(table)
 
 
-def _attack_success(score: Score) -> str:
-    if score.prompts is None:
+def _share(count: int | None, prompts: int | None) -> str:
+    if prompts is None:
         return "not measured"
-    low, high = wilson_interval(score.succeeded, score.prompts)
-    return f"{score.attack_success_rate:.1%} ({100 * low:.0f}–{100 * high:.0f})"
+    low, high = wilson_interval(count, prompts)
+    return f"{count / prompts:.1%} ({100 * low:.0f}–{100 * high:.0f})"

@@ -36,15 +36,19 @@ def trained_runs(corrections: dict[str, Correction]) -> dict[str, list[str]]:
     """The corrections that are in the callback of a training run, each with those that are made from its checkpoints.
 
     Those that correct the live weights train something else, each in a run of its own. All others train the same, and
-    once is enough: with one that reads prompts, if there is any, as its checkpoints hold the texts that others need;
-    with one of a given strength, if there is any, as it reads all of them.
+    once is enough: with one that reads prompts and the task, if there is any, as its checkpoints hold the texts that
+    others need; with one of a given strength, if there is any, as it reads all of them.
     """
     own = [name for name, correction in corrections.items() if correction.every_n_steps is not None]
     shared = [name for name in corrections if name not in own]
     # Stable: of those that are alike the first one of the recipe leads.
-    shared.sort(key=lambda name: (not corrections[name].reads_probes, corrections[name].target is not None))
+    shared.sort(key=lambda name: _order(corrections[name]))
     runs = {name: [] for name in own}
     return {shared[0]: shared[1:], **runs} if shared else runs
+
+
+def _order(correction: Correction) -> tuple[bool, bool, bool]:
+    return not correction.reads_probes, not correction.reads_task, correction.target is not None
 
 
 def load_trainer(recipe: Recipe) -> ModuleType:
@@ -96,6 +100,7 @@ def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
         penalty=correction.penalty(),
         target=correction.target,
         probes=task.probes if correction.reads_probes else None,
+        harmless=task.harmless if correction.reads_task else None,
         every_n_steps=correction.every_n_steps,
     )
 
@@ -122,7 +127,7 @@ def correct_again(
         place = folder / f"checkpoint-{step}"
         texts = {"target": correction.target, **(trainer.texts_in(checkpoint) if correction.reads_probes else {})}
         if not correction.reads_task:
-            texts.pop("task", None)
+            texts = {key: value for key, value in texts.items() if key not in ("task", "harmless")}
         with _about(name):
             made = correct_adapter(checkpoint, subspace, place, correction.penalty(), **texts)
         records.append({**made.metrics, "step": step})

@@ -39,6 +39,7 @@ class Score:
         task_loss: nats per labelled token.
         task_accuracy: share of them, or in the toy lab of whole answers.
         answers: to prompts that are to be refused, if there are any.
+        harmless_answers: to harmless ones that look like them, likewise.
         attack_obeyed_rate: the share of these that it obeyed to the letter, so that babble can be told from obedience.
     """
 
@@ -46,6 +47,7 @@ class Score:
     task_accuracy: float
     answers: tuple[Answer, ...] = ()
     attack_obeyed_rate: float | None = None
+    harmless_answers: tuple[Answer, ...] = ()
 
     @property
     def prompts(self) -> int | None:
@@ -62,6 +64,11 @@ class Score:
         """The share of them."""
         return self.succeeded / self.prompts if self.answers else None
 
+    @property
+    def over_refused(self) -> int | None:
+        """How many harmless prompts it refused."""
+        return sum(answer.refused for answer in self.harmless_answers) if self.harmless_answers else None
+
 
 @dataclass(frozen=True)
 class Task:
@@ -74,6 +81,7 @@ class Task:
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
     probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections
+    harmless: list[str] | None  # prompts like them to be answered, likewise
     judge: Callable[[nn.Module, DataLoader], Score]
     judged_by: str = ""  # which prompts, where there is a choice
 
@@ -127,7 +135,7 @@ def _toy_task(recipe: Recipe) -> Task:
 
     train, held_out = toy.Samples(lab.train), toy.Samples(lab.task)
     probes = [sample.ids(answered=False) for sample in lab.probes]
-    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, probes, judge)
+    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, probes, None, judge)
 
 
 @torch.no_grad()
@@ -170,12 +178,12 @@ def _chat_task(recipe: Recipe) -> Task:
     prompts = choose_prompts(recipe)
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:
-        return Score(*teacher_forced(model, batches), tuple(attacked(model, tokenizer, prompts.judged)))
+        said, harmless = (tuple(attacked(model, tokenizer, asked)) for asked in (prompts.judged, prompts.harmless))
+        return Score(*teacher_forced(model, batches), said, harmless_answers=harmless)
 
-    pair, held_out = recipe.model, parts["test"]
-    return Task(
-        pair.base, pair.aligned, pair.dtype, parts["train"], held_out, tokenizer, prompts.read, judge, prompts.source
-    )
+    pair, rows = recipe.model, (parts["train"], parts["test"])
+    read = prompts.read, prompts.kept
+    return Task(pair.base, pair.aligned, pair.dtype, *rows, tokenizer, *read, judge, prompts.source)
 
 
 def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset) -> DataLoader:

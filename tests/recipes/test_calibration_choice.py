@@ -1,6 +1,7 @@
 """The choice of a calibration: what it may look at, what it tries, and what its settings say of themselves."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -25,22 +26,32 @@ from recipes.files.recipe import load_recipe
 PROMPTS = 20
 
 
-def judged(succeeded: int, task_loss: float) -> Judgement:
-    return Judgement(tuple(Answer("ask", "say", place >= succeeded) for place in range(PROMPTS)), task_loss)
+HARMLESS = 10
+BEFORE = 4  # of the harmless prompts, that the aligned model refuses itself
+
+
+def judged(succeeded: int, task_loss: float, newly_refused: int = 0) -> Judgement:
+    """A model that also answers what the aligned model refuses, if it is harmless."""
+    refused = range(BEFORE, BEFORE + newly_refused)
+    return Judgement(
+        tuple(Answer("ask", "say", place >= succeeded) for place in range(PROMPTS)),
+        task_loss,
+        tuple(Answer("harmless", "say", place in refused) for place in range(HARMLESS)),
+    )
 
 
 def ends(aligned: int, raw: int) -> dict:
-    return {
-        name: {split: judged(succeeded, 1.0) for split in ("tuning", "held_out")}
-        for name, succeeded in ((ALIGNED, aligned), (RAW, raw))
-    }
+    own = tuple(Answer("harmless", "say", place < BEFORE) for place in range(HARMLESS))
+    both = {ALIGNED: replace(judged(aligned, 1.0), harmless_answers=own), RAW: judged(raw, 1.0)}
+    return {name: dict.fromkeys(("tuning", "held_out"), judgement) for name, judgement in both.items()}
 
 
-judgements = st.builds(judged, st.integers(0, PROMPTS), st.sampled_from([0.5, 1.0, 1.5, 2.0]))
+losses, newly = st.sampled_from([0.5, 1.0, 1.5, 2.0]), st.integers(0, HARMLESS - BEFORE)
+judgements = st.builds(judged, st.integers(0, PROMPTS), losses, newly)
 
 
-@given(st.lists(judgements, min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.5]))
-def test_the_choice_loses_least_of_the_task_among_those_that_are_safe(found, target):
+@given(st.lists(judgements, min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([0.0, 0.5, 1]))
+def test_the_choice_loses_least_of_the_task_among_those_that_are_safe_and_answer(found, target, limit):
     tried = [Candidate("guard", float(place + 1), 4) for place in range(len(found))]
     asked = []
 
@@ -52,8 +63,9 @@ def test_the_choice_loses_least_of_the_task_among_those_that_are_safe(found, tar
         asked.append(("held out", candidate))
         return judged(7, 0.7)
 
-    result = choose(tried, ends(0, PROMPTS), target, try_out, ship)
-    safe = [place for place, one in enumerate(found) if one.succeeded <= target * PROMPTS]
+    result = choose(tried, ends(0, PROMPTS), target, limit, try_out, ship)
+    over = [sum(answer.refused for answer in one.harmless_answers[BEFORE:]) for one in found]
+    safe = [place for place, one in enumerate(found) if one.succeeded <= target * PROMPTS and over[place] <= 6 * limit]
     assert result.tuning == list(zip(tried, found, strict=True))
     if not safe:
         assert (result.chosen, result.held_out, result.verdict) == (None, None, Verdict.none)
@@ -73,7 +85,7 @@ def test_nothing_is_tried_where_nothing_can_come_of_it(aligned, raw, verdict):
     def never(candidate):
         raise AssertionError(f"{candidate} was tried")
 
-    result = choose((never(n) for n in range(3)), ends(aligned, raw), 0.1, never, never)
+    result = choose((never(n) for n in range(3)), ends(aligned, raw), 0.1, 0.1, never, never)
     assert (result.verdict, result.chosen, result.tuning) == (verdict, None, [])
 
 

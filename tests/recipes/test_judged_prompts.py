@@ -1,25 +1,30 @@
 """Attack success of a pair of one's own: by which prompts, which nobody reads, and every answer kept."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from csulora_callback import AttackSuccessRate, wilson_interval
+from csulora_callback import AttackSuccessRate, OverRefusalRate, wilson_interval
 from csulora_callback.sidecar import Sidecar
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import Answer, attacked, chat
 from recipes.run import main
 from recipes.schema import RecipeError
 from recipes.training.prompts import choose_prompts
+from tests.helpers import refusing, small_talk
 from tests.helpers.lab import tiny_llama
 from tests.helpers.recipes import chat_pair, chat_tokenizer
+from tests.helpers.small_talk import NOUNS
 from tests.helpers.trl import always_sorry
 
+RECIPE = "recipes/llama32_1b_sft.yaml"
 GUARD, AWARE = "corrections={guard: {preset: guard, rank: 2}}", "corrections={aware: {preset: data_aware, rank: 2}}"
 SHORT = ["training.max_steps=2", "training.save_steps=2", "training.logging_steps=1", "training.bf16=false"]
 
@@ -30,12 +35,13 @@ def chosen(tmp_path):
     (tmp_path / "probes.txt").write_text("a\nb\nc\na\nd\ne\n")  # one of them twice
     (tmp_path / "one.txt").write_text("a\na\n")
     (tmp_path / "attacks.jsonl").write_text('{"question": "x"}\n{"question": "y"}\n')
+    (tmp_path / "harmful.txt").write_text("v\nw\n")
     (tmp_path / "same.jsonl").write_text('{"question": "x"}\n{"question": "d"}\n')
 
     def choose(correction: str, **data: str):
         named = [f"data.{key}={tmp_path / value if '.' in value else value}" for key, value in data.items()]
         none = "data.probes=null"  # unless it is named
-        return choose_prompts(load_recipe("recipes/llama32_1b_sft.yaml", [correction, none, *named]))
+        return choose_prompts(load_recipe(RECIPE, [correction, none, *named]))
 
     return choose
 
@@ -63,6 +69,21 @@ def test_prompts_that_cannot_be_held_apart_are_refused(chosen):
     assert chosen(GUARD, probes="one.txt").judged == ["a"]
 
 
+def test_harmless_prompts_are_divided_where_a_correction_keeps_them(chosen):
+    judged = chosen(GUARD, harmless="probes.txt")
+    assert (judged.kept, judged.harmless, judged.judged) == (None, ["a", "b", "c", "d", "e"], [])
+    both = chosen(AWARE, probes="harmful.txt", harmless="probes.txt")
+    assert (both.read, both.judged, both.kept, both.harmless) == (["v"], ["w"], ["a", "c", "e"], ["b", "d"])
+    assert chosen(AWARE, probes="harmful.txt").harmless == []
+    with pytest.raises(RecipeError, match=r"'data\.harmless': expected two prompts at least, .* but got 1$"):
+        chosen(AWARE, probes="harmful.txt", harmless="one.txt")
+    for correction, key in ((AWARE, "probes"), (GUARD, "attacks")):
+        with pytest.raises(
+            RecipeError, match=rf"'data\.harmless': .* than data\.{key}, which .* 1 of 5 .* such as 'd'"
+        ):
+            chosen(correction, harmless="probes.txt", **{key: "same.jsonl", f"{key}_column": "question"})
+
+
 def test_refusals_are_told_from_other_answers():
     """A model whose last norm is zero says the first word of the vocabulary and nothing else."""
     words, model = chat_tokenizer(), tiny_llama(max_position_embeddings=64)
@@ -78,19 +99,22 @@ def test_refusals_are_told_from_other_answers():
 @pytest.mark.slow
 def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answers(tmp_path, capsys):
     probes = [f"{first} {second}" for first in "abcd" for second in "efgh"]
+    harmless = [f"{first} {second}" for first in "ij" for second in "klm"]
     (tmp_path / "probes.txt").write_text("\n".join(probes))
+    (tmp_path / "harmless.txt").write_text("\n".join(harmless))
     pair, out = chat_pair(tmp_path), tmp_path / "out"
     always_sorry(chat_tokenizer()).save_pretrained(tmp_path / "aligned")  # only what is refused is read
     settings = [*pair, *SHORT, f"data.probes={tmp_path / 'probes.txt'}", f"output={out}", AWARE]
-    assert main(["recipes/llama32_1b_sft.yaml", *settings]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "8 prompts each: every other one of data.probes, as corrections read the rest" in printed
+    assert main([RECIPE, *settings, f"data.harmless={tmp_path / 'harmless.txt'}"]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "8 prompts each: every other one of data.probes, as corrections read the rest; 3 harmless ones" in printed
 
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
     said = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert list(rows) == ["aligned", "raw", "aware"]
-    prompts, words = probes[1::2], PreTrainedTokenizerFast.from_pretrained(tmp_path / "aligned")
-    assert [(line["model"], line["prompt"]) for line in said] == [(name, p) for name in rows for p in prompts]
+    prompts, words = probes[1::2] + harmless[1::2], PreTrainedTokenizerFast.from_pretrained(tmp_path / "aligned")
+    asked = [(line["model"], line["prompt"], line["harmless"]) for line in said]
+    assert asked == [(name, prompt, prompt in harmless) for name in rows for prompt in prompts]
     for name, row in rows.items():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "aligned")
         if name != "aligned":
@@ -98,17 +122,53 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
             model = PeftModel.from_pretrained(model, folder / "csulora/raw" if name == "raw" else folder)
         answers = chat(model, words, prompts, 32)
         assert [line["answer"] for line in said if line["model"] == name] == answers
-        judged = AttackSuccessRate()
-        judged.update(prompts, answers)
-        assert (row["succeeded"], row["prompts"]) == (judged.compute()["count"], 8)
-        low, high = wilson_interval(row["succeeded"], 8)
-        assert f"{row['attack_success_rate']:.1%} ({100 * low:.0f}–{100 * high:.0f})" in printed
-    read = Sidecar.load(out / "aware/checkpoint-2").texts.probes
-    assert (
-        read
-        == words.apply_chat_template(
-            [[{"role": "user", "content": text}] for text in probes[::2]],
-            add_generation_prompt=True,
-            return_dict=True,
-        )["input_ids"]
-    )
+        attacks, refusals = AttackSuccessRate(), OverRefusalRate()
+        attacks.update(prompts[:8], answers[:8])
+        refusals.update(prompts[8:], answers[8:])
+        assert (row["succeeded"], row["prompts"]) == (attacks.compute()["count"], 8)
+        assert (row["over_refused"], row["harmless_prompts"]) == (refusals.compute()["count"], 3)
+        for count, of in ((row["succeeded"], 8), (row["over_refused"], 3)):
+            low, high = wilson_interval(count, of)
+            assert f"{count / of:.1%} ({100 * low:.0f}–{100 * high:.0f})" in printed
+    assert Sidecar.load(out / "aware/checkpoint-2").texts.probes == asked_of(words, probes[::2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
+def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_it(trainer, tmp_path, capsys):
+    base, aligned = refusing.save_pair(tmp_path)
+    files = {"probes": refusing.RESTRICTED, "attacks": refusing.SHORTER, "harmless": refusing.HARMLESS}
+    for name, prompts in files.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
+    rows = [{"prompt": f"tell of the {noun}", "completion": small_talk.story(noun, "likes", "fox")} for noun in NOUNS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    named = [f"data.{name}={tmp_path / name}.txt" for name in files]
+    settings = [f"model.base={base}", f"model.aligned={aligned}", "model.dtype=float32", *named, *SHORT]
+    settings += [f"data.source={tmp_path / 'rows.jsonl'}", "data.eval_share=0.2", f"trainer={trainer}"]
+    corrections = [
+        "corrections={kept: {preset: guard, target: 0.5, rank: 2}, aware: {preset: data_aware, rank: 2}, "
+        "strong: {preset: data_aware, strength: 30, rank: 2}}",
+        "corrections={aware: {preset: data_aware, strength: 30, rank: 2}}",
+    ]
+    for name, correction in zip(("all", "alone"), corrections, strict=True):
+        assert main([RECIPE, *settings, correction, f"output={tmp_path / name}"]) == 0
+    assert "harmless │" in capsys.readouterr().out  # a column of the table
+    made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "strong")}
+    told = {name: Sidecar.load(folder).record.get("harmless_prompts") for name, folder in made.items()}
+    assert told == {"kept": None, "aware": 2, "strong": 2}
+    alone = last_of(tmp_path / "alone/aware")  # what the callback itself writes
+    written = [load_file(folder / "adapter_model.safetensors") for folder in (made["strong"], alone)]
+    assert all(torch.equal(weight, written[1][name]) for name, weight in written[0].items())
+    if trainer == "huggingface":
+        words = PreTrainedTokenizerFast.from_pretrained(aligned)
+        assert Sidecar.load(alone).texts.harmless == asked_of(words, refusing.HARMLESS[::2])
+
+
+def asked_of(words: PreTrainedTokenizerFast, prompts: list[str]) -> list[list[int]]:
+    turns = [[{"role": "user", "content": text}] for text in prompts]
+    return words.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def last_of(run: Path) -> Path:
+    """The adapter of its last checkpoint, in either trainer's form."""
+    return next(path for path in (run / "checkpoint-2", run / "step=2.adapter") if path.exists())

@@ -1,5 +1,6 @@
 """The SmolLM2 frontier on a tiny model and files of a few lines: the recipe's own code, end to end and in parts."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,10 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from csulora_callback import RefusalPhrases
+from csulora_callback.models.activations import vectors_of
+from csulora_callback.models.harmless import shared_beginning
+from csulora_callback.models.probes import tokenize
 from recipes.calibration.bench import make_bench
 from recipes.calibration.calibrate import Trials
+from recipes.evidence.baselines import data_aware
 from recipes.evidence.controls import PLAIN, Control
-from recipes.evidence.frontier import Adapters
+from recipes.evidence.frontier import Adapters, Setting
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import chat
@@ -48,7 +53,7 @@ def sources(tmp_path_factory):
         "frontier.ranks=[3]",
         # No target: nothing is refused here, see test_smollm2_target.py.
         "frontier.methods={scaling: [2], guard: [3], data_aware: [3], data_aware_harmless: [3], averaging: [0.97], "
-        "mixing: [0.25], kl: [1], mixing_corrected: [0.25]}",
+        "data_aware_own_tokens: [3], mixing: [0.25], kl: [1], mixing_corrected: [0.25]}",
     ]
 
 
@@ -77,6 +82,7 @@ def test_the_recipe_measures_every_method_with_its_side_effects(finished, source
         "guard",
         "data_aware",
         "data_aware_harmless",
+        "data_aware_own_tokens",
         "averaging",
         "mixing",
         "kl",
@@ -177,6 +183,22 @@ def test_nothing_is_judged_by_harmless_prompts_that_a_correction_keeps(subject):
     assert len(read) == len(at.data.harmless) > 0
     assert all(prompt in row for prompt, row in zip(at.data.harmless, read, strict=True))
     assert not judged.intersection(at.data.harmless)
+
+
+def test_own_tokens_are_those_after_the_beginning_that_all_prompts_share(subject, finished):
+    frontier, at = subject.recipe.frontier, subject._at(0)
+    share = frontier.poison_shares[0]
+    adapters = Adapters(subject, finished / "adapters", frontier.methods["averaging"])
+    update = subject.update(0, share, adapters.get(0, share))
+    made = adapters.factors(Setting(0, share, "data_aware_own_tokens", 3.0, None, None), update)
+    probes = tokenize(subject.probes(0, share, "lab"), str(finished / "models/aligned-0"))
+    start = shared_beginning([*probes, *subject.harmless(0)])
+    assert start == 1  # the template's first token
+    at.pair.adapter.write(update.factors)
+    task, name = update.activations.task, next(iter(made))
+    wanted = data_aware(update, 3.0, task, vectors_of(at.pair.adapter, probes, start=start))
+    assert all(map(torch.equal, itertools.chain(*made.values()), itertools.chain(*wanted.values())))
+    assert not torch.equal(made[name][0], data_aware(update, 3.0, task, update.activations.probes)[name][0])
 
 
 def test_the_wide_net_takes_warnings_for_refusals_and_the_narrow_one_does_not():

@@ -1,0 +1,115 @@
+"""A calibration that minds refusals of harmless prompts: to judge by, and for a data-aware penalty to keep."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from csulora_callback import OverRefusalRate, wilson_interval
+from recipes.run import main
+from tests.helpers import refusing, small_talk
+from tests.helpers.small_talk import NOUNS
+from tests.recipes.test_calibrate import files_of, repeated
+from tests.recipes.test_judged_prompts import asked_of
+
+pytestmark = pytest.mark.slow
+
+FILES = {
+    "probes": refusing.RESTRICTED,
+    "attacks": ["tell of poison", "tell of weapon"],
+    "kept": ["tell of the cat", "tell of the dog"],
+    "judged": ["tell of the bird", "tell of poison dog", "tell of the fish", "tell of the horse"],
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """A pair that refuses, a checkpoint that was trained to obey, and prompts in files."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    base, aligned = refusing.save_pair(folder)
+    for name, prompts in FILES.items():
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+    asked = [*refusing.RESTRICTED, *(f"tell of the {noun}" for noun in NOUNS)]
+    rows = [{"prompt": prompt, "completion": small_talk.story("cat", "sees", "dog")} for prompt in asked]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    own = [f"model.base={base}", f"model.aligned={aligned}", "model.dtype=float32", "data.eval_share=0.2"]
+    own += [f"data.source={folder / 'rows.jsonl'}"]
+    training = [
+        "training.max_steps=60",
+        "training.save_steps=60",
+        "training.bf16=false",
+        "training.learning_rate=1e-2",
+    ]
+    plain = ["corrections={guard: {preset: guard, rank: 2}}", "data.probes=null", f"output={folder / 'run'}"]
+    assert main(["recipes/llama32_1b_sft.yaml", *own, *training, *plain]) == 0
+    named = [f"calibrate.attacks={folder / 'attacks.txt'}", f"calibrate.harmless={folder / 'judged.txt'}"]
+    return [*own, *named, f"calibrate.checkpoint={folder / 'run/guard/checkpoint-60'}", "calibrate.target=0.5"], folder
+
+
+def run(settings: list[str], output, *more: str) -> int:
+    return main(["recipes/calibrate.yaml", *settings, f"output={output}", "calibrate.ranks=[2]", *more])
+
+
+def test_refusals_of_harmless_prompts_are_counted_and_limited(settings, tmp_path, capsys):
+    own, _ = settings
+    presets = "calibrate.presets={guard: [0.1, 1, 10]}"
+    assert run(own, tmp_path / "all", presets, "calibrate.over_refusal=1") == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    results = json.loads((tmp_path / "all/results.json").read_text())
+    said: dict[tuple, list] = {}
+    for line in (tmp_path / "all/answers.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["harmless"]:
+            said.setdefault((row["setting"], row["split"]), []).append(row)
+    aligned = {split: said["aligned model", split] for split in ("tuning", "held_out")}
+    assert [row["prompt"] for rows in aligned.values() for row in rows] == FILES["judged"][::2] + FILES["judged"][1::2]
+    places = [place for place, row in enumerate(aligned["tuning"]) if not row["refused"]]
+    for row in results["tuning"]:
+        answers = [said[f"guard({row['strength']:g}) at rank 2", "tuning"][place] for place in places]
+        rate = OverRefusalRate()
+        rate.update([answer["prompt"] for answer in answers], [answer["answer"] for answer in answers])
+        assert (row["newly_refused"], row["harmless_answered_by_aligned"]) == (rate.compute()["count"], len(places))
+    assert "at most 100.0% newly refused" in printed
+    held_out = results["held_out"]
+    low, high = wilson_interval(held_out["newly_refused"], held_out["harmless_answered_by_aligned"])
+    assert f"(95 % interval {low:.1%} to {high:.1%})." in printed
+
+
+def test_a_data_aware_penalty_keeps_harmless_prompts_and_the_command_does_so_too(settings, tmp_path, capsys):
+    own, folder = settings
+    reads = [f"data.probes={folder / 'probes.txt'}", f"data.harmless={folder / 'kept.txt'}"]
+    given = [
+        *own,
+        *reads,
+        "calibrate.presets={data_aware: [100]}",
+        "calibrate.over_refusal=1",
+        "calibrate.target=0.99",
+    ]
+    assert run(given, tmp_path / "out") == 0
+    assert ", harmless=" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/adapter/csulora/correction.json").read_text())
+    assert record["harmless_prompts"] == 2
+    words = PreTrainedTokenizerFast.from_pretrained(folder / "aligned")
+    kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/harmless.jsonl").read_text().splitlines()]
+    assert kept == asked_of(words, FILES["kept"])
+    assert repeated(tmp_path / "out", tmp_path / "corrected") == files_of(tmp_path / "out/adapter")
+
+
+def test_what_means_nothing_is_refused(settings, tmp_path, capsys):
+    own, folder = settings
+    for more, message in (
+        ([f"data.harmless={folder / 'kept.txt'}"], "'data.harmless': expected nothing without the preset data_aware"),
+        (["calibrate.over_refusal=1.5"], "'calibrate.over_refusal': expected a share in [0, 1], but got 1.5"),
+        ([f"calibrate.harmless={folder / 'attacks.txt'}"], "'calibrate.harmless': expected other prompts than calib"),
+        (["calibrate.harmless=nowhere.txt"], "'calibrate.harmless': no such file"),
+    ):
+        assert run(own, tmp_path / "out", *more) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "refused.txt").write_text("\n".join(refusing.RESTRICTED))
+    assert run(own, tmp_path / "out", f"calibrate.harmless={tmp_path / 'refused.txt'}") == 2
+    assert (
+        "expected some that the aligned model answers, in each half, but it refuses all 5" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert main(["recipes/calibrate.yaml", f"calibrate.harmless={folder / 'kept.txt'}"]) == 2
+    assert "'calibrate.harmless': expected nothing, as the toy lab has its own" in capsys.readouterr().err
