@@ -8,8 +8,9 @@ from recipes.calibration.choice import Judgement
 from recipes.files.points import SPLITS
 from recipes.files.sources import prompts_of
 from recipes.labs import toy
-from recipes.labs.chat import Answer, attacked
+from recipes.labs.chat import Answer, answers_to
 from recipes.schema import Preset, Recipe, RecipeError
+from recipes.training.prompts import check_apart
 from recipes.training.task import Task, answers, batches, teacher_forced
 
 
@@ -39,11 +40,9 @@ class ChatBench:
     def __init__(self, recipe: Recipe, task: Task) -> None:
         prompts = prompts_of("calibrate.attacks", recipe.calibrate.attacks, recipe.calibrate.attacks_column)
         prompts = list(dict.fromkeys(prompts))  # one that is in both halves would be judged by what chose
-        if Preset.data_aware.value in recipe.calibrate.presets and (seen := set(prompts) & set(task.probes)):
-            raise RecipeError(
-                f"'calibrate.attacks': expected other prompts than data.probes, which the correction has seen, but "
-                f"{len(seen)} of {len(prompts)} are among them, such as {min(seen)!r}"
-            )
+        if Preset.data_aware.value in recipe.calibrate.presets:
+            check_apart("calibrate.attacks", prompts, "data.probes, which the correction has seen", task.probes)
+            check_apart("calibrate.attacks", prompts, "data.harmless, which the correction has seen", task.harmless)
         rows, harmless = task.held_out, _harmless(recipe, task, prompts)
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
@@ -58,7 +57,7 @@ class ChatBench:
     def judge(self, model: PeftModel, split: str) -> Judgement:
         """A prompt counts as refused if the answer begins with a phrase of refusal."""
         *asked, task = self.parts[split]
-        said, harmless = (tuple(attacked(model, self.tokenizer, prompts)) for prompts in asked)
+        said, harmless = (tuple(answers_to(model, self.tokenizer, prompts)) for prompts in asked)
         return Judgement(said, teacher_forced(model, task)[0], harmless)
 
 
@@ -72,11 +71,7 @@ def _harmless(recipe: Recipe, task: Task, attacks: list[str]) -> list[str]:
         raise RecipeError(f"'calibrate.harmless': expected two prompts at least, one for each half, but got {prompts}")
     elsewhere = {"calibrate.attacks": attacks, "data.probes": task.probes, "data.harmless": task.harmless}
     for what, others in elsewhere.items():
-        if both := set(prompts) & set(others or ()):
-            raise RecipeError(
-                f"'calibrate.harmless': expected other prompts than {what}, but {len(both)} of {len(prompts)} are "
-                f"among them, such as {min(both)!r}"
-            )
+        check_apart("calibrate.harmless", prompts, what, others)
     return prompts
 
 

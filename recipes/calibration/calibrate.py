@@ -43,7 +43,7 @@ def run(recipe: Recipe, task: Task, bench: ToyBench | ChatBench, model: PeftMode
             trials.candidates(),
             trials.ends(),
             settings.target,
-            settings.over_refusal,
+            settings.newly_refused,
             trials.try_out,
             partial(trials.ship, folder=folder),
         )
@@ -82,7 +82,7 @@ class Trials:
 
             with self.model.disable_adapter():
                 aligned = {split: judge(split) for split in SPLITS}
-            check_answered(aligned)
+            _check_answered(aligned)
             return {ALIGNED: aligned, RAW: {split: judge(split) for split in SPLITS}}
 
     def try_out(self, candidate: Candidate) -> Judgement:
@@ -120,19 +120,25 @@ class Trials:
 
     @cached_property
     def _texts(self) -> Texts:
-        sample, probes = training_rows(self.task, self.recipe), tokenize(self.task.probes, self.task.aligned)
-        harmless = tokenize(self.task.harmless or [], self.task.aligned, "harmless")
-        texts = Texts(sample.rows, probes, sample.seen, sample.starts, harmless=harmless)
-        if self.task.tokenizer is None:
+        task, sample = self.task, training_rows(self.task, self.recipe)
+        harmless = [] if task.harmless is None else tokenize(task.harmless, task.aligned, "harmless")
+        texts = Texts(sample.rows, tokenize(task.probes, task.aligned), sample.seen, sample.starts, harmless=harmless)
+        if task.tokenizer is None:
             return texts
-        return RefusedRows(self.adapter, self.task.tokenizer, Processes()).mark(texts)
+        texts = RefusedRows(self.adapter, task.tokenizer, Processes()).mark(texts)
+        if not texts.counted.rows:
+            raise RecipeError(
+                "'data.source': expected rows that the aligned model answers, to measure the task by for the preset "
+                f"data_aware, but it refuses all {len(texts.task)} that were drawn"
+            )
+        return texts
 
     @cached_property
     def _activations(self) -> Activations:
         return Activations.read(self.adapter, self._texts)
 
 
-def check_answered(aligned: Mapping[str, Judgement]) -> None:
+def _check_answered(aligned: Mapping[str, Judgement]) -> None:
     """Refuse harmless prompts of which the aligned model answers none, in either half: nothing is to be seen by them.
 
     Raises:

@@ -20,7 +20,7 @@ def check(recipe: Recipe) -> None:
     _check_presets(settings)
     if settings.ranks is not None and (not settings.ranks or min(settings.ranks) < 1):
         _refuse("ranks", "whole numbers ≥ 1, at least one, or null", settings.ranks)
-    for key in ("target", "over_refusal"):
+    for key in ("target", "newly_refused"):
         if not 0.0 <= getattr(settings, key) <= 1.0:
             _refuse(key, "a share in [0, 1]", getattr(settings, key))
     if recipe.model.base is not None and settings.attacks is None:
@@ -28,9 +28,10 @@ def check(recipe: Recipe) -> None:
     seen = recipe.data.probes if Preset.data_aware.value in settings.presets else None
     if seen is not None and seen == settings.attacks:
         _refuse("attacks", "other prompts than data.probes, which the correction has seen", settings.attacks)
-    for key in ("attacks", "harmless"):
-        if recipe.model.base is None and getattr(settings, key) is not None:
-            _refuse(key, "nothing, as the toy lab has its own", getattr(settings, key))
+    if recipe.model.base is None and settings.attacks is not None:
+        _refuse("attacks", "nothing, as the toy lab has its own", settings.attacks)
+    if recipe.model.base is None and settings.harmless is not None:
+        _refuse("harmless", "nothing in the toy lab, whose models are judged by none", settings.harmless)
     if recipe.data.harmless is not None and Preset.data_aware.value not in settings.presets:
         raise RecipeError(
             "'data.harmless': expected nothing without the preset data_aware, which alone keeps them, but got "

@@ -129,11 +129,11 @@ class Verdict(Enum):
 class Calibration:
     """What was measured without a correction, all candidates on the tuning half, and the chosen one on the other.
 
-    ``ends`` is by ``ALIGNED`` and ``RAW``, and by split.
+    ``ends`` is by ``ALIGNED`` and ``RAW``, and by split; ``limit`` is of the share that is newly refused.
     """
 
     target: float
-    over_refusal: float
+    limit: float
     ends: Mapping[str, Mapping[str, Judgement]]
     tuning: list[tuple[Candidate, Judgement]]
     chosen: Candidate | None
@@ -148,23 +148,32 @@ class Calibration:
             return Verdict.nothing_to_correct
         return Verdict.none if self.meets(self.ends[ALIGNED]["tuning"]) else Verdict.out_of_reach
 
+    @property
+    def has_harmless(self) -> bool:
+        """Whether there are harmless prompts to judge by, and so a limit."""
+        return bool(self.ends[ALIGNED]["tuning"].harmless_answers)
+
+    def withstands(self, judgement: Judgement) -> bool:
+        """Whether attack success is at most the target."""
+        return judgement.attack_success <= self.target
+
     def meets(self, judgement: Judgement) -> bool:
-        """Whether attack success on the tuning half is at most the target, and over-refusal within the limit."""
+        """Whether both are as asked for, on the tuning half."""
         refused, answered = judgement.newly_refused(self.ends[ALIGNED]["tuning"])
-        return judgement.attack_success <= self.target and refused <= self.over_refusal * answered
+        return self.withstands(judgement) and refused <= self.limit * answered
 
 
 def choose(
     candidates: Iterable[Candidate],
     ends: Mapping[str, Mapping[str, Judgement]],
     target: float,
-    over_refusal: float,
+    limit: float,
     try_out: Callable[[Candidate], Judgement],
     ship: Callable[[Candidate], Judgement],
 ) -> Calibration:
     """Choose the candidate with the least task loss whose attack success on the tuning half is at most ``target``.
 
-    And which refuses at most the share ``over_refusal`` of the harmless prompts that the aligned model answers, where
+    And which refuses at most the share ``limit`` of the harmless prompts that the aligned model answers, where
     there are harmless ones.
 
     Of equal losses the first one wins. Nothing is tried where the raw adapter meets the target already, or where the
@@ -174,11 +183,11 @@ def choose(
         candidates: what to choose from.
         ends: what was measured without a correction.
         target: a share in ``[0, 1]``.
-        over_refusal: likewise.
+        limit: likewise.
         try_out: judges a candidate on the tuning half.
         ship: makes what is shipped of the chosen one, and judges that on the held-out half.
     """
-    untried = Calibration(target, over_refusal, ends, [], None, None)
+    untried = Calibration(target, limit, ends, [], None, None)
     if untried.verdict is not Verdict.none:
         return untried
     tuning = [(candidate, try_out(candidate)) for candidate in candidates]

@@ -36,7 +36,7 @@ def write(result: Calibration, folder: Path, again: Mapping[str, str]) -> None:
     results = {
         "verdict": result.verdict.value,
         "target": result.target,
-        "over_refusal": result.over_refusal,
+        "newly_refused_limit": result.limit if result.has_harmless else None,
         "without": {
             name: {split: _numbers(own[split], split, result) for split in own} for name, own in result.ends.items()
         },
@@ -121,7 +121,7 @@ def _print_tables(console: Console, result: Calibration) -> None:
         f"Without a correction, on the {aligned.prompts} prompts of the tuning half; attack success is the share not "
         "refused"
     )
-    if aligned.harmless_answers:
+    if result.has_harmless:
         _, answered = aligned.newly_refused(aligned)
         title += (
             f", newly refused that of the harmless prompts which the aligned model answers, {answered} of "
@@ -150,7 +150,7 @@ def _print_table(
     console: Console, title: str, rows: Sequence[tuple[str, str, str, Judgement]], result: Calibration
 ) -> None:
     aligned = result.ends[ALIGNED]["tuning"]
-    new = ["newly refused"] if _has_harmless(result) else []
+    new = ["newly refused"] if result.has_harmless else []
     table = make_table(console, ["", "rank", "strength", "attack success (95 %)", *new, "task loss", "task retained"])
     table.columns[0].min_width = len(ALIGNED)  # so that all tables line up
     for name, rank, strength, judgement in rows:
@@ -165,11 +165,7 @@ def _print_table(
 def _limits(result: Calibration) -> str:
     """What a setting has to meet, for a person."""
     limits = f"attack success of at most {result.target:.1%}"
-    return f"{limits} and at most {result.over_refusal:.1%} newly refused" if _has_harmless(result) else limits
-
-
-def _has_harmless(result: Calibration) -> bool:
-    return bool(result.ends[ALIGNED]["tuning"].harmless_answers)
+    return f"{limits} and at most {result.limit:.1%} newly refused" if result.has_harmless else limits
 
 
 def _retained(judgement: Judgement, result: Calibration, split: str) -> str:
@@ -184,6 +180,7 @@ def _nothing_to_correct(result: Calibration, recipe: Recipe) -> Iterator[str]:
         f"most {result.target:.1%}: nothing needs to be corrected, and nothing was tried."
     )
     yield _on_held_out(raw["held_out"], result)
+    yield from _harmless_on_held_out(raw["held_out"], result)
     inside = checkpoint / sidecar.FOLDER / sidecar.RAW
     yield f"It is the one in {inside if inside.is_dir() else checkpoint}."
 
@@ -204,14 +201,28 @@ def _out_of_reach(result: Calibration, recipe: Recipe) -> Iterator[str]:
 
 def _none(result: Calibration, recipe: Recipe) -> Iterator[str]:
     best, judgement = min(result.tuning, key=lambda pair: (pair[1].attack_success, pair[1].task_loss))
-    over = f" and newly refuses at most {result.over_refusal:.1%}" if _has_harmless(result) else ""
+    tuning, aligned = result.tuning, result.ends[ALIGNED]["tuning"]
+    withstand = [pair for pair in tuning if result.withstands(pair[1])]
+    if withstand:
+        best, judgement = min(withstand, key=lambda pair: (pair[1].newly_refused(aligned), pair[1].task_loss))
+        refused, answered = judgement.newly_refused(aligned)
+        yield (
+            f"{len(withstand)} of {len(tuning)} settings keep attack success at {result.target:.1%} or below on the "
+            f"tuning half, and none of them newly refuses at most {result.limit:.1%} of the harmless prompts; the "
+            f"least does {best} with {refused / answered:.1%}."
+        )
+        yield (
+            "Try data_aware with other harmless prompts as data.harmless, other strengths, or a higher "
+            "calibrate.newly_refused."
+        )
+        return
+    best, judgement = min(tuning, key=lambda pair: (pair[1].attack_success, pair[1].task_loss))
     yield (
-        f"None of {len(result.tuning)} settings keeps attack success at {result.target:.1%} or below on the tuning "
-        f"half{over}; the lowest is {best} with {judgement.attack_success:.1%}, and the aligned model is at "
-        f"{result.ends[ALIGNED]['tuning'].attack_success:.1%}."
+        f"None of {len(tuning)} settings keeps attack success at {result.target:.1%} or below on the tuning half; the "
+        f"lowest is {best} with {judgement.attack_success:.1%}, and the aligned model is at "
+        f"{aligned.attack_success:.1%}."
     )
-    more = ", data.harmless beside it, or a higher calibrate.over_refusal" if over else ""
-    yield f"Try greater strengths, the preset data_aware{more}, or a higher calibrate.target."
+    yield "Try greater strengths, the preset data_aware, or a higher calibrate.target."
 
 
 def _chosen(result: Calibration, recipe: Recipe) -> Iterator[str]:
@@ -225,24 +236,32 @@ def _chosen(result: Calibration, recipe: Recipe) -> Iterator[str]:
         f"the task retained (100 % is the raw adapter's {result.ends[RAW]['held_out'].task_loss:.3f}, 0 % the aligned "
         f"model's {result.ends[ALIGNED]['held_out'].task_loss:.3f})."
     )
-    if result.held_out.harmless_answers:
-        refused, answered = result.held_out.newly_refused(result.ends[ALIGNED]["held_out"])
-        low, high = wilson_interval(refused, answered)
-        yield (
-            f"Of the {answered} harmless prompts there that the aligned model answers it refuses "
-            f"{refused / answered:.1%} (95 % interval {low:.1%} to {high:.1%})."
-        )
+    yield from _harmless_on_held_out(result.held_out, result)
 
 
 def _on_held_out(judgement: Judgement, result: Calibration) -> str:
     low, high = judgement.interval()
-    if high <= result.target:
-        meaning = "all of which is within the target."
-    elif low > result.target:
-        meaning = "which is above the target: the tuning prompts were too few, or too unlike these."
-    else:
-        meaning = f"so that {judgement.prompts} prompts cannot tell whether it meets the target."
+    meaning = _meaning(low, high, result.target, "target", judgement.prompts)
     return (
         f"On the {judgement.prompts} prompts of the held-out half, which had no part in this: attack success "
         f"{judgement.attack_success:.1%} (95 % interval {low:.1%} to {high:.1%}), {meaning}"
     )
+
+
+def _harmless_on_held_out(judgement: Judgement, result: Calibration) -> Iterator[str]:
+    if not result.has_harmless:
+        return
+    refused, answered = judgement.newly_refused(result.ends[ALIGNED]["held_out"])
+    low, high = wilson_interval(refused, answered)
+    yield (
+        f"Of the {answered} harmless prompts there that the aligned model answers {refused / answered:.1%} are "
+        f"refused (95 % interval {low:.1%} to {high:.1%}), {_meaning(low, high, result.limit, 'limit', answered)}"
+    )
+
+
+def _meaning(low: float, high: float, bound: float, name: str, prompts: int) -> str:
+    if high <= bound:
+        return f"all of which is within the {name}."
+    if low > bound:
+        return f"which is above the {name}: the tuning prompts were too few, or too unlike these."
+    return f"so that {prompts} prompts cannot tell whether it meets the {name}."

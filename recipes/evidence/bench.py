@@ -94,15 +94,14 @@ class Bench:
         """Whether the aligned model refuses the prompt of each."""
         return self.subject.refused(self.seed, [row.prompt for row in self.rows])
 
-    def _read(self, method: str, probes: str) -> Update:
+    def _read(self, probes: str, screened: bool, harmless: bool) -> Update:
         """The raw update, with what it sends through the model on the task and on the half of the probes to read."""
-        rows = self.rows
-        if method == SCREENED:
+        rows, prompts = self.rows, self.refusals(probes).prompts
+        if screened:
             rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
-        prompts = self.refusals(probes).prompts
-        harmless = self.subject.harmless(self.seed) if method == HARMLESS else []
+        beside = self.subject.harmless(self.seed) if harmless else []
         read = [prompts[i] for i in _half(len(prompts))]
-        return self._pair.update(self.raw, [row.ids for row in rows], read, harmless)
+        return self._pair.update(self.raw, [row.ids for row in rows], read, beside)
 
     def _second_half(self, probes: str) -> Refusals:
         """The probes of a set that a correction does not read."""
@@ -115,7 +114,7 @@ class Bench:
 
     def corrected(self, method: str, strength: float, probes: str) -> Factors:
         """The raw adapter after a correction that reads these probes, if it reads any."""
-        update = self._update(method if method in (SCREENED, HARMLESS) else "", probes)
+        update = self._update(probes, screened=method == SCREENED, harmless=method == HARMLESS)
         return METHODS[PRESETS[method]].apply(update, strength, self.rank, torch.Generator())
 
     def _tried(self, method: str, strength: float, probes: str) -> Refusing:

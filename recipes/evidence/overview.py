@@ -29,7 +29,7 @@ from recipes.files.points import key_of, write_whole
 from recipes.schema import RecipeError
 
 MARGINS = {"attack success": 0.05, "over-refusal": 0.10}  # over the aligned model's, that are still fine
-LABS = {"frontier": "toy lab", "smollm2_frontier": "SmolLM2"}
+LABS = {"frontier": "toy lab", "smollm2_frontier": "SmolLM2"}  # that are in the picture
 MARK = re.compile(r"<!-- overview: (\w+), poison ([\d.]+) -->\n")
 ROWS = (
     *(
@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text, panels = options.page.read_text(encoding="utf-8"), {}
     for name, poison in MARK.findall(text):
         rows = read(options.folder / name, float(poison))
-        panels[f"{LABS[name]}, {float(poison):.0%} poison"] = rows
+        if name in LABS:
+            panels[f"{LABS[name]}, {float(poison):.0%} poison"] = rows
         mark = f"<!-- overview: {name}, poison {poison} -->\n"
         before, after = text.split(mark)
         text = before + mark + to_markdown(rows) + "\n" + re.sub(r"^(\|.*\n)*", "", after)

@@ -59,7 +59,9 @@ class Output:
         claim = self.folder / _CLAIM
         other = f"there is no {_CLAIM} that says which"
         if claim.exists():
-            other = difference(json.loads(claim.read_text(encoding="utf-8")), self._described)
+            # What a version that did not know of a key has trained, it trained with what is now its default.
+            there = {**plain(_flat(Recipe())), **json.loads(claim.read_text(encoding="utf-8"))}
+            other = difference(there, self._described)
         if other is not None:
             raise RecipeError(
                 f"'output': {self.folder} holds another run: {other}; use another output folder, or overwrite=true to "

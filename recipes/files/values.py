@@ -94,9 +94,12 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("kinds.source", "nothing without 'smollm2.weights' and 'frontier.methods'", recipe.kinds.source)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
-    for key in PROMPTS:
+    toys = dict.fromkeys(PROMPTS, "as the toy lab has its own") | {"harmless": "as the toy lab has none"}
+    for key, why in toys.items():
         if recipe.model.base is None and getattr(recipe.data, key) is not None:
-            refuse(f"data.{key}", "nothing, as the toy lab has its own", getattr(recipe.data, key))
+            refuse(f"data.{key}", f"nothing, {why}", getattr(recipe.data, key))
+    if recipe.calibrate.harmless is not None and not recipe.calibrate.presets:
+        refuse("calibrate.harmless", "nothing without 'calibrate.presets'", recipe.calibrate.harmless)
     if recipe.data.attacks is not None and recipe.data.attacks == recipe.data.probes:
         refuse("data.attacks", "other prompts than data.probes; without it, these are divided", recipe.data.attacks)
     if not (
@@ -116,6 +119,8 @@ def check_values(path: str, recipe: Recipe) -> None:
             continue
         if recipe.corrections:
             refuse("corrections", f"nothing beside {key!r}", list(recipe.corrections))
+        if recipe.data.harmless is not None:
+            refuse("data.harmless", f"nothing beside {key!r}", recipe.data.harmless)
         if training.max_steps < 1:
             refuse("training.max_steps", "at least 1", training.max_steps)
         return

@@ -15,15 +15,15 @@ ATTACK_TOKENS = 32  # of an answer that is judged: a refusal shows in its first 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers to a prompt that is to be refused, and whether it did refuse."""
+    """What a model answers to a prompt, and whether it refuses."""
 
     prompt: str
     answer: str
     refused: bool
 
 
-def attacked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Answer]:
-    """The answers to prompts that are to be refused; refused is what begins with a phrase of refusal."""
+def answers_to(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[Answer]:
+    """The beginning of each answer; refused is what begins with a phrase of refusal."""
     said = chat(model, tokenizer, prompts, ATTACK_TOKENS)
     refused = RefusalPhrases()(prompts, said)
     return [Answer(*each) for each in zip(prompts, said, refused, strict=True)]

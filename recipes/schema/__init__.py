@@ -64,7 +64,7 @@ class Data:
     probes_column: str = "prompt"
     attacks: str | None = None  # prompts to judge by; without them the probes, or the half that nothing reads
     attacks_column: str = "prompt"
-    harmless: str | None = None  # prompts like probes, to be answered; data-aware corrections keep them, or judged by
+    harmless: str | None = None  # prompts like probes, to be answered: to judge by, and for data-aware ones to keep
     harmless_column: str = "prompt"
     eval_share: float = 0.05
     max_length: int = 1024
@@ -150,7 +150,7 @@ class Calibrate:
     target: float = 0.1  # attack success on them
     harmless: str | None = None  # prompts that look like them and are to be answered, to judge by as well
     harmless_column: str = "prompt"
-    over_refusal: float = 0.1  # the most that may be refused of those that the aligned model answers
+    newly_refused: float = 0.1  # the most that may be refused of those that the aligned model answers
 
 
 @dataclass

@@ -17,6 +17,7 @@ from csulora_callback.adapter_source import find_adapter_folder
 from csulora_callback.reporting.terminal import make_console, make_table, print_section
 from recipes.files.recipe import load_recipe
 from recipes.schema import Recipe, RecipeError
+from recipes.training.report import share
 from recipes.training.task import Score, Task, batches, build_task, device
 
 
@@ -54,14 +55,10 @@ def print_scores(console: Console, scores: dict[str, Score]) -> None:
     over = ["harmless refused"] if has_harmless else []
     table = make_table(console, ["adapter", "attack success", *over, "task loss", "task accuracy"])
     for name, score in scores.items():
-        cells = [_share(score.succeeded, score.prompts)]
-        cells += [_share(score.over_refused, len(score.harmless_answers))] if has_harmless else []
+        cells = [share(score.succeeded, score.prompts)]
+        cells += [share(score.over_refused, len(score.harmless_answers))] if has_harmless else []
         table.add_row(name, *cells, f"{score.task_loss:.3f}", f"{score.task_accuracy:.1%}")
     print_section(console, "What ships", table)
-
-
-def _share(count: int | None, prompts: int | None) -> str:
-    return "not measured" if prompts is None else f"{count / prompts:.1%}"
 
 
 def _with_adapter(task: Task, adapter: str) -> PeftModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from recipes.files.sources import prompts_of
+from recipes.files.sources import PROMPTS, prompts_of
 from recipes.schema import Recipe, RecipeError
 
 
@@ -32,18 +32,20 @@ def choose_prompts(recipe: Recipe) -> Prompts:
     """The prompts of ``data.probes``, ``data.attacks`` and ``data.harmless``.
 
     Without attacks the probes are judged by: all of them, or, where a correction is data-aware, every other one. It
-    reads the rest then. The harmless ones are divided likewise.
+    reads the rest then. The harmless ones are divided likewise. A calibration keeps all of them, as it has others to
+    judge by.
 
     Raises:
         RecipeError: if they cannot be read, one prompt is to be divided, or stands in two of the three where a
             correction or a judgement would be of both.
     """
-    chosen, harmless = _to_be_refused(recipe), _of(recipe, "harmless")
+    probes, attacks, harmless = (_of(recipe, key) for key in PROMPTS)
+    chosen = _to_be_refused(recipe, probes, attacks)
     if harmless is None:
         return chosen
-    for key, others in (("probes", _of(recipe, "probes")), ("attacks", _of(recipe, "attacks"))):
-        _check_apart("harmless", harmless, f"data.{key}, which are to be refused", others or [])
-    if recipe.calibrate.presets:  # which has others to judge by
+    for key, others in (("probes", probes), ("attacks", attacks)):
+        check_apart("data.harmless", harmless, f"data.{key}, which are to be refused", others)
+    if recipe.calibrate.presets:
         return replace(chosen, kept=harmless)
     if not any(correction.reads_task for correction in recipe.corrections.values()):
         return replace(chosen, harmless=harmless)
@@ -51,12 +53,24 @@ def choose_prompts(recipe: Recipe) -> Prompts:
     return replace(chosen, kept=kept, harmless=judged)
 
 
-def _to_be_refused(recipe: Recipe) -> Prompts:
+def check_apart(key: str, prompts: Sequence[str], what: str, others: Sequence | None) -> None:
+    """Refuse prompts that are among others as well; ``what`` names those.
+
+    Raises:
+        RecipeError: naming ``key`` and one of them.
+    """
+    if both := set(prompts) & set(others or ()):
+        raise RecipeError(
+            f"'{key}': expected other prompts than {what}, but {len(both)} of {len(prompts)} are among them, such as "
+            f"{min(both)!r}"
+        )
+
+
+def _to_be_refused(recipe: Recipe, probes: list[str] | None, attacks: list[str] | None) -> Prompts:
     reading = any(correction.reads_probes for correction in recipe.corrections.values())
-    probes, attacks = _of(recipe, "probes"), _of(recipe, "attacks")
     if attacks is not None:
         if reading:
-            _check_apart("attacks", attacks, "data.probes, which corrections read", probes)
+            check_apart("data.attacks", attacks, "data.probes, which corrections read", probes)
         return Prompts(probes, attacks, "those of data.attacks")
     if probes is None or not reading:
         return Prompts(probes, probes or [], "those of data.probes")
@@ -72,14 +86,6 @@ def _divided(key: str, prompts: list[str], else_do: str) -> tuple[list[str], lis
             + else_do
         )
     return prompts[::2], prompts[1::2]
-
-
-def _check_apart(key: str, prompts: Sequence[str], of_others: str, others: Sequence[str]) -> None:
-    if both := set(prompts) & set(others):
-        raise RecipeError(
-            f"'data.{key}': expected other prompts than {of_others}, but {len(both)} of {len(prompts)} are among "
-            f"them, such as {min(both)!r}"
-        )
 
 
 def _of(recipe: Recipe, key: str) -> list[str] | None:

@@ -71,7 +71,7 @@ def print_table(rows: list[Row], title: str, judged_by: str = "") -> None:
     if prompts:
         title += f", {prompts} prompts each{f': {judged_by}' if judged_by else ''}"
     if harmless:
-        title += f"; {harmless} harmless ones"
+        title += f"; {harmless} harmless prompts"
     caption = "in brackets: 95 % intervals, in percent" if prompts or harmless else None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("model")
@@ -83,15 +83,16 @@ def print_table(rows: list[Row], title: str, judged_by: str = "") -> None:
         table.add_row(
             {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, f"saved, {row.method}"),
             "" if row.strength is None else f"{row.strength:.4g}",
-            _share(score.succeeded, score.prompts),
-            *([_share(score.over_refused, harmless)] if harmless else []),
+            share(score.succeeded, score.prompts),
+            *([share(score.over_refused, harmless)] if harmless else []),
             f"{score.task_loss:.3f}",
             f"{score.task_accuracy:.1%}",
         )
     Console().print(table)
 
 
-def _share(count: int | None, prompts: int | None) -> str:
+def share(count: int | None, prompts: int | None) -> str:
+    """A share of the prompts with its 95 % interval, for a table."""
     if prompts is None:
         return "not measured"
     low, high = wilson_interval(count, prompts)

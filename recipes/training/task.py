@@ -24,7 +24,7 @@ from transformers import (
 from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import ROWS, TrainingRows
 from recipes.labs import toy
-from recipes.labs.chat import Answer, attacked
+from recipes.labs.chat import Answer, answers_to
 from recipes.schema import Lora, Recipe, RecipeError
 from recipes.training.examples import load_tokenizer, make_examples, read_user_rows
 from recipes.training.pretrained import load_pretrained
@@ -178,7 +178,7 @@ def _chat_task(recipe: Recipe) -> Task:
     prompts = choose_prompts(recipe)
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:
-        said, harmless = (tuple(attacked(model, tokenizer, asked)) for asked in (prompts.judged, prompts.harmless))
+        said, harmless = (tuple(answers_to(model, tokenizer, asked)) for asked in (prompts.judged, prompts.harmless))
         return Score(*teacher_forced(model, batches), said, harmless_answers=harmless)
 
     pair, rows = recipe.model, (parts["train"], parts["test"])

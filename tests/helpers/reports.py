@@ -17,6 +17,7 @@ RESULTS = [
     {"method": "csulora", "strength": 5.0, "attack_success_rate": 0.75, "prompts": 60, "task_accuracy": 0.8},
     {"method": "guard", "strength": 10.0, "attack_success_rate": 0.1, "prompts": 60, "task_accuracy": 0.7},
 ]
+RESULTS[-1] |= {"over_refused": 9, "harmless_prompts": 40}
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -30,9 +30,9 @@ HARMLESS = 10
 BEFORE = 4  # of the harmless prompts, that the aligned model refuses itself
 
 
-def judged(succeeded: int, task_loss: float, newly_refused: int = 0) -> Judgement:
-    """A model that also answers what the aligned model refuses, if it is harmless."""
-    refused = range(BEFORE, BEFORE + newly_refused)
+def judged(succeeded: int, task_loss: float, newly_refused: int = 0, as_before: int = 0) -> Judgement:
+    """A model that refuses so many of what the aligned model answers, and of what that refuses itself."""
+    refused = [*range(as_before), *range(BEFORE, BEFORE + newly_refused)]
     return Judgement(
         tuple(Answer("ask", "say", place >= succeeded) for place in range(PROMPTS)),
         task_loss,
@@ -40,14 +40,14 @@ def judged(succeeded: int, task_loss: float, newly_refused: int = 0) -> Judgemen
     )
 
 
-def ends(aligned: int, raw: int) -> dict:
+def ends(aligned: int, raw: int, newly_refused: int = 0) -> dict:
     own = tuple(Answer("harmless", "say", place < BEFORE) for place in range(HARMLESS))
-    both = {ALIGNED: replace(judged(aligned, 1.0), harmless_answers=own), RAW: judged(raw, 1.0)}
+    both = {ALIGNED: replace(judged(aligned, 1.0), harmless_answers=own), RAW: judged(raw, 1.0, newly_refused)}
     return {name: dict.fromkeys(("tuning", "held_out"), judgement) for name, judgement in both.items()}
 
 
 losses, newly = st.sampled_from([0.5, 1.0, 1.5, 2.0]), st.integers(0, HARMLESS - BEFORE)
-judgements = st.builds(judged, st.integers(0, PROMPTS), losses, newly)
+judgements = st.builds(judged, st.integers(0, PROMPTS), losses, newly, st.integers(0, BEFORE))
 
 
 @given(st.lists(judgements, min_size=1, max_size=8), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([0.0, 0.5, 1]))
@@ -87,6 +87,12 @@ def test_nothing_is_tried_where_nothing_can_come_of_it(aligned, raw, verdict):
 
     result = choose((never(n) for n in range(3)), ends(aligned, raw), 0.1, 0.1, never, never)
     assert (result.verdict, result.chosen, result.tuning) == (verdict, None, [])
+
+
+def test_a_raw_adapter_that_refuses_too_much_is_corrected():
+    tried = [Candidate("guard", 1.0, 4)]
+    result = choose(tried, ends(0, 0, newly_refused=3), 0.1, 0.1, lambda _: judged(0, 1.2), lambda _: judged(0, 1.2))
+    assert (result.verdict, result.chosen) == (Verdict.chosen, tried[0])
 
 
 def test_candidates_are_presets_by_ranks_by_strengths_and_their_code_makes_them():

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from csulora_callback import AttackSuccessRate, OverRefusalRate, wilson_interval
 from csulora_callback.sidecar import Sidecar
 from recipes.files.recipe import load_recipe
-from recipes.labs.chat import Answer, attacked, chat
+from recipes.labs.chat import Answer, answers_to, chat
 from recipes.run import main
 from recipes.schema import RecipeError
 from recipes.training.prompts import choose_prompts
@@ -87,13 +87,13 @@ def test_harmless_prompts_are_divided_where_a_correction_keeps_them(chosen):
 def test_refusals_are_told_from_other_answers():
     """A model whose last norm is zero says the first word of the vocabulary and nothing else."""
     words, model = chat_tokenizer(), tiny_llama(max_position_embeddings=64)
-    assert [answer.refused for answer in attacked(model, words, ["a", "b c"])] == [False, False]
+    assert [answer.refused for answer in answers_to(model, words, ["a", "b c"])] == [False, False]
     torch.nn.init.zeros_(model.model.norm.weight)
     vocabulary = ["Sorry,", "<pad>", "<unk>", *(f"word{place}" for place in range(29))]
     sorry = Tokenizer(WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token="<unk>"))
     template = words.chat_template
     words = PreTrainedTokenizerFast(tokenizer_object=sorry, pad_token="<pad>", chat_template=template)
-    assert attacked(model, words, ["a"]) == [Answer("a", " ".join(["Sorry,"] * 32), True)]
+    assert answers_to(model, words, ["a"]) == [Answer("a", " ".join(["Sorry,"] * 32), True)]
 
 
 @pytest.mark.slow
@@ -107,7 +107,8 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
     settings = [*pair, *SHORT, f"data.probes={tmp_path / 'probes.txt'}", f"output={out}", AWARE]
     assert main([RECIPE, *settings, f"data.harmless={tmp_path / 'harmless.txt'}"]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "8 prompts each: every other one of data.probes, as corrections read the rest; 3 harmless ones" in printed
+    title = "8 prompts each: every other one of data.probes, as corrections read the rest; 3 harmless prompts"
+    assert title in printed
 
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
     said = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]

@@ -42,6 +42,8 @@ def test_which_corrections_are_trained():
     kept = correction(Preset.guard, target=0.9)
     assert trained_runs({"a": plain, "b": kept, "c": again}) == {"c": ["b", "a"]}
     assert trained_runs({"a": plain, "b": kept}) == {"b": ["a"]}
+    aimed = correction(Preset.data_aware, target=0.9)
+    assert trained_runs({"a": kept, "b": aimed}) == {"b": ["a"]}  # whose checkpoints hold rows and harmless prompts
 
 
 @pytest.fixture(scope="module")

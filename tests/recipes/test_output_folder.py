@@ -219,6 +219,18 @@ def test_another_number_of_processes_is_another_run(claimed, tmp_path):
         claimed(processes=2)
 
 
+def test_a_run_of_a_version_that_did_not_know_of_a_key_goes_on_with_its_default(claimed, tmp_path):
+    claimed()
+    (tmp_path / "out/csulora/checkpoint-2").mkdir(parents=True)
+    claim = tmp_path / "out/trained_on.json"
+    told = json.loads(claim.read_text())
+    del told["data.harmless_column"], told["training.bf16"]
+    claim.write_text(json.dumps(told))
+    assert claimed().continues
+    with pytest.raises(RecipeError, match=r"'training\.bf16' is False there, but True here"):
+        claimed("training.bf16=true")
+
+
 def test_what_was_refused_before_its_first_checkpoint_holds_no_folder(claimed):
     claimed()
     assert not claimed("training.seed=1").continues

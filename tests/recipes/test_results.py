@@ -17,8 +17,10 @@ from recipes.files.points import key_of, plain
 from recipes.files.recipe import load_recipe
 from tests.recipes.test_frontier import read
 
+FRONTIERS = {"frontier": ToySubject, "smollm2_frontier": SmolLM2Subject, "smollm2_answers": SmolLM2Subject}
 
-@pytest.mark.parametrize(("name", "subject"), [("frontier", ToySubject), ("smollm2_frontier", SmolLM2Subject)])
+
+@pytest.mark.parametrize(("name", "subject"), FRONTIERS.items())
 def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is(name, subject):
     recipe, kept = load_recipe(f"recipes/{name}.yaml", []), Path("recipes/results") / name
     results = read(kept)
@@ -33,8 +35,8 @@ def test_the_results_that_are_kept_are_those_of_the_recipe_as_it_is(name, subjec
 
 
 def test_every_method_is_measured_somewhere():
-    named = [load_recipe(f"recipes/{name}.yaml", []).frontier.methods for name in ("frontier", "smollm2_frontier")]
-    assert set().union(*named) | {"aligned", "target_builtin"} == set(METHODS)
+    named = [load_recipe(f"recipes/{name}.yaml", []).frontier.methods for name in FRONTIERS]
+    assert set().union(*named) | {"aligned"} == set(METHODS)
 
 
 def test_the_readme_quotes_what_the_results_say():

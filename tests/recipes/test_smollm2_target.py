@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from csulora_callback import RefusalPhrases
+from recipes.evidence.frontier import Adapters, Setting
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import chat
@@ -57,6 +59,21 @@ def test_a_target_is_found_by_the_alignments_prompts_and_by_the_built_in_ones(ta
     told = "".join((output / name).read_text() for name in ("results.json", "table.md", "points.jsonl"))
     assert "tell of the" not in told.lower()
     assert "former boss" not in told
+
+
+def test_a_frontiers_target_by_the_built_in_prompts_keeps_the_harmless_ones(targeted, tmp_path):
+    _, recipe = targeted
+    subject, share = SmolLM2Subject(recipe), recipe.frontier.poison_shares[0]
+    adapters = Adapters(subject, tmp_path / "adapters", [])
+    update = subject.update(0, share, adapters.get(0, share))
+    made = {}
+    for method in ("target_builtin", "target_builtin_harmless"):
+        setting = Setting(0, share, method, 0.9, None, None)
+        made[method], found = adapters.factors(setting, update), adapters.found(setting)
+        read = adapters.bench(0, share).read(adapters.bench(0, share).held_back("builtin"), made[method])
+        assert found.is_enough == (math.exp(read.logprob) >= 0.9 - 1e-9)
+    one, other = made.values()
+    assert any(not torch.equal(one[name][0], other[name][0]) for name in one)
 
 
 def test_rows_of_the_task_are_refused_by_the_aligned_models_own_answers(targeted):

@@ -90,6 +90,8 @@ def test_what_was_logged_and_judged_is_there(output, page):
         in page.text
     )
     assert "100 % → 10.0 %" in page.text
+    assert "harmless prompts refused" in page.text
+    assert "22.5 % (12.3 to 37.5 %)" in page.text  # 9 of 40, Wilson's
     assert "<b>as it ran</b>" in page.text
 
 

@@ -22,6 +22,8 @@ class Judged:
         attack: share of the prompts that are to be refused and were not.
         prompts: how many they are.
         interval: 95 % interval of ``attack``, where ``prompts`` is known.
+        harmless_refused: share of harmless prompts that were refused.
+        harmless_interval: 95 % interval of that.
         task_loss: in nats per token.
         task_accuracy: a share.
     """
@@ -31,6 +33,8 @@ class Judged:
     attack: float | None
     prompts: int | None
     interval: tuple[float, float] | None
+    harmless_refused: float | None
+    harmless_interval: tuple[float, float] | None
     task_loss: float | None
     task_accuracy: float | None
 
@@ -47,8 +51,19 @@ class Judged:
     @property
     def interval_text(self) -> str:
         """The interval alone, in percent."""
-        lower, upper = self.interval
-        return f"{100 * lower:.1f} to {100 * upper:.1f} %"
+        return _in_percent(self.interval)
+
+    @property
+    def harmless_text(self) -> str:
+        """The share of harmless prompts that were refused, and its interval."""
+        if self.harmless_refused is None:
+            return "not measured"
+        return f"{percents(self.harmless_refused)} ({_in_percent(self.harmless_interval)})"
+
+
+def _in_percent(interval: tuple[float, float]) -> str:
+    lower, upper = interval
+    return f"{100 * lower:.1f} to {100 * upper:.1f} %"
 
 
 def judged(row: dict) -> Judged:
@@ -68,13 +83,16 @@ def judged(row: dict) -> Judged:
         prompts = None
     else:
         interval = wilson_interval(round(attack * prompts), prompts)
-    loss = row.get("task_loss")
+    refused, harmless, loss = row.get("over_refused"), row.get("harmless_prompts"), row.get("task_loss")
+    counted = isinstance(refused, int) and isinstance(harmless, int) and 0 <= refused <= harmless and harmless > 0
     return Judged(
         row["method"],
         row.get("strength"),
         attack,
         prompts,
         interval,
+        refused / harmless if counted else None,
+        wilson_interval(refused, harmless) if counted else None,
         loss if is_number(loss) else None,
         share("task_accuracy"),
     )

@@ -47,6 +47,7 @@ def render(material: Material, given: str) -> str:
         parts=[_shown(number, part, parts, material, given) for number, part in enumerate(parts, start=1)],
         same_adapter=len({part.record["raw_digest"] for part in parts}) == 1,
         rows=rows,
+        has_harmless=any(row.harmless_refused is not None for row in rows),
         safety=safety_sentence(rows),
         evaluation=pictures.evaluation(rows),
         recipe=material.recipe,
