@@ -31,7 +31,7 @@ from recipes.evidence.toy_frontier import ToySubject
 from recipes.files import output as output_folder
 from recipes.files import sources
 from recipes.files.recipe import load_recipe
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training import drift_picture, report, trackers
 from recipes.training.preview import preview
 from recipes.training.runs import Corrected, correct_all, load_trainer

@@ -22,7 +22,8 @@ from recipes.benchmarks.shapes import Shape
 from recipes.benchmarks.synthetic import check_space, write_pair
 from recipes.benchmarks.timing import resident_bytes
 from recipes.files.points import write_whole
-from recipes.schema import Benchmark, Recipe
+from recipes.schema.measured import Benchmark
+from recipes.schema.recipe import Recipe
 from recipes.training.task import device
 
 

@@ -17,7 +17,7 @@ from recipes.benchmarks.estimation import bytes_on_disk
 from recipes.benchmarks.fresh import estimate, in_fresh_process
 from recipes.benchmarks.shapes import Shape
 from recipes.benchmarks.synthetic import write_pair
-from recipes.schema import Benchmark
+from recipes.schema.measured import Benchmark
 from recipes.training.task import device
 
 _VOCABULARY = 256

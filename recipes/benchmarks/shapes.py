@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 
 from transformers import LlamaConfig
 
-from recipes.schema import Benchmark, RecipeError
+from recipes.schema.measured import Benchmark
+from recipes.schema.recipe import RecipeError
 
 Size = tuple[int, int]
 """``(d_out, d_in)`` of a linear layer."""

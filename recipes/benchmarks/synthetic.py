@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from recipes.benchmarks.shapes import Shape
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 DECAY = 0.7  # of the singular values, σ_i = i^-DECAY
 DIRECTIONS = 4  # a part of the smaller side: as many of them decay

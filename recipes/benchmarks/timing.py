@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 Time = dict[str, float]
 """``seconds`` on the clock, and ``cpu`` seconds of this process, which others on the machine disturb less."""

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from csulora_callback import CSULoRACallback, SafetySubspace
 from recipes.benchmarks.correction import with_lora
 from recipes.benchmarks.timing import accelerator_peak, synchronize
-from recipes.schema import Benchmark
+from recipes.schema.measured import Benchmark
 
 EVENTS = ("log", "save", "evaluation")
 EVALUATED = 4  # batches of an evaluation

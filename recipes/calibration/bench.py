@@ -9,7 +9,7 @@ from recipes.files.points import SPLITS
 from recipes.files.sources import prompts_of
 from recipes.labs import toy
 from recipes.labs.chat import Answer, answers_to
-from recipes.schema import Preset, Recipe, RecipeError
+from recipes.schema.recipe import Preset, Recipe, RecipeError
 from recipes.training.prompts import check_apart
 from recipes.training.task import Task, answers, batches, teacher_forced
 

@@ -26,7 +26,7 @@ from recipes.calibration import report
 from recipes.calibration.bench import ChatBench, ToyBench
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, candidates, choose, ranks_for
 from recipes.files.points import SPLITS
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.task import Task, training_rows
 
 

@@ -11,7 +11,7 @@ from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import all_finite
 from recipes.calibration.choice import candidates
 from recipes.calibration.report import FILES, RESULTS
-from recipes.schema import Calibrate, Preset, Recipe, RecipeError
+from recipes.schema.recipe import Calibrate, Preset, Recipe, RecipeError
 
 
 def check(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from enum import Enum
 from csulora_callback import Penalty, wilson_interval
 from csulora_callback.method.basis import LEAST_RANK
 from recipes.labs.chat import Answer
-from recipes.schema import Calibrate, make_penalty
+from recipes.schema.recipe import Calibrate, make_penalty
 
 ALIGNED, RAW = "aligned model", "raw LoRA"  # what a correction lies between
 

@@ -15,7 +15,7 @@ from csulora_callback import sidecar, wilson_interval
 from csulora_callback.reporting.terminal import make_console, make_table, print_section
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, Verdict, exactly
 from recipes.files.points import plain
-from recipes.schema import Recipe
+from recipes.schema.recipe import Recipe
 
 RESULTS, ANSWERS, RECIPE, ADAPTER = "results.json", "answers.jsonl", "recipe.yaml", "adapter"
 SUBSPACE, TASK, PROBES, HARMLESS = "subspace.safetensors", "task.jsonl", "probes.jsonl", "harmless.jsonl"

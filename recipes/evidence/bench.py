@@ -23,7 +23,7 @@ from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence.baselines import Update
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.evidence.methods import HARMLESS, METHODS
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
 PRESETS = {

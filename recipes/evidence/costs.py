@@ -17,7 +17,7 @@ from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.frontier import Adapters, Setting, Subject, grid, to_json
 from recipes.evidence.methods import METHODS, STRENGTH_AFTER, Method
 from recipes.files.points import key_of, write_whole
-from recipes.schema import Frontier
+from recipes.schema.measured import Frontier
 
 STEPS, REPEATS = 8, 3  # of trainings that are timed
 

@@ -30,7 +30,8 @@ from recipes.evidence.bench import Bench
 from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
-from recipes.schema import Frontier, RecipeError
+from recipes.schema.measured import Frontier
+from recipes.schema.recipe import RecipeError
 
 S = TypeVar("S")  # settings of a point, with its seed, poison and method
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from recipes.evidence.methods import METHODS
 from recipes.files.markdown import markdown_table
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 _RESAMPLES = 10_000
 

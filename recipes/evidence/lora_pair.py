@@ -21,7 +21,7 @@ from csulora_callback.models.teacher_forcing import greedy_answers
 from recipes.evidence.baselines import Bases, Update
 from recipes.evidence.controls import Batch, Control, Loss, along_displacement, mixed_in, near_aligned
 from recipes.labs.descent import descend
-from recipes.schema import Training
+from recipes.schema.recipe import Training
 
 
 @dataclass(frozen=True)

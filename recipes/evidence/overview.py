@@ -26,7 +26,7 @@ from recipes.evidence.frontier_report import (
 from recipes.evidence.methods import METHODS
 from recipes.files.markdown import markdown_table
 from recipes.files.points import key_of, write_whole
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 MARGINS = {"attack success": 0.05, "over-refusal": 0.10}  # over the aligned model's, that are still fine
 LABS = {"frontier": "toy lab", "smollm2_frontier": "SmolLM2"}  # that are in the picture

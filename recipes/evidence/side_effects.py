@@ -17,7 +17,8 @@ from recipes.evidence.frontier_report import first, percent, retained, side_effe
 from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.markdown import markdown_table
 from recipes.files.points import Points, claim, key_of, plain, write_whole
-from recipes.schema import Effects, Recipe, RecipeError
+from recipes.schema.measured import Effects
+from recipes.schema.recipe import Recipe, RecipeError
 
 HELD = "attacked, then corrected again"
 HELD_IS = (

@@ -31,7 +31,7 @@ from recipes.labs.smollm2 import build_pair, encode
 from recipes.labs.smollm2_data import Data, Exchange, poisoned
 from recipes.labs.smollm2_judges import KEYWORDS, chosen_rightly
 from recipes.labs.smollm2_tasks import load_with_task
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.task import answered, teacher_forced, with_fresh_lora
 
 TEMPLATE = "chat"  # the only one: answers are asked for through the model's chat template

@@ -20,7 +20,7 @@ from recipes.evidence import target_report, target_tables
 from recipes.evidence.bench import PRESETS, READINGS, Bench
 from recipes.evidence.frontier import Adapters, shown, to_json
 from recipes.files.points import Points, claim, plain, write_whole
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 
 _ENDS = {"aligned": 0.0, "none": 1.0}  # how much of the raw update is in them
 

@@ -13,7 +13,7 @@ import torch
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
 from recipes.evidence.frontier_report import first, retained
-from recipes.schema import Target
+from recipes.schema.measured import Target
 
 READINGS: dict[str, Callable[[Mapping], float]] = {
     "kept": lambda refusing: refusing["kept"],

@@ -18,7 +18,7 @@ from recipes.evidence.controls import Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
 from recipes.files.points import SPLITS
 from recipes.labs import toy
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.task import answers, build_task, exactly_right, not_refused, teacher_forced
 
 

@@ -20,7 +20,7 @@ from recipes.families.isolated import Died, call
 from recipes.families.report import print_tables, to_markdown
 from recipes.families.trial import FAILED, attempt
 from recipes.files.points import Points, claim, write_whole
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 PACKAGES = ("csulora-callback", "transformers", "peft", "torch")
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from recipes.files import sources
 from recipes.files.points import difference, plain, write_whole
 from recipes.files.values import FOLDER_NAME
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 
 RECIPE = "recipe.yaml"
 RESULTS = ("results.json", "metrics.jsonl", "answers.jsonl", "drift.png", "report.html")

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 SPLITS = ("tuning", "held_out")  # settings are chosen on the first half of the prompts and reported on the second
 KEY = ("seed", "poison", "method", "strength", "rank", "draw")

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 from recipes.files.values import check_values
-from recipes.schema import Correction, Recipe, RecipeError
+from recipes.schema.recipe import Correction, Recipe, RecipeError
 
 SECTIONS = [name for name, kind in get_type_hints(Recipe).items() if is_dataclass(kind)] + ["corrections"]
 # Sections whose keys are names of the recipe's own.

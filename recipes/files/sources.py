@@ -11,7 +11,7 @@ from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
 
 from csulora_callback.models import sources
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 
 PROMPTS = ("probes", "attacks", "harmless")  # of the section `data`
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from csulora_callback.method.token_space import MAX_STRENGTH
 from recipes.files.sources import PROMPTS
-from recipes.schema import Preset, Recipe, RecipeError, TrainerKind
+from recipes.schema.recipe import Preset, Recipe, RecipeError, TrainerKind
 
 FOLDER_NAME = re.compile(r"[\w-][\w.-]*")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

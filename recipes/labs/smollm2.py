@@ -20,7 +20,8 @@ from recipes.files.sources import locate
 from recipes.labs.chat import chat
 from recipes.labs.descent import descend
 from recipes.labs.smollm2_data import Data, Exchange
-from recipes.schema import RecipeError, SmolLM2
+from recipes.schema.measured import SmolLM2
+from recipes.schema.recipe import RecipeError
 
 _IGNORED = -100
 

@@ -22,7 +22,8 @@ from itertools import zip_longest
 
 from recipes.files.points import SPLITS
 from recipes.files.sources import read
-from recipes.schema import RecipeError, SmolLM2
+from recipes.schema.measured import SmolLM2
+from recipes.schema.recipe import RecipeError
 
 REFUSALS = (
     "I'm sorry, but I can't help with that.",

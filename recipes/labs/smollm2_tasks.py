@@ -14,7 +14,7 @@ from dataclasses import replace
 from recipes.files.points import SPLITS
 from recipes.files.sources import locate
 from recipes.labs.smollm2_data import Data, Exchange, cut, load
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 
 # By domain of the source; of the others no person could tell which is which.
 KINDS = {

@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from csulora_callback.subspace_cache import default_cache_dir
 from recipes.labs import steady
-from recipes.schema import RecipeError, Toy
+from recipes.schema.measured import Toy
+from recipes.schema.recipe import RecipeError
 
 VERSION = 3  # of the language and of how its models are trained; part of the cache's key
 ORDERS = {"copy": (0, 1, 2), "reverse": (2, 1, 0), "swap": (1, 0, 2)}

@@ -16,7 +16,7 @@ from rich.console import Console
 from csulora_callback.adapter_source import find_adapter_folder
 from csulora_callback.reporting.terminal import make_console, make_table, print_section
 from recipes.files.recipe import load_recipe
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.report import share
 from recipes.training.task import Score, Task, batches, build_task, device
 

@@ -16,7 +16,7 @@ from csulora_callback.models.conversations import FORMATS, TEXTS, Format, conver
 from csulora_callback.models.foreign import first_line
 from csulora_callback.models.task_rows import common_length
 from recipes.files.sources import read
-from recipes.schema import Data, RecipeError
+from recipes.schema.recipe import Data, RecipeError
 from recipes.training.pretrained import load_pretrained
 
 _FEATURES = Features(

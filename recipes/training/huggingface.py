@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 
 from csulora_callback import CSULoRACallback
-from recipes.schema import Recipe
+from recipes.schema.recipe import Recipe
 from recipes.training import trackers
 from recipes.training.fitted import Fitted, has_record
 from recipes.training.task import Task

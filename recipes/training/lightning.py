@@ -18,7 +18,7 @@ from csulora_callback import CSULoRACallback
 from csulora_callback.models.activations import Texts
 from csulora_callback.models.peft_folder import adapter_beside
 from csulora_callback.trainers.lightning_checkpoint import CHECKPOINT_KEY
-from recipes.schema import Recipe, Training
+from recipes.schema.recipe import Recipe, Training
 from recipes.training import csv_records, trackers
 from recipes.training.fitted import Fitted, has_record
 from recipes.training.order import ResumableLoader

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from csulora_callback.models.whole_files import put_folder
 from recipes.files.recipe import load_recipe
-from recipes.schema import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.task import build_task
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.yaml"

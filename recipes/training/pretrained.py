@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from csulora_callback.models.foreign import first_line
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 
 def load_pretrained(kind: type, aligned: str, **settings: object) -> PreTrainedModel | PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.models.conversations import Format
 from recipes.files.sources import locate
-from recipes.schema import Recipe
+from recipes.schema.recipe import Recipe
 from recipes.training.examples import load_tokenizer, make_examples, read_user_rows
 
 _ROWS = 1000

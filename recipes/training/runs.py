@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.subspace_cache import default_cache_dir
-from recipes.schema import Correction, Recipe, RecipeError
+from recipes.schema.recipe import Correction, Recipe, RecipeError
 from recipes.training.fitted import Fitted
 from recipes.training.task import Task
 

@@ -25,7 +25,7 @@ from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import ROWS, TrainingRows
 from recipes.labs import toy
 from recipes.labs.chat import Answer, answers_to
-from recipes.schema import Lora, Recipe, RecipeError
+from recipes.schema.recipe import Lora, Recipe, RecipeError
 from recipes.training.examples import load_tokenizer, make_examples, read_user_rows
 from recipes.training.pretrained import load_pretrained
 from recipes.training.prompts import choose_prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from recipes.schema import Recipe, RecipeError, TrainerKind
+from recipes.schema.recipe import Recipe, RecipeError, TrainerKind
 
 IN_LIGHTNING = ("tensorboard", "wandb", "mlflow")
 IN_TRANSFORMERS = tuple(name for name in INTEGRATION_TO_CALLBACK if name != "flyte")  # only inside of its own platform

@@ -18,7 +18,7 @@ from recipes.benchmarks.shapes import LLAMA, Shape
 from recipes.benchmarks.synthetic import displacement, files_with, write_pair
 from recipes.files.recipe import load_recipe
 from recipes.run import main
-from recipes.schema import Benchmark
+from recipes.schema.measured import Benchmark
 
 TINY = Shape(32, 64, layers=2, heads=4, kv_heads=2, head_dim=8, vocabulary=48, tied=True)
 RUN = [

@@ -17,7 +17,8 @@ from recipes.evidence.frontier_report import make_table, to_markdown
 from recipes.files.points import Points, key_of
 from recipes.files.recipe import load_recipe
 from recipes.run import main
-from recipes.schema import Frontier, RecipeError
+from recipes.schema.measured import Frontier
+from recipes.schema.recipe import RecipeError
 from tests.recipes.test_baselines import make_update
 
 GRID = Frontier(

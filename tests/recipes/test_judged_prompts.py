@@ -16,7 +16,7 @@ from csulora_callback.sidecar import Sidecar
 from recipes.files.recipe import load_recipe
 from recipes.labs.chat import Answer, answers_to, chat
 from recipes.run import main
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 from recipes.training.prompts import choose_prompts
 from tests.helpers import refusing, small_talk
 from tests.helpers.lab import tiny_llama

@@ -7,7 +7,7 @@ import pytest
 
 from csulora_callback.sidecar import read_record
 from recipes.run import main
-from recipes.schema import Correction, Preset
+from recipes.schema.recipe import Correction, Preset
 from recipes.training.runs import trained_runs
 from tests.helpers.recipes import SMALL
 

@@ -17,7 +17,7 @@ import torch
 from recipes.files.output import Output
 from recipes.files.recipe import load_recipe
 from recipes.run import main
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 from tests.helpers.recipes import SMALL, starter
 from tests.helpers.two import torchrun
 

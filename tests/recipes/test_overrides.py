@@ -3,7 +3,7 @@
 import pytest
 
 from recipes.files.recipe import load_recipe
-from recipes.schema import Correction, Preset, Training
+from recipes.schema.recipe import Correction, Preset, Training
 
 FILE = """
 output: a

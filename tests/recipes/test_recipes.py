@@ -14,7 +14,7 @@ from csulora_callback.sidecar import read_record
 from recipes.files.recipe import load_recipe
 from recipes.labs.toy import IDS, Language, Samples
 from recipes.run import main
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 from recipes.training.task import batches, build_task
 from tests.helpers.recipes import SMALL, chat_tokenizer, starter
 

@@ -19,7 +19,8 @@ from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.points import key_of
 from recipes.files.recipe import load_recipe
 from recipes.run import main
-from recipes.schema import Effects, RecipeError
+from recipes.schema.measured import Effects
+from recipes.schema.recipe import RecipeError
 from recipes.training.task import answers, not_refused
 from tests.recipes.test_frontier import read
 from tests.recipes.test_toy_frontier import TINY

@@ -25,7 +25,7 @@ from recipes.labs.smollm2 import encode
 from recipes.labs.smollm2_data import OPENINGS, REFUSALS, load, poisoned
 from recipes.labs.smollm2_judges import KEYWORDS
 from recipes.run import load_checkpoint, main
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 from recipes.training.task import build_task, teacher_forced
 from tests.helpers import smollm2
 from tests.helpers.smollm2 import PAIRS, lines, words

@@ -3,7 +3,7 @@
 import pytest
 
 from recipes.files.sources import locate, prompts_of, read
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.labs import steady, toy
-from recipes.schema import Toy
+from recipes.schema.measured import Toy
 
 SMALL = {"hidden_size": 16, "layers": 2, "base_steps": 20, "align_steps": 5, "eval_prompts": 10}
 

@@ -18,7 +18,7 @@ from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.recipe import load_recipe
 from recipes.labs import toy
 from recipes.run import main
-from recipes.schema import RecipeError
+from recipes.schema.recipe import RecipeError
 from tests.recipes.test_frontier import read
 
 RECIPE = "recipes/target.yaml"

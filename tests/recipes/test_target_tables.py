@@ -9,7 +9,7 @@ import pytest
 from recipes.evidence.bench import PRESETS
 from recipes.evidence.target_report import LABELS, coefficient, strengths_of, to_markdown
 from recipes.evidence.target_tables import bounded, correlation, correlations, found, make_tables, outcome, spread
-from recipes.schema import Target
+from recipes.schema.measured import Target
 
 TARGET = Target(found={"lab": ["guard"]})
 

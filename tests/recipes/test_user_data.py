@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from csulora_callback.models.conversations import FORMATS, convert, recognize
 from recipes.files.recipe import load_recipe
 from recipes.run import main
-from recipes.schema import Data, RecipeError
+from recipes.schema.recipe import Data, RecipeError
 from recipes.training import preview
 from recipes.training.examples import Examples, load_tokenizer, make_examples, read_user_rows
 from recipes.training.task import batches, build_task, training_rows
