@@ -97,7 +97,8 @@ def test_refusals_are_told_from_other_answers():
 
 
 @pytest.mark.slow
-def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answers(tmp_path, capsys):
+def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # of the terminal: no cell is broken
     probes = [f"{first} {second}" for first in "abcd" for second in "efgh"]
     harmless = [f"{first} {second}" for first in "ij" for second in "klm"]
     (tmp_path / "probes.txt").write_text("\n".join(probes))
@@ -136,7 +137,10 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
-def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_it(trainer, tmp_path, capsys):
+def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_it(
+    trainer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
     base, aligned = refusing.save_pair(tmp_path)
     files = {"probes": refusing.RESTRICTED, "attacks": refusing.SHORTER, "harmless": refusing.HARMLESS}
     for name, prompts in files.items():
@@ -153,7 +157,7 @@ def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_i
     ]
     for name, correction in zip(("all", "alone"), corrections, strict=True):
         assert main([RECIPE, *settings, correction, f"output={tmp_path / name}"]) == 0
-    assert "harmless │" in capsys.readouterr().out  # a column of the table
+    assert "harmless refused" in capsys.readouterr().out
     made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "strong")}
     told = {name: Sidecar.load(folder).record.get("harmless_prompts") for name, folder in made.items()}
     assert told == {"kept": None, "aware": 2, "strong": 2}

@@ -167,13 +167,13 @@ def test_the_first_page_quotes_the_overview():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     labs = [
         {row["method"]: row for row in overview.read(PAGE.parent / name, poison)}
-        for name, poison in (("frontier", 0.05), ("smollm2_frontier", 0.12))
+        for name, poison in (("frontier", 0.05), ("smollm2_frontier", 0.12), ("smollm2_answers", 0.12))
     ]
     for take, method in FIRST_PAGE.items():
         (line,) = (line for line in lines if take in line[:2])
         assert line[2:] == [in_short(rows[method]) if method in rows else "–" for rows in labs], take
-    aligned, on_toys = (in_short(rows["aligned"]) for rows in labs[::-1])
-    assert f"the aligned model {on_toys} and {aligned}" in " ".join(text.split())
+    *aligned, last = (in_short(rows["aligned"]) for rows in labs)
+    assert f"the aligned model {', '.join(aligned)} and {last}" in " ".join(text.split())
 
 
 def in_short(row: dict) -> str:

@@ -65,15 +65,14 @@ def test_a_frontiers_target_by_the_built_in_prompts_keeps_the_harmless_ones(targ
     _, recipe = targeted
     subject, share = SmolLM2Subject(recipe), recipe.frontier.poison_shares[0]
     adapters = Adapters(subject, tmp_path / "adapters", [])
-    update = subject.update(0, share, adapters.get(0, share))
-    made = {}
+    update, bench = subject.update(0, share, adapters.get(0, share)), adapters.bench(0, share)
     for method in ("target_builtin", "target_builtin_harmless"):
         setting = Setting(0, share, method, 0.9, None, None)
-        made[method], found = adapters.factors(setting, update), adapters.found(setting)
-        read = adapters.bench(0, share).read(adapters.bench(0, share).held_back("builtin"), made[method])
-        assert found.is_enough == (math.exp(read.logprob) >= 0.9 - 1e-9)
-    one, other = made.values()
-    assert any(not torch.equal(one[name][0], other[name][0]) for name in one)
+        kept = bench.read(bench.held_back("builtin"), adapters.factors(setting, update))
+        assert adapters.found(setting).is_enough == (math.exp(kept.logprob) >= 0.9 - 1e-9)
+    # So weak an adapter meets the target as it is.
+    one, other = (bench.corrected(method, 10.0, "builtin") for method in ("data_aware", "data_aware_harmless"))
+    assert all(not torch.equal(one[name][0], other[name][0]) for name in one)
 
 
 def test_rows_of_the_task_are_refused_by_the_aligned_models_own_answers(targeted):
