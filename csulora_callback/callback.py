@@ -120,8 +120,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         harmless: prompts that look like ``probes`` and are to be answered, from the same kinds of source;
             ``"builtin"`` are those that look like the built-in probes. A data-aware penalty, which alone takes them,
             keeps what the update does to them as it does on the task, and tells them from probes by what comes after
-            the beginning that all share (see :mod:`csulora_callback.models.harmless`): for where a correction was seen to
-            refuse too much. They are not checked. A resumed run that is given none takes those of its checkpoint.
+            the beginning that all share (see :mod:`csulora_callback.models.harmless`): for where corrections refuse
+            too much. They are not checked. A resumed run that is given none takes those of its checkpoint.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
