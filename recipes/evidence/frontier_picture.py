@@ -86,7 +86,7 @@ _LOOKS = {
     "projection": (YELLOW, "v"),
     "data_aware_harmless": (_TEAL, "h"),
     "target_harmless": (_FOREST, "8"),
-    "target_builtin_harmless": (_ROSE, "*"),
+    "target_builtin_harmless": (_BROWN, "H"),
     "data_aware_own_tokens": (_MAGENTA, "d"),
     "data_aware_loose": (_PALE, "<"),
     "data_aware_tight": (_INDIGO, ">"),
