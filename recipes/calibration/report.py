@@ -200,7 +200,6 @@ def _out_of_reach(result: Calibration, recipe: Recipe) -> Iterator[str]:
 
 
 def _none(result: Calibration, recipe: Recipe) -> Iterator[str]:
-    best, judgement = min(result.tuning, key=lambda pair: (pair[1].attack_success, pair[1].task_loss))
     tuning, aligned = result.tuning, result.ends[ALIGNED]["tuning"]
     withstand = [pair for pair in tuning if result.withstands(pair[1])]
     if withstand:
