@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from csulora_callback import Penalty, SafetySubspace, correct_adapter
+from csulora_callback import Penalty, SafetySubspace, correct_adapter, wilson_interval
 from recipes.run import main as run_recipe
 from recipes.training.compare import main as compare
 from recipes.training.plain import main as plain
@@ -81,7 +81,7 @@ def test_what_is_shipped_and_merged(walked):
 def test_what_is_compared(walked):
     """That the raw adapter is unsafe is what the lab is for; what a correction makes of it is shown, not asserted."""
     printed, _ = walked
-    rows = dict(re.findall(r"^(\S+|\(aligned model\)) +(\d+\.\d)% +\d", printed, re.MULTILINE))
+    rows = dict(re.findall(r"^(\S+|\(aligned model\)) +(\d+\.\d)% \(\d+–\d+\) +\d", printed, re.MULTILINE))
     assert list(rows) == ["(aligned model)", "walk/adapter", "walk/safe", "walk/safer"]
     assert float(rows["(aligned model)"]) < 10
     assert float(rows["walk/adapter"]) > 50
@@ -105,8 +105,9 @@ def test_plain_training_is_that_of_the_quickstart(tmp_path, capsys):
     results = {row["method"]: row for row in json.loads((tmp_path / "out/results.json").read_text())}
     for place, method in zip(places, ("raw", "guard"), strict=True):
         row = results[method]
-        rates = f"{row['attack_success_rate']:.1%}", f"{row['task_loss']:.3f}", f"{row['task_accuracy']:.1%}"
-        assert lines[place] == list(rates)
+        low, high = wilson_interval(row["succeeded"], row["prompts"])
+        success = [f"{row['attack_success_rate']:.1%}", f"({100 * low:.0f}–{100 * high:.0f})"]
+        assert lines[place] == [*success, f"{row['task_loss']:.3f}", f"{row['task_accuracy']:.1%}"]
 
 
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path, capsys):
