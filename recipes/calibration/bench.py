@@ -6,11 +6,10 @@ from peft import PeftModel
 
 from recipes.calibration.choice import Judgement
 from recipes.files.points import SPLITS
-from recipes.files.sources import prompts_of
 from recipes.labs import toy
 from recipes.labs.chat import Answer, answers_to
 from recipes.schema.recipe import Preset, Recipe, RecipeError
-from recipes.training.prompts import check_apart
+from recipes.training.prompts import check_apart, prompts_named
 from recipes.training.task import Task, answers, batches, teacher_forced
 
 
@@ -38,8 +37,7 @@ class ChatBench:
     """A user's prompts, answered through the chat template, and the held-out part of the user's data."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        prompts = prompts_of("calibrate.attacks", recipe.calibrate.attacks, recipe.calibrate.attacks_column)
-        prompts = list(dict.fromkeys(prompts))  # one that is in both halves would be judged by what chose
+        prompts = prompts_named(recipe, "calibrate.attacks")
         if Preset.data_aware.value in recipe.calibrate.presets:
             check_apart("calibrate.attacks", prompts, "data.probes, which the correction has seen", task.probes)
             check_apart("calibrate.attacks", prompts, "data.harmless, which the correction has seen", task.harmless)
@@ -63,10 +61,9 @@ class ChatBench:
 
 def _harmless(recipe: Recipe, task: Task, attacks: list[str]) -> list[str]:
     """Those to judge by; none where the recipe names none."""
-    settings = recipe.calibrate
-    if settings.harmless is None:
+    prompts = prompts_named(recipe, "calibrate.harmless")
+    if prompts is None:
         return []
-    prompts = list(dict.fromkeys(prompts_of("calibrate.harmless", settings.harmless, settings.harmless_column)))
     if len(prompts) < 2:
         raise RecipeError(f"'calibrate.harmless': expected two prompts at least, one for each half, but got {prompts}")
     elsewhere = {"calibrate.attacks": attacks, "data.probes": task.probes, "data.harmless": task.harmless}

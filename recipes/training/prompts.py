@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from recipes.files.sources import PROMPTS, prompts_of
 from recipes.schema.recipe import Recipe, RecipeError
@@ -39,7 +40,7 @@ def choose_prompts(recipe: Recipe) -> Prompts:
         RecipeError: if they cannot be read, one prompt is to be divided, or stands in two of the three where a
             correction or a judgement would be of both.
     """
-    probes, attacks, harmless = (_of(recipe, key) for key in PROMPTS)
+    probes, attacks, harmless = (prompts_named(recipe, f"data.{key}") for key in PROMPTS)
     chosen = _to_be_refused(recipe, probes, attacks)
     if harmless is None:
         return chosen
@@ -51,6 +52,16 @@ def choose_prompts(recipe: Recipe) -> Prompts:
         return replace(chosen, harmless=harmless)
     kept, judged = _divided("harmless", harmless, "")
     return replace(chosen, kept=kept, harmless=judged)
+
+
+def prompts_named(recipe: Recipe, key: str) -> list[str] | None:
+    """Those of a key such as ``"data.probes"``, each once: one in both halves would be judged by what it chose.
+
+    Raises:
+        RecipeError: if they cannot be read.
+    """
+    source, column = attrgetter(key, f"{key}_column")(recipe)
+    return None if source is None else list(dict.fromkeys(prompts_of(key, source, column)))
 
 
 def check_apart(key: str, prompts: Sequence[str], what: str, others: Sequence | None) -> None:
@@ -86,9 +97,3 @@ def _divided(key: str, prompts: list[str], else_do: str) -> tuple[list[str], lis
             + else_do
         )
     return prompts[::2], prompts[1::2]
-
-
-def _of(recipe: Recipe, key: str) -> list[str] | None:
-    source, column = getattr(recipe.data, key), getattr(recipe.data, f"{key}_column")
-    # Each once: one that stands in both halves would be read and judged by.
-    return None if source is None else list(dict.fromkeys(prompts_of(f"data.{key}", source, column)))

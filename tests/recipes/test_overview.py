@@ -172,6 +172,11 @@ def test_the_first_page_quotes_the_overview():
     for take, method in FIRST_PAGE.items():
         (line,) = (line for line in lines if take in line[:2])
         assert line[2:] == [in_short(rows[method]) if method in rows else "–" for rows in labs], take
+    clean = {row["method"]: row for row in overview.read(PAGE.parent / "smollm2_answers", 0.0)}
+    raw, corrected = (in_short(clean[method]) for method in ("none", "data_aware"))
+    assert f"without poison the last fine-tune has {raw}, and corrected by `data_aware(3)` {corrected}." in " ".join(
+        text.split()
+    )
     *aligned, last = (in_short(rows["aligned"]) for rows in labs)
     assert f"the aligned model {', '.join(aligned)} and {last}" in " ".join(text.split())
 
