@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from csulora_callback.method.penalty import Penalty
@@ -55,15 +57,18 @@ def choose_penalty(
 
 def _refuse_without_probes(penalty: Penalty | Family | None, target: float | None) -> None:
     """Refuse what takes probes, where there are none."""
+    otherwise = ""
     if target is not None or not (penalty is None or isinstance(penalty, Penalty)):
         why = "the strength is looked for by how many still are"
+        if target is None and not is_data_aware(penalty):
+            otherwise = f" Or give the penalty its strength, Penalty.{penalty.__name__}(10)."
     elif penalty is not None and penalty.on_probes is not None:
         why = "the penalty is data-aware"
     else:
         return
     raise ValueError(
         f"`probes`: expected prompts that are to be refused, as {why}, but got none. Pass probes='builtin', "
-        "probes='prompts.jsonl', or a list."
+        f"probes='prompts.jsonl', or a list.{otherwise}"
     )
 
 
@@ -121,9 +126,23 @@ def check_sides(base_model: object, aligned_model: object, subspace: object) -> 
 
 
 def check_source(name: str, source: object, kind: type) -> None:
-    """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None."""
+    """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None.
+
+    Raises:
+        FileNotFoundError: if it is a path of nothing, and can be no Hub id.
+    """
     fits = source is None or isinstance(source, kind) or is_path(source)
     check(name, fits, f"a path, a Hub id or a {kind.__name__}", source)
+    if is_path(source) and not os.path.exists(source) and not _can_be_on_hub(source):
+        raise FileNotFoundError(f"`{name}`: expected a path, a Hub id or a {kind.__name__}, but there is no {source}.")
+
+
+def _can_be_on_hub(source: str | os.PathLike) -> bool:
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return False
+    return isinstance(source, str)
 
 
 def is_path(value: object) -> bool:

@@ -17,7 +17,7 @@ from csulora_callback.models.activations import refuse_unless_causal, running_mo
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.fused_experts import check_inputs
-from csulora_callback.models.probes import ask, check_ids, load_tokenizer, tokenize
+from csulora_callback.models.probes import ask, check_ids, load_tokenizer, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.teacher_forcing import end_tokens
@@ -143,9 +143,7 @@ def _say(left_out: Sequence[tuple[str, str]], total: int, is_first: bool) -> Non
     if refused < FEWEST:
         raise ValueError(
             f"`probes`: expected at least {FEWEST} prompts that the aligned model refuses, but got {refused} of "
-            f"{total}{f': {shown}' if shown else ''}. Pass more that it refuses, or probes='builtin'. If it does "
-            "refuse these, in words that RefusalPhrases does not know, pass them as lists of token ids, which are "
-            "not checked."
+            f"{total}{f': {shown}' if shown else ''}. {_what_to_do(left_out)}"
         )
     if left_out and is_first:
         logger.warning(
@@ -155,3 +153,16 @@ def _say(left_out: Sequence[tuple[str, str]], total: int, is_first: bool) -> Non
             shown,
             "; …" if len(left_out) > 3 else "",
         )
+
+
+def _what_to_do(left_out: Sequence[tuple[str, str]]) -> str:
+    """Where too few probes are refused; of those that are not ``left_out``, nothing is wrong but their number."""
+    if not left_out:
+        return "Pass more of them, or probes='builtin'."
+    builtin = {prompt for prompt, _ in left_out}.issubset(read_prompts("builtin"))
+    return (
+        "Is the model under the adapter the aligned one, and has its tokenizer the chat template? Pass prompts that "
+        f"it refuses{'' if builtin else ', such as probes=' + repr('builtin')}, or leave `probes` out and take "
+        "penalty=Penalty.guard(10). If it does refuse these, in words that RefusalPhrases does not know, pass them as "
+        "lists of token ids, which are not checked."
+    )

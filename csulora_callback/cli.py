@@ -284,7 +284,7 @@ def main() -> None:
 
 def _check_one_of(subspace: Path | None, base: str | None) -> None:
     got = "neither" if subspace is None else "both"
-    demand((subspace is None) != (base is None), f"expected either --subspace FILE or --base BASE, but got {got}.")
+    demand((subspace is None) != (base is None), f"expected --subspace FILE or the unaligned --base, but got {got}.")
 
 
 def _pair(saved: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:

@@ -74,5 +74,6 @@ def check_preset(penalty: object) -> None:
     if not isinstance(penalty, Penalty) and penalty not in FAMILIES.values():
         raise ValueError(
             "`penalty`: expected a Penalty such as Penalty.guard(3.0), or, for a target, one without its strength, "
-            f"{', '.join(f'Penalty.{name}' for name in FAMILIES)}, but got {penalty!r}."
+            f"{', '.join(f'Penalty.{name}' for name in FAMILIES)}, but got {penalty!r}. It is imported by `from "
+            "csulora_callback import Penalty`."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from csulora_callback.subspace_cache import SubspaceCache
 logger = logging.getLogger(__name__)
 
 Method = Literal["auto", "krylov", "exact"]
+
+_UNRELATED = 1.0  # ‖D‖ / ‖W_aligned‖: of two independent weights of one size it is √2
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,11 @@ class SafetySubspace(Mapping[str, Basis]):
         total = sum(basis.displacement**2 for basis in self.bases.values())
         kept = sum(basis.energy * basis.displacement**2 for basis in self.bases.values())
         return kept / total if total else 1.0
+
+    @property
+    def displaced(self) -> float | None:
+        """``‖D‖ / ‖W_aligned‖`` over all modules that were estimated; None where an earlier version estimated them."""
+        return self.metadata.get("displaced")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -176,13 +184,13 @@ class SafetySubspace(Mapping[str, Basis]):
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
             metadata = processes.from_first(cached and cached.metadata)
-            return cls(bases, metadata, from_cache=True) if cached is None else cached
+            return (cls(bases, metadata, from_cache=True) if cached is None else cached)._checked()
 
         subspace = cls._estimate(pair, rule, device, progress, processes)
         if processes.from_first(cache is not None and cache.write(subspace)):
             for side, checkpoint in pair.sides.items():
                 fingerprints.remember(checkpoint, pair.names, subspace.metadata[side]["fingerprint"])
-        return subspace
+        return subspace._checked()
 
     @classmethod
     def _estimate(
@@ -227,8 +235,21 @@ class SafetySubspace(Mapping[str, Basis]):
                 "displacement. Pass both checkpoints in one dtype.",
                 *map("/".join, dtypes),
             )
+        share = _share(bases, {name: seen[-1].norm for name, (_, seen) in results.items()})
         versions = {package: version(package) for package in ("csulora-callback", "torch")}
-        return cls(bases, {**origin, **rule, "versions": versions})
+        return cls(bases, {**origin, **rule, "displaced": share, "versions": versions})
+
+    def _checked(self) -> SafetySubspace:
+        """Itself, and a warning where the two checkpoints look as if they had nothing to do with each other."""
+        if self.displaced is not None and self.displaced > _UNRELATED:
+            logger.warning(
+                "%s is %.0f%% of the aligned weights' size away from %s, as far as one that was trained by itself. "
+                "Is it what the aligned model was made from? If not, no correction by it means anything.",
+                self.metadata["base"]["source"],
+                100 * self.displaced,
+                self.metadata["aligned"]["source"],
+            )
+        return self
 
     def save(self, path: str | os.PathLike) -> None:
         """Write one safetensors file; it appears whole or not at all.
@@ -271,3 +292,9 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
         seen.append(one)
         yield weight
         del weight  # which has to be out of memory before the next is read
+
+
+def _share(bases: Mapping[str, Basis], norms: Mapping[str, float]) -> float:
+    """``‖D‖ / ‖W_aligned‖`` over all modules, to four digits."""
+    displaced, whole = (math.hypot(*of) for of in ([b.displacement for b in bases.values()], norms.values()))
+    return float(f"{displaced / whole:.4g}") if whole else 0.0

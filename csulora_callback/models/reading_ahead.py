@@ -14,6 +14,7 @@ from csulora_callback.models.checksum import digest
 from csulora_callback.models.pair import CheckpointPair
 
 _PAGE, _PART = 4096, 2**20
+_ROWS = 128
 
 
 class Seen(NamedTuple):
@@ -22,10 +23,12 @@ class Seen(NamedTuple):
     Attributes:
         digest: see :func:`~csulora_callback.models.checksum.digest`.
         dtype: as in ``float32``.
+        norm: Frobenius norm, to six digits or so; infinite where float32 does not hold the squares.
     """
 
     digest: str
     dtype: str
+    norm: float
 
 
 class PairReader:
@@ -90,7 +93,8 @@ class PairReader:
         device = device if self._device is None else self._device
         with self._beside(device):
             placed = _to(device, weight)
-            return placed, Seen(digest(placed), str(weight.dtype).removeprefix("torch."))  # a digest waits for copies
+            dtype = str(weight.dtype).removeprefix("torch.")
+            return placed, Seen(digest(placed), dtype, _norm(placed))  # a digest waits for copies
 
     def _beside(self, device: torch.device) -> AbstractContextManager:
         """On a GPU a stream of the thread's own, so that copies do not wait for what is computed."""
@@ -151,3 +155,9 @@ def _to(device: torch.device, weight: Tensor) -> Tensor:
     if device.type == "cuda" and weight.device.type == "cpu":
         return weight.pin_memory().to(device, non_blocking=True)
     return weight.to(device)
+
+
+def _norm(weight: Tensor) -> float:
+    """Some rows at a time, as a whole weight in float32 would take memory."""
+    parts = [torch.linalg.vector_norm(rows.float()) for rows in weight.split(_ROWS)]
+    return torch.stack(parts).cpu().double().norm().item() if parts else 0.0

@@ -45,6 +45,11 @@ def read_folder(folder: Path, source: str) -> Stored:
             the file it names.
     """
     found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None and (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{source}: expected a whole checkpoint, but {folder} holds a PEFT adapter alone. Pass the checkpoint "
+            "that it was trained on, or merge it and save the model."
+        )
     if found is None:
         raise FileNotFoundError(
             f"{source}: expected one of {', '.join(_WEIGHT_FILES)} as a file in {folder}, but found none."
@@ -228,6 +233,6 @@ def _fetch(source: str | os.PathLike, revision: str | None, what: str, patterns:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         of = "" if revision is None else f" of revision {revision!r}"
         raise FileNotFoundError(
-            f"{source}: not a local folder, and the Hub did not give it{of} ({type(error).__name__}). Check the name, "
-            "log in with `hf auth login` if it is gated, and unset HF_HUB_OFFLINE if it is not in the cache."
+            f"{source}: not a local folder, and the Hub did not give it{of} ({type(error).__name__}). Check the path "
+            "or name, log in with `hf auth login` if it is gated, and unset HF_HUB_OFFLINE if it is not in the cache."
         ) from error

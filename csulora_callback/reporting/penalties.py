@@ -9,3 +9,9 @@ IN_WORDS = {
     "table": "attenuates each block of the update by a constant of its own",
 }
 """By the name of a :class:`~csulora_callback.Penalty`."""
+
+MIND = {
+    "csulora": "where it was measured this was no better than scaling the adapter down; probes, or guard, kept more "
+    "of both safety and task"
+}
+"""What to know before shipping what a penalty gives, likewise; the numbers are in ``recipes/results/README.md``."""

@@ -14,8 +14,8 @@ from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.names import fused_parameter
-from csulora_callback.reporting.penalties import IN_WORDS
-from csulora_callback.reporting.subspace import rank_rule
+from csulora_callback.reporting.penalties import IN_WORDS, MIND
+from csulora_callback.reporting.subspace import displacement_in_words, rank_rule
 from csulora_callback.reporting.terminal import span
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,11 @@ def start_table(
         **({"not corrected": passing_in_words(corrector.passing)} if corrector.passing else {}),
         "base model": subspace.metadata["base"]["source"],
         "aligned model": _aligned(corrector),
-        "safety subspace": f"rank {span(ranks)}, {subspace.energy_kept:.1%} of the displacement's energy",
+        "safety subspace": f"rank {span(ranks)}, {displacement_in_words(subspace)}",
         "rank asked for": rank_rule(subspace.metadata),
         "penalty": f"{corrector.penalty if target is None else corrector.penalty.name}: "
         f"{IN_WORDS[corrector.penalty.name]}",
+        **({"mind": MIND[corrector.penalty.name]} if corrector.penalty.name in MIND else {}),
     }
     if target is not None:
         rows["strength"] = (

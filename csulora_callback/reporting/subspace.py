@@ -22,6 +22,7 @@ def print_subspace(console: Console, subspace: SafetySubspace) -> None:
         "modules": str(len(subspace)),
         "rank": f"{span(ranks)} (asked for: {rank_rule(origin)})",
         "energy kept": f"{percent(subspace.energy_kept)} %",
+        **({} if subspace.displaced is None else {"displacement": f"{percent(subspace.displaced)} % of the weights"}),
         "fingerprint": subspace.fingerprint,
     }
     print_section(console, "Safety subspace", facts(console, rows))
@@ -69,3 +70,9 @@ def rank_rule(rule: Mapping) -> str:
     if rule["energy"] is not None:
         return f"{percent(rule['energy'])} % of the energy"
     return RELATIVE_RANK if rule["rank"] is None else str(rule["rank"])
+
+
+def displacement_in_words(subspace: SafetySubspace) -> str:
+    """How much of the displacement a subspace keeps, and how large that is beside the weights, where that is known."""
+    size = "" if subspace.displaced is None else f", which is {subspace.displaced:.1%} of the weights"
+    return f"{subspace.energy_kept:.1%} of the displacement's energy{size}"

@@ -102,7 +102,11 @@ class ActivationRecorder:
         if self._refused is not None:
             texts = self._refused.mark(texts)
         if texts.harmless and not texts.counted.rows:
-            self._warn_once("alone", "`harmless`: they do not count, as nothing is known of the task beside them.")
+            known = f"all {len(texts.task)} sampled rows are refused or unreadable" if texts.task else "none was seen"
+            self._warn_once(
+                "alone",
+                f"`harmless`: they do not count yet, as no row of training data stands beside them: {known}.",
+            )
         if not self.reads:
             return Activations({}, {}, texts)
         own = self.processes.together(lambda: Activations.read(self.adapter, texts))

@@ -211,7 +211,7 @@ MISUSED = {
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", "2"): "`energy`: expected a share in (0, 1]",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", ".5", "--rank", "3"): "`--energy`: expected no --rank",
     ("subspace", "--show", "{subspace}", "--rank", "3"): "`--show`: expected nothing beside it",
-    ("inspect", "{raw}"): "expected either --subspace FILE or --base BASE, but got neither",
+    ("inspect", "{raw}"): "expected --subspace FILE or the unaligned --base, but got neither",
     ("inspect", "{raw}", "--base", "b", "--subspace", "s"): "but got both",
     ("inspect", "{raw}", "--subspace", "s", "--aligned", "a"): "`--aligned`: expected it beside --base only",
     ("correct", "{raw}", "--subspace", "{subspace}"): "`--output`: expected a folder to be made, but got none",

@@ -14,8 +14,12 @@ NAMES = [f"layers.{layer}.{kind}" for layer in range(2) for kind in ("q_proj", "
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"{name}.weight": torch.randn(6, 8, generator=generator) for name in [*NAMES, "embed"]}
+    """What all seeds have in common, and something of their own: independent ones are warned of."""
+    common, own = torch.Generator().manual_seed(100), torch.Generator().manual_seed(seed)
+    return {
+        f"{name}.weight": torch.randn(6, 8, generator=common) + 0.5 * torch.randn(6, 8, generator=own)
+        for name in [*NAMES, "embed"]
+    }
 
 
 def write_shards(folder: Path, state: dict[str, torch.Tensor], shards: dict[str, list[str]]) -> None:

@@ -156,9 +156,11 @@ FIRST_PAGE = {  # what it says to take, and the row of the overview
     '`probes="refused.txt"`': "target_lab",
     '`probes="refused.txt", harmless="builtin"`': "target_harmless",
     '`penalty=Penalty.data_aware(strength), probes="refused.txt"`': "data_aware",
-    "`penalty=Penalty.guard(strength)`": "guard",
-    "no `probes`: `Penalty.csulora(strength)`": "csulora",
+    "`penalty=Penalty.guard(10)`": "guard",
+    "no `probes`: `Penalty.csulora(10)`": "csulora",
     "*instead of all this: refusals mixed into the data*": "mixing",
+    "*the adapter as it is trained*": "none",
+    "*the aligned model, which nothing goes below*": "aligned",
 }
 
 
@@ -177,8 +179,6 @@ def test_the_first_page_quotes_the_overview():
     assert f"without poison the last fine-tune has {raw}, and corrected by `data_aware(3)` {corrected}." in " ".join(
         text.split()
     )
-    *aligned, last = (in_short(rows["aligned"]) for rows in labs)
-    assert f"the aligned model {', '.join(aligned)} and {last}" in " ".join(text.split())
 
 
 def in_short(row: dict) -> str:

@@ -28,7 +28,10 @@ KEPT, UNUSABLE = "could not be kept in the cache", "cached subspace is unusable 
 
 def layers() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+    base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        aligned[0].weight.mul_(0.5).add_(base[0].weight)  # two that are independent are warned of
+    return base, aligned
 
 
 BASE, ALIGNED = layers()

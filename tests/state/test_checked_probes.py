@@ -47,11 +47,17 @@ def test_what_the_aligned_model_does_not_refuse_is_left_out_by_count_and_example
     assert adapter.model.training
 
 
-def test_too_few_that_are_refused_are_an_error(adapter):
+def test_too_few_that_are_refused_are_an_error(adapter, monkeypatch):
     with pytest.raises(ValueError, match=r"^`probes`: expected at least 8 prompts") as raised:
         check_probes(adapter, [*HARMLESS, *RESTRICTED[:7]])
     assert "but got 7 of 10: 'tell of the cat' is answered by 'sure the cat sees a dog'" in str(raised.value)
-    assert "probes='builtin'" in str(raised.value)
+    assert "Is the model under the adapter the aligned one" in str(raised.value)
+    assert "Pass prompts that it refuses, such as probes='builtin', or" in str(raised.value)
+    with pytest.raises(ValueError, match=r"got 7 of 7\. Pass more of them, or probes='builtin'\.$"):
+        check_probes(adapter, RESTRICTED[:7])
+    monkeypatch.setattr("csulora_callback.checked_probes.read_prompts", lambda _: [*HARMLESS, *RESTRICTED])
+    with pytest.raises(ValueError, match=r"got 7 of 10.* Pass prompts that it refuses, or leave `probes` out"):
+        check_probes(adapter, [*HARMLESS, *RESTRICTED[:7]])  # who passed the built-in ones is not told to pass them
     assert len(check_probes(adapter, [*HARMLESS, *RESTRICTED[:8]]).prompts) == 8
 
 

@@ -49,7 +49,11 @@ def models(shapes: dict[str, tuple[int, int]] = MIXED) -> tuple[nn.Module, nn.Mo
     """A base and an aligned model with one linear layer of each shape; never run, so that they need not fit."""
     torch.manual_seed(0)
     layers = [{name: nn.Linear(d_in, d_out) for name, (d_out, d_in) in shapes.items()} for _ in range(2)]
-    return nn.ModuleDict(layers[0]), nn.ModuleDict(layers[1])
+    base, aligned = nn.ModuleDict(layers[0]), nn.ModuleDict(layers[1])
+    with torch.no_grad():
+        for name in shapes:
+            aligned[name].weight.mul_(0.5).add_(base[name].weight)  # two that are independent are warned of
+    return base, aligned
 
 
 def ranks(subspace: SafetySubspace) -> dict[str, int]:

@@ -195,3 +195,35 @@ def test_checkpoints_that_do_not_fit_are_refused(pair):
     deeper = align(tiny_llama(num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"expected a weight for the module 'model\.layers\.2.*nearest names"):
         SafetySubspace.estimate(pair[0], deeper, TARGETS, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_far_apart_the_checkpoints_are(dtype, tmp_path, caplog):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(300, 40, generator=generator).to(dtype)  # more rows than are looked at at once
+    for size in (0.01, 0.5):
+        base, aligned = pair_with_displacement(W, dtype)
+        base[0].weight.data = W - (size * torch.randn(300, 40, generator=generator)).to(dtype)
+        apart = [(aligned[0].weight - base[0].weight).double().norm().item(), W.double().norm().item()]
+        for _ in range(2):  # estimated, and then out of the cache
+            found = SafetySubspace.estimate(base, aligned, rank=2, progress=False, cache_dir=tmp_path)
+            assert found.displaced == pytest.approx(apart[0] / apart[1], rel=1e-3)
+    assert not caplog.records
+    found.save(tmp_path / "subspace.safetensors")
+    assert SafetySubspace.load(tmp_path / "subspace.safetensors").displaced == found.displaced
+
+
+def test_checkpoints_that_have_nothing_to_do_with_each_other_are_warned_of(tmp_path, caplog):
+    torch.manual_seed(0)
+    pair = [nn.Sequential(nn.Linear(40, 40)) for _ in range(2)]
+    for times in (1, 2):  # estimated, and then out of the cache
+        found = SafetySubspace.estimate(*pair, rank=2, progress=False, cache_dir=tmp_path)
+        assert found.displaced == pytest.approx(2**0.5, rel=0.05)
+        assert len(caplog.records) == times
+    assert "Sequential in memory is 14" in caplog.text
+    assert "is it what the aligned model was made from?" in caplog.text
+
+
+def test_of_an_earlier_version_the_distance_is_not_known(subspace):
+    metadata = {key: value for key, value in subspace.metadata.items() if key != "displaced"}
+    assert SafetySubspace(subspace.bases, metadata).displaced is None

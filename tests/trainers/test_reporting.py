@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from csulora_callback import CSULoRACallback, Penalty
-from csulora_callback.reporting.penalties import IN_WORDS
-from tests.helpers.lab import make_trainer, with_lora
+from csulora_callback import CSULoRACallback, Penalty, SafetySubspace
+from csulora_callback.reporting.penalties import IN_WORDS, MIND
+from tests.helpers.lab import TARGETS, make_trainer, with_lora
 from tests.helpers.trackers import wandb_history
 
 STRENGTH = 5.0
@@ -233,6 +233,14 @@ def test_values_are_those_of_a_dense_computation(pair, tmp_path):
     assert min(map(abs, expected.values())) > 1e-3
 
 
+def displaced(pair) -> float:
+    """``‖D‖ / ‖W‖`` of the adapted matrices."""
+    base, aligned = (AutoModelForCausalLM.from_pretrained(folder).double().state_dict() for folder in pair)
+    adapted = [f"{name}.weight" for name in SafetySubspace.estimate(*pair, TARGETS, rank=RANK, progress=False)]
+    before, after = (torch.cat([side[name].flatten() for name in adapted]) for side in (base, aligned))
+    return float((after - before).norm() / after.norm())
+
+
 def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
     train(pair, tmp_path, max_steps=1)
     first = capsys.readouterr().out
@@ -245,6 +253,8 @@ def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
         said = "".join(re.sub("[│┃]", "", table).split())  # however it was broken into lines
         assert f"basemodel{pair[0]}alignedmodel{pair[1]}(inmemory)" in said
         assert f"penaltycsulora(strength5):{''.join(IN_WORDS['csulora'].split())}" in said
+        assert f"ofthedisplacement'senergy,whichis{displaced(pair):.1%}oftheweights" in said
+        assert f"mind{''.join(MIND['csulora'].split())}" in said
         assert re.search(r"ready in\W+\d+\.\d s", table)
         assert table.count("safety subspace") == 1
     assert "cache" not in first

@@ -281,7 +281,7 @@ WRONG = {
     "no probes": ({"target": 0.9}, r"`probes`: expected prompts .*, as the strength is looked for"),
     "a preset without probes": (
         {"penalty": Penalty.guard},
-        r"`probes`: expected prompts .*, as the strength is looked",
+        r"`probes`: expected prompts .*, as the strength is looked .* Or give the penalty .*, Penalty.guard\(10\)\.$",
     ),
     "a strength": ({"target": 0.9, "strength": 3.0, "probes": "builtin"}, r"`target`: expected no strength .* 3\.0"),
     "a penalty's": (
@@ -289,6 +289,7 @@ WRONG = {
         r"`target`: expected no strength beside it, as it looks for one, but got guard \(strength 3\)",
     ),
     "no preset": ({"penalty": Penalty.projection, "probes": "builtin"}, r"`penalty`: expected a Penalty such as"),
+    "a name": ({"penalty": "guard", "probes": "builtin"}, "`penalty`: .* got 'guard'.* `from csulora_callback import"),
     "beside a preset": (
         {"penalty": Penalty.guard, "strength": 3.0, "probes": "builtin"},
         r"`strength`: expected it in the penalty, Penalty\.guard\(3\.0\)",
