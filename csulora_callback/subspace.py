@@ -295,6 +295,6 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
 
 
 def _share(bases: Mapping[str, Basis], norms: Mapping[str, float]) -> float:
-    """``‖D‖ / ‖W_aligned‖`` over all modules, to four digits."""
+    """``‖D‖ / ‖W_aligned‖`` over all modules, rounded."""
     displaced, whole = (math.hypot(*of) for of in ([b.displacement for b in bases.values()], norms.values()))
     return float(f"{displaced / whole:.4g}") if whole else 0.0

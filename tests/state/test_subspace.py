@@ -221,7 +221,7 @@ def test_checkpoints_that_have_nothing_to_do_with_each_other_are_warned_of(tmp_p
         assert found.displaced == pytest.approx(2**0.5, rel=0.05)
         assert len(caplog.records) == times
     assert "Sequential in memory is 14" in caplog.text
-    assert "is it what the aligned model was made from?" in caplog.text
+    assert "Is it what the aligned model was made from?" in caplog.text
 
 
 def test_of_an_earlier_version_the_distance_is_not_known(subspace):
