@@ -37,6 +37,7 @@ ROWS = (
         "none",
         "data_aware",
         "data_aware_harmless",
+        "data_aware_own_tokens",
         "target_lab",
         "target_harmless",
         "target_builtin",
