@@ -31,6 +31,6 @@ def test_the_first_page_is_read_in_one_sitting():
 
 def test_every_command_of_ci_stands_in_one_page():
     calls = re.findall(r"^\(?run_blocks ([\w ]+)", Path(".ci/run").read_text(encoding="utf-8"), re.MULTILINE)
-    blocks = " ".join(calls)
+    blocks = [*" ".join(calls).split(), "walk"]  # which test_walk.py runs
     marks = [mark for page in PAGES for mark in re.findall(r"<!-- ci: ([\w-]+) -->", page.read_text(encoding="utf-8"))]
-    assert sorted(marks) == sorted(blocks.split())
+    assert sorted(marks) == sorted(blocks)
