@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from csulora_callback.method.penalty import Penalty
@@ -126,23 +124,9 @@ def check_sides(base_model: object, aligned_model: object, subspace: object) -> 
 
 
 def check_source(name: str, source: object, kind: type) -> None:
-    """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None.
-
-    Raises:
-        FileNotFoundError: if it is a path of nothing, and can be no Hub id.
-    """
+    """Raise ``ValueError`` unless ``source`` is a path, a Hub id, one of ``kind``, or None."""
     fits = source is None or isinstance(source, kind) or is_path(source)
     check(name, fits, f"a path, a Hub id or a {kind.__name__}", source)
-    if is_path(source) and not os.path.exists(source) and not _can_be_on_hub(source):
-        raise FileNotFoundError(f"`{name}`: expected a path, a Hub id or a {kind.__name__}, but there is no {source}.")
-
-
-def _can_be_on_hub(source: str | os.PathLike) -> bool:
-    try:
-        validate_repo_id(str(source))
-    except HFValidationError:
-        return False
-    return isinstance(source, str)
 
 
 def is_path(value: object) -> bool:

@@ -127,7 +127,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
             that cannot be corrected: unsupported adapters, checkpoints that do not fit, a base equal to the aligned
             model.
-        FileNotFoundError: if a path is one of nothing; what may be a Hub id is asked for when training begins.
 
     Example:
         >>> from csulora_callback import CSULoRACallback

@@ -81,7 +81,7 @@ class SafetySubspace(Mapping[str, Basis]):
 
     @property
     def displaced(self) -> float | None:
-        """``‖D‖ / ‖W_aligned‖`` over all modules that were estimated; None where an earlier version estimated them."""
+        """``‖D‖ / ‖W_aligned‖`` over all modules that were estimated; None where that is not known."""
         return self.metadata.get("displaced")
 
     @cached_property
@@ -280,7 +280,7 @@ class SafetySubspace(Mapping[str, Basis]):
             ValueError: if it is corrupt, not a safety subspace, of an unknown format, if its content does not have the
                 fingerprint it states, or if a basis in it is none.
         """
-        return cls(*subspace_file.read(Path(path)))
+        return cls(*subspace_file.read(Path(path)))._checked()
 
     @classmethod
     def _cached(cls, path: Path) -> SafetySubspace:
@@ -294,7 +294,7 @@ def _noting(seen: list[Seen], weights: Iterable[tuple[Tensor, Seen]]) -> Iterato
         del weight  # which has to be out of memory before the next is read
 
 
-def _share(bases: Mapping[str, Basis], norms: Mapping[str, float]) -> float:
-    """``‖D‖ / ‖W_aligned‖`` over all modules, rounded."""
+def _share(bases: Mapping[str, Basis], norms: Mapping[str, float]) -> float | None:
+    """``‖D‖ / ‖W_aligned‖`` over all modules, rounded; None where weights are zero or too large for their dtype."""
     displaced, whole = (math.hypot(*of) for of in ([b.displacement for b in bases.values()], norms.values()))
-    return float(f"{displaced / whole:.4g}") if whole else 0.0
+    return float(f"{displaced / whole:.4g}") if 0.0 < whole < math.inf else None

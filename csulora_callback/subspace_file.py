@@ -29,7 +29,7 @@ from csulora_callback.method.basis import Basis
 from csulora_callback.models.checksum import combine, digest
 from csulora_callback.models.whole_files import write_whole
 
-FORMAT = "4"
+FORMAT = "5"
 """Also part of a cache's key: raise it whenever the same weights would give another file."""
 
 

@@ -34,3 +34,4 @@ def test_every_command_of_ci_stands_in_one_page():
     blocks = [*" ".join(calls).split(), "walk"]  # which test_walk.py runs
     marks = [mark for page in PAGES for mark in re.findall(r"<!-- ci: ([\w-]+) -->", page.read_text(encoding="utf-8"))]
     assert sorted(marks) == sorted(blocks)
+    assert "<!-- ci: walk -->" in Path("tests/test_walk.py").read_text(encoding="utf-8")

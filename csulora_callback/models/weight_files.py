@@ -47,8 +47,8 @@ def read_folder(folder: Path, source: str) -> Stored:
     found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None and (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"{source}: expected a whole checkpoint, but {folder} holds a PEFT adapter alone. Pass the checkpoint "
-            "that it was trained on, or merge it and save the model."
+            f"{source}: expected a whole checkpoint, but {folder} holds a PEFT adapter alone, which has no weights of "
+            "the model. As base pass the checkpoint from before alignment, as aligned one that under the adapter."
         )
     if found is None:
         raise FileNotFoundError(
@@ -206,7 +206,7 @@ def fetch_folder(source: str | os.PathLike, revision: str | None, *beside: str) 
     """
 
     def fetch(*patterns: str) -> Path:
-        return _fetch(source, revision, "checkpoint", ["config.json", *beside, *patterns])
+        return _fetch(source, revision, "checkpoint", ["config.json", "adapter_config.json", *beside, *patterns])
 
     folder = fetch("model*.safetensors", "model.safetensors.index.json")
     return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from csulora_callback.card_section import passing_in_words, strength_in_words
 from csulora_callback.posthoc import CorrectedFolder
-from csulora_callback.reporting.penalties import MIND
+from csulora_callback.reporting.penalties import NOTES
 from csulora_callback.reporting.terminal import facts, percent, print_section
 
 GROWN = 1.5
@@ -19,7 +19,7 @@ def print_correction(console: Console, done: CorrectedFolder, written: bool) -> 
     name, *parameters = about["penalty"].values()
     rows = {
         "penalty": " ".join([name, *map(str, parameters)]),
-        **({"mind": MIND[name]} if name in MIND else {}),
+        **({"note": NOTES[name]} if name in NOTES else {}),
         **({"its strength": strength_in_words(about["target"])} if about["target"] else {}),
         "rank": done.record["rank"],
         "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",

@@ -10,8 +10,7 @@ IN_WORDS = {
 }
 """By the name of a :class:`~csulora_callback.Penalty`."""
 
-MIND = {
-    "csulora": "where it was measured this was no better than scaling the adapter down; probes, or guard, kept more "
-    "of both safety and task"
+NOTES = {
+    "csulora": "no better than scaling the adapter down where it was measured; probes or guard kept more of the task"
 }
 """What to know before shipping what a penalty gives, likewise; the numbers are in ``recipes/results/README.md``."""

@@ -14,7 +14,7 @@ from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.names import fused_parameter
-from csulora_callback.reporting.penalties import IN_WORDS, MIND
+from csulora_callback.reporting.penalties import IN_WORDS, NOTES
 from csulora_callback.reporting.subspace import displacement_in_words, rank_rule
 from csulora_callback.reporting.terminal import span
 
@@ -47,7 +47,7 @@ def start_table(
         "rank asked for": rank_rule(subspace.metadata),
         "penalty": f"{corrector.penalty if target is None else corrector.penalty.name}: "
         f"{IN_WORDS[corrector.penalty.name]}",
-        **({"mind": MIND[corrector.penalty.name]} if corrector.penalty.name in MIND else {}),
+        **({"note": NOTES[corrector.penalty.name]} if corrector.penalty.name in NOTES else {}),
     }
     if target is not None:
         rows["strength"] = (

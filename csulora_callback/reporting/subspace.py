@@ -22,7 +22,7 @@ def print_subspace(console: Console, subspace: SafetySubspace) -> None:
         "modules": str(len(subspace)),
         "rank": f"{span(ranks)} (asked for: {rank_rule(origin)})",
         "energy kept": f"{percent(subspace.energy_kept)} %",
-        **({} if subspace.displaced is None else {"displacement": f"{percent(subspace.displaced)} % of the weights"}),
+        "displacement": f"{'?' if subspace.displaced is None else percent(subspace.displaced)} % of the weights' size",
         "fingerprint": subspace.fingerprint,
     }
     print_section(console, "Safety subspace", facts(console, rows))
@@ -74,5 +74,7 @@ def rank_rule(rule: Mapping) -> str:
 
 def displacement_in_words(subspace: SafetySubspace) -> str:
     """How much of the displacement a subspace keeps, and how large that is beside the weights, where that is known."""
-    size = "" if subspace.displaced is None else f", which is {subspace.displaced:.1%} of the weights"
-    return f"{subspace.energy_kept:.1%} of the displacement's energy{size}"
+    of = "the displacement"
+    if subspace.displaced is not None:
+        of = f"a displacement of {percent(subspace.displaced)}% of the weights' size"
+    return f"{subspace.energy_kept:.1%} of the energy of {of}"

@@ -178,7 +178,11 @@ def test_a_dry_run_writes_nothing(lab, pair, tmp_path):
     assert status == 0
     assert json.loads(output)["output"] is None
     assert not list(tmp_path.iterdir())
+    status, output, _ = run("correct", lab / "raw", "--base", pair[0], "--penalty", "guard", "--dry-run")
+    assert "note" not in output
     status, output, _ = run("correct", lab / "raw", "--base", pair[0], "--rank", "expand", "--dry-run")
+    assert "note" in output
+    assert "no better than scaling the adapter down" in " ".join(output.split())
     assert status == 0
     assert "nothing (dry run)" in output
     assert "expand" in output

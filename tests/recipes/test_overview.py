@@ -156,11 +156,11 @@ FIRST_PAGE = {  # what it says to take, and the row of the overview
     '`probes="refused.txt"`': "target_lab",
     '`probes="refused.txt", harmless="builtin"`': "target_harmless",
     '`penalty=Penalty.data_aware(strength), probes="refused.txt"`': "data_aware",
-    "`penalty=Penalty.guard(10)`": "guard",
-    "no `probes`: `Penalty.csulora(10)`": "csulora",
+    "`penalty=Penalty.guard(strength)`": "guard",
+    "no `probes`: `Penalty.csulora(strength)`": "csulora",
     "*instead of all this: refusals mixed into the data*": "mixing",
     "*the adapter as it is trained*": "none",
-    "*the aligned model, which nothing goes below*": "aligned",
+    "*the aligned model*": "aligned",
 }
 
 

@@ -200,7 +200,7 @@ def test_checkpoints_that_do_not_fit_are_refused(pair):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_how_far_apart_the_checkpoints_are(dtype, tmp_path, caplog):
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(300, 40, generator=generator).to(dtype)  # more rows than are looked at at once
+    W = torch.randn(300, 40, generator=generator).to(dtype)
     for size in (0.01, 0.5):
         base, aligned = pair_with_displacement(W, dtype)
         base[0].weight.data = W - (size * torch.randn(300, 40, generator=generator)).to(dtype)
@@ -222,8 +222,15 @@ def test_checkpoints_that_have_nothing_to_do_with_each_other_are_warned_of(tmp_p
         assert len(caplog.records) == times
     assert "Sequential in memory is 14" in caplog.text
     assert "Is it what the aligned model was made from?" in caplog.text
+    found.save(tmp_path / "subspace.safetensors")
+    SafetySubspace.load(tmp_path / "subspace.safetensors")
+    assert len(caplog.records) == 3
 
 
-def test_of_an_earlier_version_the_distance_is_not_known(subspace):
-    metadata = {key: value for key, value in subspace.metadata.items() if key != "displaced"}
-    assert SafetySubspace(subspace.bases, metadata).displaced is None
+def test_where_the_size_of_the_weights_is_beyond_their_dtype_the_distance_is_not_known(tmp_path):
+    base, aligned = (nn.Sequential(nn.Linear(8, 6, bias=False)) for _ in range(2))
+    aligned[0].weight.data *= 1e30
+    found = SafetySubspace.estimate(base, aligned, rank=2, progress=False)
+    assert found.displaced is None
+    found.save(tmp_path / "subspace.safetensors")
+    assert SafetySubspace.load(tmp_path / "subspace.safetensors").displaced is None

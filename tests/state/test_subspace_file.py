@@ -70,10 +70,10 @@ def test_a_file_that_is_not_there_or_is_another_one(path):
     with pytest.raises(FileNotFoundError, match="is not there"):
         SafetySubspace.load(path.parent)
     save_file({"a": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"expected a safety subspace of format 4, but .* another safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a safety subspace of format 5, but .* another safetensors file"):
         SafetySubspace.load(path)
-    save_file({"a": torch.ones(2)}, path, metadata={"csulora_subspace": "3"})
-    with pytest.raises(ValueError, match=r"expected a safety subspace of format 4, but .* is of another format"):
+    save_file({"a": torch.ones(2)}, path, metadata={"csulora_subspace": "4"})
+    with pytest.raises(ValueError, match=r"expected a safety subspace of format 5, but .* is of another format"):
         SafetySubspace.load(path)
 
 

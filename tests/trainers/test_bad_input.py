@@ -128,18 +128,16 @@ def test_base_checkpoints_that_do_not_fit(pair, tmp_path, case, where):
 
 
 def test_a_base_that_is_not_there(pair, tmp_path):
-    (tmp_path / "gone").mkdir()
-    callback = CSULoRACallback(base_model=tmp_path / "gone", cache_dir=tmp_path / "cache")
-    (tmp_path / "gone").rmdir()
+    callback = CSULoRACallback(base_model=tmp_path / "missing", cache_dir=tmp_path / "cache")
     text = refused([callback], tmp_path / "output", with_lora(aligned_model(pair)), error=FileNotFoundError)
-    assert_says(text, str(tmp_path / "gone"), "expected a folder with a checkpoint or a Hub id")
+    assert_says(text, str(tmp_path / "missing"), "expected a folder with a checkpoint or a Hub id")
 
 
 def test_an_adapter_for_a_base(pair, tmp_path):
     with_lora(aligned_model(pair)).save_pretrained(tmp_path / "adapter")
     callback = CSULoRACallback(base_model=tmp_path / "adapter", cache_dir=tmp_path / "cache")
     text = refused([callback], tmp_path / "output", with_lora(aligned_model(pair)), error=FileNotFoundError)
-    assert_says(text, str(tmp_path / "adapter"), "expected a whole checkpoint", "holds a PEFT adapter alone")
+    assert_says(text, str(tmp_path / "adapter"), "expected a whole checkpoint", "a PEFT adapter alone, which has no")
 
 
 @pytest.mark.parametrize("where", ["below the adapter", "aligned_model"])
@@ -202,7 +200,7 @@ def test_corrupt_subspace_files(pair, subspace, tmp_path, damage, parts):
 
 
 def test_foreign_and_missing_subspace_files(pair, tmp_path):
-    foreign, missing = pair[1] / "model.safetensors", "missing.safetensors"  # what might be on the Hub
+    foreign, missing = pair[1] / "model.safetensors", tmp_path / "missing.safetensors"
     text = refused([CSULoRACallback(subspace=foreign)], tmp_path / "output", with_lora(aligned_model(pair)))
     assert_says(text, "`subspace`: expected a safety subspace", str(foreign), "another safetensors file")
     model = with_lora(aligned_model(pair))

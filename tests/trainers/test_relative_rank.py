@@ -77,7 +77,7 @@ def test_what_the_start_table_says(pair, tmp_path, capsys):
     for rank, shown, asked in ((None, "4–8", "a thirty-second of each module's smaller side"), (5, "5", "5")):
         huggingface.train(pair, tmp_path, [huggingface.callback(pair, rank=rank)], max_steps=1)
         table = capsys.readouterr().out
-        assert re.search(rf"safety subspace\W+rank {shown}, \d\d\.\d% of the displacement's energy", table)
+        assert re.search(rf"safety subspace\W+rank {shown}, \d\d\.\d% of the energy of", table)
         assert re.search(rf"rank asked for\W+{asked}\s", table)
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace
-from csulora_callback.reporting.penalties import IN_WORDS, MIND
+from csulora_callback.reporting.penalties import IN_WORDS, NOTES
+from csulora_callback.reporting.terminal import percent
 from tests.helpers.lab import TARGETS, make_trainer, with_lora
 from tests.helpers.trackers import wandb_history
 
@@ -249,12 +250,12 @@ def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
 
     for table in (first, second):
         assert re.search(r"adapter\W+default, 6 modules, LoRA rank 4\b", table)
-        assert re.search(r"safety subspace\W+rank 3, \d\d\.\d% of the displacement's energy", table)
+        assert re.search(r"safety subspace\W+rank 3, \d\d\.\d% of the energy of", table)
         said = "".join(re.sub("[│┃]", "", table).split())  # however it was broken into lines
         assert f"basemodel{pair[0]}alignedmodel{pair[1]}(inmemory)" in said
         assert f"penaltycsulora(strength5):{''.join(IN_WORDS['csulora'].split())}" in said
-        assert f"ofthedisplacement'senergy,whichis{displaced(pair):.1%}oftheweights" in said
-        assert f"mind{''.join(MIND['csulora'].split())}" in said
+        assert f"oftheenergyofadisplacementof{percent(displaced(pair))}%oftheweights'size" in said
+        assert f"note{''.join(NOTES['csulora'].split())}" in said
         assert re.search(r"ready in\W+\d+\.\d s", table)
         assert table.count("safety subspace") == 1
     assert "cache" not in first
