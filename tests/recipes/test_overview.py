@@ -73,6 +73,8 @@ def test_a_row_has_held_out_means_over_seeds_beside_the_aligned_model():
         "| target, the lab's probes | 7.12, 7.12 | 12 [12, 12] | +2 [+2, +2] | 80 [80, 80] | 30 [30, 30] |" in lines[4]
     )
     assert lines[4].endswith("| 30 steps once |")
+    unknown = [spent for spent in SPENT if spent["method"] != "guard"]
+    assert {row["method"]: row["cost"] for row in make_rows(points_of(0), unknown)}["guard"] == "not measured"
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| aligned model", "| raw LoRA"]
 
 
