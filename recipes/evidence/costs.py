@@ -39,7 +39,7 @@ def measure(subject: Subject, short: Subject, frontier: Frontier, output: Path) 
     """
     path = output / "costs.json"
     known = {key_of(cost): cost for cost in json.loads(path.read_text())["costs"]} if path.exists() else {}
-    settings = {key_of(setting.to_json()): setting for setting in _settings(frontier)}
+    settings = {key_of(setting.to_json()): setting for setting in settings_of(frontier)}
     if missing := settings.keys() - known.keys():
         meter = _Meter(subject, short, Adapters(subject, output / "adapters", []), next(iter(settings.values())))
         known |= {key: {**settings[key].to_json(), **meter.read(settings[key])} for key in settings if key in missing}
@@ -48,7 +48,7 @@ def measure(subject: Subject, short: Subject, frontier: Frontier, output: Path) 
     return costs
 
 
-def _settings(frontier: Frontier) -> list[Setting]:
+def settings_of(frontier: Frontier) -> list[Setting]:
     """One of each method that does something, and of each of its trainings."""
     seed, poison = frontier.seeds[0], max(frontier.poison_shares)
     found = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.evidence import frontier, side_effects, target_report, target_tables
+from recipes.evidence import costs, frontier, side_effects, target_report, target_tables
 from recipes.evidence.frontier_report import make_table, percent, retained, to_markdown
 from recipes.evidence.methods import METHODS
 from recipes.evidence.smollm2_frontier import SmolLM2Subject
@@ -53,6 +53,13 @@ def test_the_readme_quotes_what_the_results_say():
                 assert cell == quoted(row), (label, target)
                 seen += 1
     assert seen >= 2 * 3 * 17
+
+
+@pytest.mark.parametrize("name", ["frontier", "smollm2_frontier"])
+def test_the_costs_that_are_kept_are_those_of_all_rows(name):
+    settings = costs.settings_of(load_recipe(f"recipes/{name}.yaml", []).frontier)
+    kept = json.loads(Path("recipes/results", name, "costs.json").read_text())["costs"]
+    assert [key_of(cost) for cost in kept] == [key_of(setting.to_json()) for setting in settings]
 
 
 @pytest.mark.parametrize("name", ["frontier", "smollm2_frontier"])
