@@ -127,6 +127,7 @@ def test_every_part_of_the_key_makes_another_name(field):
 @pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}, {"seed": 1}, {"method": "krylov"}, "base", "aligned"])
 def test_a_file_under_the_name_of_another_is_not_believed(tmp_path, caplog, rule):
     third = nn.Sequential(nn.Linear(8, 6))
+    third[0].weight.data.mul_(0.5).add_(BASE[0].weight.data)  # two that are independent are warned of
     other = {rule: third} if isinstance(rule, str) else rule
     estimate(tmp_path, **other)
     (foreign,) = tmp_path.iterdir()
