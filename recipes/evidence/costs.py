@@ -20,6 +20,8 @@ from recipes.files.points import key_of, write_whole
 from recipes.schema.measured import Frontier
 
 STEPS, REPEATS = 8, 3  # of trainings that are timed
+FREE = ("aligned", "none")
+"""The methods that do nothing."""
 
 
 def measure(subject: Subject, short: Subject, frontier: Frontier, output: Path) -> list[dict]:
@@ -54,7 +56,7 @@ def settings_of(frontier: Frontier) -> list[Setting]:
     found = {}
     for setting in grid(frontier):
         control = METHODS[setting.method].control
-        if (setting.seed, setting.poison) == (seed, poison) and setting.method not in ("aligned", "none"):
+        if (setting.seed, setting.poison) == (seed, poison) and setting.method not in FREE:
             found.setdefault((setting.method, None if control is None else setting.strength), setting)
     return list(found.values())
 

@@ -145,7 +145,7 @@ def _cost(chosen: Sequence[Mapping], spent: Sequence[Mapping]) -> str:
     method, strength = key_of(chosen[0])[2:4]
     named = (method, strength) if METHODS[method].control is not None else None
     cost = known.get(named) or next((cost for (name, _), cost in known.items() if name == method), None)
-    return "not measured" if cost is None and method not in ("aligned", "none") else costs.in_words(cost)
+    return "not measured" if cost is None and method not in costs.FREE else costs.in_words(cost)
 
 
 def to_markdown(rows: Sequence[Mapping]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,6 +31,7 @@ PENALTY = Penalty.csulora(5.0)
 RANK = 3
 SCALING = 2.0  # of with_lora
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
@@ -63,7 +65,7 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-def align(base: PreTrainedModel, seed: int = 1, rank: int = 4, scale: float = 0.3) -> PreTrainedModel:
+def align(base: Model, seed: int = 1, rank: int = 4, scale: float = 0.3) -> Model:
     """A copy of ``base`` whose matrices are displaced, mostly within ``rank`` directions."""
     generator = torch.Generator().manual_seed(seed)
     aligned = copy.deepcopy(base)

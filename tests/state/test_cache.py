@@ -19,7 +19,7 @@ from torch import nn
 
 from csulora_callback import CSULoRACallback, SafetySubspace, subspace_file
 from csulora_callback.subspace_cache import SubspaceCache, default_cache_dir
-from tests.helpers.lab import TARGETS
+from tests.helpers.lab import TARGETS, align
 
 FORK = get_context("fork")
 NOBODY, WITHOUT_A_NAME = 65534, 54321
@@ -28,10 +28,8 @@ KEPT, UNUSABLE = "could not be kept in the cache", "cached subspace is unusable 
 
 def layers() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    base, aligned = nn.Sequential(nn.Linear(8, 6)), nn.Sequential(nn.Linear(8, 6))
-    with torch.no_grad():
-        aligned[0].weight.mul_(0.5).add_(base[0].weight)  # two that are independent are warned of
-    return base, aligned
+    base = nn.Sequential(nn.Linear(8, 6))
+    return base, align(base)  # two that are independent are warned of
 
 
 BASE, ALIGNED = layers()
@@ -126,8 +124,7 @@ def test_every_part_of_the_key_makes_another_name(field):
 
 @pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.9}, {"seed": 1}, {"method": "krylov"}, "base", "aligned"])
 def test_a_file_under_the_name_of_another_is_not_believed(tmp_path, caplog, rule):
-    third = nn.Sequential(nn.Linear(8, 6))
-    third[0].weight.data.mul_(0.5).add_(BASE[0].weight.data)  # two that are independent are warned of
+    third = align(BASE, seed=2)
     other = {rule: third} if isinstance(rule, str) else rule
     estimate(tmp_path, **other)
     (foreign,) = tmp_path.iterdir()

@@ -15,6 +15,7 @@ from csulora_callback import SafetySubspace
 from csulora_callback.method.basis import rank_of
 from csulora_callback.reporting.subspace import print_subspace
 from csulora_callback.reporting.terminal import make_console
+from tests.helpers.lab import align
 
 # By shape (d_out, d_in): of real models' modules, and of what is small.
 EXPECTED = {
@@ -48,12 +49,8 @@ MIXED = {"a": (3, 64), "b": (64, 2), "c": (100, 40), "d": (128, 300), "e": (191,
 def models(shapes: dict[str, tuple[int, int]] = MIXED) -> tuple[nn.Module, nn.Module]:
     """A base and an aligned model with one linear layer of each shape; never run, so that they need not fit."""
     torch.manual_seed(0)
-    layers = [{name: nn.Linear(d_in, d_out) for name, (d_out, d_in) in shapes.items()} for _ in range(2)]
-    base, aligned = nn.ModuleDict(layers[0]), nn.ModuleDict(layers[1])
-    with torch.no_grad():
-        for name in shapes:
-            aligned[name].weight.mul_(0.5).add_(base[name].weight)  # two that are independent are warned of
-    return base, aligned
+    base = nn.ModuleDict({name: nn.Linear(d_in, d_out) for name, (d_out, d_in) in shapes.items()})
+    return base, align(base, rank=64)  # displaced in many directions, and not as far as independent ones
 
 
 def ranks(subspace: SafetySubspace) -> dict[str, int]:
