@@ -7,8 +7,6 @@ import os
 from torch import nn
 
 from csulora_callback.method.penalty import Penalty
-from csulora_callback.models.harmless import Prompts, read_both
-from csulora_callback.models.probes import Probes
 from csulora_callback.presets import TARGET, Family, check_preset, check_share, check_without_strength, is_data_aware
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_file import check_metadata
@@ -68,35 +66,6 @@ def _refuse_without_probes(penalty: Penalty | Family | None, target: float | Non
         f"`probes`: expected prompts that are to be refused, as {why}, but got none. Pass probes='builtin', "
         f"probes='prompts.jsonl', or a list.{otherwise}"
     )
-
-
-def read_texts(
-    probes: Probes | None, harmless: Probes | None, penalty: Penalty | Family
-) -> tuple[Prompts | None, Prompts | None]:
-    """The prompts of ``probes`` and ``harmless``, where they are given.
-
-    Raises:
-        ValueError: if they cannot be read, one stands in both, or nothing measures by the harmless ones.
-
-    Example:
-        >>> read_texts([[5, 6]], [[5, 7]], Penalty.data_aware(4.0))
-        ([[5, 6]], [[5, 7]])
-        >>> read_texts(None, [[5, 7]], Penalty.guard(3.0))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ValueError: `harmless`: expected None without `probes`, which they stand beside. Pass probes='builtin' too, ...
-    """
-    if harmless is not None and probes is None:
-        raise ValueError(
-            "`harmless`: expected None without `probes`, which they stand beside. Pass probes='builtin' too, or leave "
-            "them out."
-        )
-    if harmless is not None and not is_data_aware(penalty):
-        raise ValueError(
-            "`harmless`: expected None, as only Penalty.data_aware measures by them, but got some beside another "
-            "penalty. Pass penalty=Penalty.data_aware(strength), Penalty.data_aware for a target, or leave them out."
-        )
-    return read_both(probes, harmless)
 
 
 def check_measuring(probes: object, probe_every_n_steps: int | None) -> None:

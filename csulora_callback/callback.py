@@ -19,11 +19,10 @@ from csulora_callback.arguments import (
     check_sides,
     check_steps,
     choose_penalty,
-    read_texts,
 )
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, ask_harmless, check_probes, check_readable
+from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
@@ -32,9 +31,8 @@ from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
-from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.layout import Layout
-from csulora_callback.models.probes import Probes
+from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.presets import Family
@@ -117,11 +115,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             the aligned checkpoint passes without. Both are listed in the start table, the record and the model card.
         heat_maps: at every evaluation draw the drift by layer and kind of module, before and after the correction, to
             the trackers that take images: TensorBoard, W&B, MLflow and trackio. Needs the extra ``report``.
-        harmless: prompts that look like ``probes`` and are to be answered, from the same kinds of source;
-            ``"builtin"`` are those that look like the built-in probes. A data-aware penalty, which alone takes them,
-            keeps what the update does to them as it does on the task, and tells them from probes by what comes after
-            the beginning that all share (see :mod:`csulora_callback.models.harmless`): for where corrections refuse
-            too much. They are not checked. A resumed run that is given none takes those of its checkpoint.
 
     Raises:
         ValueError: for arguments out of range or probes that cannot be read, and when training begins for anything
@@ -158,7 +151,6 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         on_exceed: Literal["warn", "stop"] = "warn",
         heat_maps: bool = False,
         uncorrected: Sequence[str] = (),
-        harmless: Probes | None = None,
     ) -> None:
         super().__init__()
         self._corrector: SafetyCorrector | None = None
@@ -194,7 +186,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self.export_adapter = export_adapter
         self.push_raw, self.heat_maps = push_raw, heat_maps
         self.uncorrected = tuple(uncorrected)
-        self.probes, self.harmless = read_texts(probes, harmless, self.penalty)
+        self.probes = None if probes is None else read_prompts(probes)
         self.probe_every_n_steps = probe_every_n_steps
         self.budget = Budget(max_drift, min_refusal, on_exceed, has_probes=probes is not None)
 
@@ -256,16 +248,14 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._recorder = self._behaviour = None
         if self.probes is None:
             return None
-        answered = ask_harmless(self.harmless, adapter, processes)
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
-        check_apart(probes.prompts, answered)
         reads = penalty.on_probes is not None
         refusals = Refusals(adapter, probes.prompts, probes.beginnings, processes)
         back = [] if self.target is None else held_back(len(refusals), reads)
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
         self._recorder = ActivationRecorder(
-            adapter, probes.prompts, processes, reads, back, target, probes.tokenizer, answered
+            adapter, probes.prompts, processes, penalty, back, target, probes.tokenizer
         )
         self._behaviour = Behaviour(measured)
         return probes

@@ -17,7 +17,7 @@ from csulora_callback.models.activations import refuse_unless_causal, running_mo
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.checksum import checksum, weights_besides
 from csulora_callback.models.fused_experts import check_inputs
-from csulora_callback.models.probes import ask, check_ids, load_tokenizer, read_prompts, tokenize
+from csulora_callback.models.probes import ask, check_ids, load_tokenizer, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.teacher_forcing import end_tokens
@@ -103,20 +103,6 @@ def check_probes(
         tokenizer,
         from_cache,
     )
-
-
-def ask_harmless(harmless: Sequence[str] | Rows | None, adapter: Adapter, processes: Processes) -> Rows:
-    """Harmless prompts as token ids, as the model under an adapter is asked them; they are taken at their word.
-
-    Raises:
-        ValueError: if they cannot be asked.
-    """
-    if harmless is None:
-        return []
-    checkpoint = adapter.config.base_model_name_or_path
-    rows = processes.together(lambda: tokenize(harmless, checkpoint, "harmless"))
-    check_ids(rows, vocabulary_of(adapter), "harmless")
-    return rows
 
 
 def _answers(

@@ -21,7 +21,6 @@ from csulora_callback.cli_options import (
     AdapterArgument,
     AlignedOption,
     BaseOption,
-    HarmlessOption,
     JsonOption,
     Kind,
     ProbesOption,
@@ -189,14 +188,15 @@ def correct(
         Kind | None,
         typer.Option(help="What is attenuated: by default data_aware for a target, else csulora, the paper's."),
     ] = None,
-    strength: Annotated[float | None, typer.Option(help="How much; 10 by default. A projection has none.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much; by default 10, of content_aware 300. A projection has none.")
+    ] = None,
     target: Annotated[
         float | None,
         typer.Option(help="Share of the refusals' likelihood to keep; the strength is looked for."),
     ] = None,
     rank: Annotated[Rank, typer.Option(help="Keep the adapter's rank, or all of the update.")] = Rank.truncate,
     probes: ProbesOption = None,
-    harmless: HarmlessOption = None,
     task: TaskOption = None,
     uncorrected: UncorrectedOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
@@ -212,15 +212,17 @@ def correct(
     with arguments():
         chosen = choose_preset(penalty, strength, target)
     needs_model = not isinstance(chosen, Penalty) or is_data_aware(chosen)
-    demand(needs_model or not (probes or task), "`--probes`, `--task`: only for --penalty data_aware, or a --target.")
-    demand(is_data_aware(chosen) or not harmless, "`--harmless`: only for --penalty data_aware.")
+    demand(
+        needs_model or not (probes or task),
+        "`--probes`, `--task`: only for --penalty data_aware or content_aware, or a --target.",
+    )
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
         model, passing = aligned and model_named(aligned), names_in(uncorrected)
         if base is not None:
             raw = RawAdapter.find(find_adapter_folder(adapter))
             found = _estimate(_pair(raw.read(partial(_shapes_in, aligned), model, passing), base, aligned))
-        texts = {"probes": probes, "task": task, "harmless": harmless}
+        texts = {"probes": probes, "task": task}
         done = correct_adapter(
             adapter, found, place, chosen, rank.value, **texts, aligned_model=model, target=target, uncorrected=passing
         )

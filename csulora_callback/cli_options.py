@@ -20,6 +20,7 @@ class Kind(str, Enum):
     guard = "guard"
     projection = "projection"
     data_aware = "data_aware"
+    content_aware = "content_aware"
 
 
 class Rank(str, Enum):
@@ -72,18 +73,16 @@ AlignedOption = Annotated[
 ProbesOption = Annotated[
     str | None,
     typer.Option(
-        "--probes", metavar="FILE", help="Prompts to be refused, for data_aware or a target; else the checkpoint's."
-    ),
-]
-HarmlessOption = Annotated[
-    str | None,
-    typer.Option(
-        "--harmless", metavar="FILE", help="Prompts like them to be answered, for data_aware; else the checkpoint's."
+        "--probes",
+        metavar="FILE",
+        help="Prompts to be refused, for data_aware, content_aware or a target; else the checkpoint's.",
     ),
 ]
 TaskOption = Annotated[
     str | None,
-    typer.Option("--task", metavar="FILE", help="What was trained on, for data_aware; else the checkpoint's."),
+    typer.Option(
+        "--task", metavar="FILE", help="What was trained on, for data_aware or content_aware; else the checkpoint's."
+    ),
 ]
 UncorrectedOption = Annotated[
     list[str] | None,

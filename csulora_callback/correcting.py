@@ -230,7 +230,7 @@ class Correcting:
                 "energy_kept": self.subspace.energy_kept,
                 **self.subspace.metadata,
             },
-            **_sampled_rows(texts, self.penalty),
+            **_sampled_rows(texts),
         }
         if self.passing:
             about["not_corrected"] = self.passing
@@ -256,15 +256,11 @@ class Correcting:
         }
 
 
-def _sampled_rows(texts: Texts | None, penalty: Penalty) -> dict[str, object]:
-    """Of the record: which sampled rows do not count, and which had images, by place in texts.json; how many lack.
-
-    And how many harmless prompts stood beside the task: texts may hold some that the penalty does not measure by.
-    """
+def _sampled_rows(texts: Texts | None) -> dict[str, object]:
+    """Of the record: which sampled rows do not count, and which had images, by place in texts.json; how many lack."""
     if texts is None:
         return {}
     screened = {"screened": len(texts.screened), "places": list(texts.refused)}
     counts = {"left_out_rows": texts.left_out, "rows_with_inputs": sorted(texts.inputs)}
-    counts["harmless_prompts"] = len(texts.harmless) if texts.counted.rows and penalty.on_probes is not None else 0
     about = {"refused_rows": screened} if texts.screened else {}
     return about | {key: value for key, value in counts.items() if value}

@@ -19,11 +19,10 @@ from csulora_callback.correcting import Correcting, Rank
 from csulora_callback.inspection import stored_shapes
 from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.factors import Factors, all_finite
-from csulora_callback.models.harmless import read_both
 from csulora_callback.models.named import aligned_under
 from csulora_callback.models.names import owner_of_bias
 from csulora_callback.models.peft_folder import write_with_factors
-from csulora_callback.models.probes import Probes
+from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.ranks import options_for_ranks
 from csulora_callback.models.saved_adapter import SavedAdapter, SavedLayer
@@ -69,7 +68,6 @@ def correct_adapter(
     aligned_model: str | os.PathLike | None = None,
     target: float | None = None,
     uncorrected: Sequence[str] = (),
-    harmless: Probes | None = None,
 ) -> CorrectedFolder:
     """Correct an adapter that was trained before, and write the result as a PEFT folder of its own.
 
@@ -101,9 +99,6 @@ def correct_adapter(
             loaded for that. Only with ``rank="truncate"``.
         uncorrected: names of what was trained beside LoRA and may pass as it is, as for the callback. What is
             corrected whole, such as an ``lm_head``, is compared with the checkpoint under the adapter.
-        harmless: prompts that look like ``probes`` and are to be answered, as for the callback; only for a data-aware
-            penalty, and beside a known task. By default those that the checkpoint holds, unless other ``probes`` are
-            given than its own.
 
     Raises:
         FileNotFoundError: if the adapter, the subspace or the model is not there.
@@ -128,8 +123,8 @@ def correct_adapter(
         >>> again.from_raw
         True
     """
-    _check_arguments(penalty, rank, target, probes=probes, task=task, harmless=harmless)
-    probes, harmless = read_both(probes, harmless)
+    _check_arguments(penalty, rank, target, probes=probes, task=task)
+    probes = None if probes is None else read_prompts(probes)
     root = find_adapter_folder(adapter)
     output = _free(output, root)
     source = RawAdapter.find(root)
@@ -145,9 +140,7 @@ def correct_adapter(
     texts, chosen = None if source.sidecar is None else source.sidecar.texts, None
     if not isinstance(penalty, Penalty):
         share = TARGET if target is None else target
-        corrector = find_strength(
-            saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected, harmless
-        )
+        corrector = find_strength(saved, subspace, penalty, share, texts, probes, task, aligned_model, uncorrected)
         layers, activations = corrector.adapter.layers, corrector.activations
         penalty, chosen = corrector.penalty, corrector.chosen
         texts = texts if penalty.on_probes is None else activations.texts
@@ -158,9 +151,9 @@ def correct_adapter(
         layers, activations = _layers(saved, subspace), None
     else:
         checkpoint = aligned_model or saved.config.base_model_name_or_path
-        texts = choose_texts(saved, texts, probes, task, checkpoint, harmless)
+        texts = choose_texts(saved, texts, probes, task, checkpoint)
         live = load_of_subspace(saved, subspace, aligned_model, uncorrected)
-        layers, activations = live.layers, read_again(live, texts, None if task is None else checkpoint)
+        layers, activations = live.layers, read_again(live, texts, penalty, None if task is None else checkpoint)
         texts = activations.texts
     name = "default" if source.sidecar is None else source.sidecar.record["adapter"]
     correcting = Correcting(name, layers, subspace, penalty, rank, chosen, passing=saved.beside.passing)
@@ -227,7 +220,7 @@ def _check_arguments(penalty: object, rank: object, target: object, **texts: obj
         other = ", or a target" if name == "probes" else ""
         if given is not None and not (reads or (other and searches)):
             raise ValueError(
-                f"`{name}`: expected none, as only Penalty.data_aware measures by them{other}, but got some. "
+                f"`{name}`: expected none, as only a data-aware penalty measures by them{other}, but got some. "
                 "Pass penalty=Penalty.data_aware(strength) too."
             )
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from numbers import Real
 
 from csulora_callback.method.penalty import Penalty
+from csulora_callback.method.search import STRONGEST
 
-FAMILIES = {name: getattr(Penalty, name) for name in ("data_aware", "guard", "csulora", "separable")}
+FAMILIES = {name: getattr(Penalty, name) for name in ("data_aware", "content_aware", "guard", "csulora", "separable")}
 """The presets that have a strength, by name."""
 
 TARGET = 0.9
@@ -48,10 +49,14 @@ def is_data_aware(penalty: Penalty | Family) -> bool:
     """Whether a penalty, or a preset without its strength, measures by activations.
 
     Example:
-        >>> is_data_aware(Penalty.data_aware(4.0)), is_data_aware(Penalty.guard)
-        (True, False)
+        >>> is_data_aware(Penalty.data_aware(4.0)), is_data_aware(Penalty.content_aware), is_data_aware(Penalty.guard)
+        (True, True, False)
     """
-    return penalty.on_probes is not None if isinstance(penalty, Penalty) else penalty == Penalty.data_aware
+    return (penalty if isinstance(penalty, Penalty) else penalty(STRONGEST)).on_probes is not None
+
+
+DATA_AWARE = tuple(name for name, family in FAMILIES.items() if is_data_aware(family))
+"""Those of the presets, by name."""
 
 
 def check_projection(**given: object) -> None:

@@ -10,10 +10,10 @@ from dataclasses import replace
 from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
-from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.probes import Probes, check_ids, load_tokenizer, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -32,7 +32,6 @@ def choose_texts(
     probes: Probes | None,
     task: TaskRows | None,
     checkpoint: str | None,
-    harmless: Probes | None = None,
 ) -> Texts:
     """What the model is to read: what is given, and for the rest what the checkpoint kept of its training.
 
@@ -42,10 +41,9 @@ def choose_texts(
         probes: prompts that are to be refused.
         task: rows of what the adapter was trained on.
         checkpoint: where a tokenizer is loaded from.
-        harmless: prompts that look like the probes and are to be answered.
 
     Raises:
-        ValueError: if there are no probes, what is given cannot be read, or a prompt is to be refused and answered.
+        ValueError: if there are no probes, or what is given cannot be read.
 
     Example:
         >>> texts = choose_texts(None, Texts([[5, 6]], [[7]], 3), [[8, 9]], None, None)
@@ -56,26 +54,7 @@ def choose_texts(
         raise no_probes(saved, "the penalty is data-aware")
     asked = kept.probes if probes is None else tokenize(read_prompts(probes), checkpoint)
     back = kept.held_back if probes is None else ()
-    return with_task(kept_beside(kept, probes, harmless), asked, task, checkpoint, back, harmless)
-
-
-def kept_beside(kept: Texts | None, probes: Probes | None, harmless: Probes | None) -> Texts | None:
-    """What a checkpoint kept, without its harmless prompts where other probes are given: they look like its own.
-
-    Example:
-        >>> kept = Texts([[5, 6]], [[7]], 3, harmless=[[8]])
-        >>> kept_beside(kept, None, None).harmless, kept_beside(kept, [[9]], None).harmless
-        ([[8]], [])
-    """
-    if kept is None or probes is None or not kept.harmless:
-        return kept
-    if harmless is None:
-        logger.warning(
-            "`harmless`: the checkpoint's %d do not count, as they stood beside its own probes and others are given. "
-            "Pass harmless=... to have some.",
-            len(kept.harmless),
-        )
-    return replace(kept, harmless=[])
+    return with_task(kept, asked, task, checkpoint, back)
 
 
 def with_task(
@@ -84,34 +63,22 @@ def with_task(
     task: TaskRows | None,
     checkpoint: str | None,
     held_back: Sequence[int] = (),
-    harmless: Probes | None = None,
 ) -> Texts:
     """These probes, of which those at some places are held back, with what is given or was kept of the rest.
 
     Raises:
-        ValueError: if what is given cannot be read, a prompt is to be refused and answered, or harmless ones are given
-            and nothing is known of the task that they stand beside.
+        ValueError: if what is given cannot be read.
 
     Example:
         >>> texts = with_task(None, [[5]], [[6, 7]], None)
         >>> texts.task, texts.probes, texts.starts
         ([[6, 7]], [[5]], [0])
     """
-    answered = [] if kept is None else kept.harmless
-    if harmless is not None:
-        answered = tokenize(read_prompts(harmless, "harmless"), checkpoint, "harmless")
-    check_apart(probes, answered)
-    prompts = {"probes": probes, "held_back": list(held_back), "harmless": answered}
+    prompts = {"probes": probes, "held_back": list(held_back)}
     if task is not None:
         sample = read_task(task, checkpoint)
         return Texts(sample.rows, seen=sample.seen, starts=sample.starts, **prompts)
     if kept is None or not kept.task:
-        if harmless is not None:
-            raise ValueError(
-                "`harmless`: expected rows of the task as well, beside which they count, but nothing is known of it. "
-                "Pass task=... with rows of what the adapter was trained on, or the Trainer's checkpoint, which holds "
-                "some."
-            )
         logger.warning(
             "Nothing is known of the task, so the data-aware correction costs more of it. Pass task=... with rows of "
             "what the adapter was trained on, or the Trainer's checkpoint, which holds some."
@@ -183,12 +150,13 @@ def load_with_adapter(
     return adapter
 
 
-def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) -> Activations:
+def read_again(adapter: Adapter, texts: Texts, penalty: Penalty, checkpoint: str | None = None) -> Activations:
     """Have the model read them, with the raw adapter in it.
 
     Args:
         adapter: in its model.
         texts: whose ``refused`` rows are passed over.
+        penalty: by which it is to be corrected; its strength has no say in what is read.
         checkpoint: where a tokenizer is loaded from, to find out first which rows these are; by default those that the
             checkpoint of a run has marked.
 
@@ -198,7 +166,6 @@ def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) ->
     vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
     check_ids(texts.task, vocabulary, "task")
-    check_ids(texts.harmless, vocabulary, "harmless")
     texts = known_as_text(texts, running_model(adapter).config)
     if texts.unreadable:
         logger.warning(
@@ -210,7 +177,7 @@ def read_again(adapter: Adapter, texts: Texts, checkpoint: str | None = None) ->
         )
     if checkpoint is not None and any(texts.starts):
         texts = RefusedRows(adapter, load_tokenizer(checkpoint, "task"), Processes()).mark(texts)
-    activations = Activations.read(adapter, texts)
+    activations = Activations.read(adapter, texts, penalty.skips_prefix)
     if (unreached := activations.unreached(adapter)) is not None:
         logger.warning(unreached)
     if not activations.finite:

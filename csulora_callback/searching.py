@@ -14,7 +14,7 @@ from csulora_callback.models.probes import Probes, read_prompts
 from csulora_callback.models.saved_adapter import SavedAdapter
 from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.presets import Family
-from csulora_callback.rereading import kept_beside, load_of_subspace, no_probes, read_again, with_task
+from csulora_callback.rereading import load_of_subspace, no_probes, read_again, with_task
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.target import Target, held_back
 
@@ -29,7 +29,6 @@ def find_strength(
     task: TaskRows | None,
     aligned_model: str | os.PathLike | None,
     uncorrected: Sequence[str] = (),
-    harmless: Probes | None = None,
 ) -> SafetyCorrector:
     """A corrector of the saved adapter in its model, with the smallest strength that keeps the share, as in a run.
 
@@ -43,7 +42,6 @@ def find_strength(
         task: rows of what the adapter was trained on, for a data-aware preset.
         aligned_model: the model under the adapter, where it does not lie where the adapter's config says.
         uncorrected: names of what was trained beside LoRA, and passes.
-        harmless: prompts that look like the probes and are to be answered, for a data-aware preset.
 
     Raises:
         ValueError: if there are no probes or too few are refused, something cannot be read, the model cannot be
@@ -51,17 +49,17 @@ def find_strength(
     """
     if probes is None and kept is None:
         raise no_probes(saved, "the strength is looked for by how many are still refused")
-    reads, checkpoint = family(STRONGEST).on_probes is not None, aligned_model or saved.config.base_model_name_or_path
+    strongest, checkpoint = family(STRONGEST), aligned_model or saved.config.base_model_name_or_path
     adapter = load_of_subspace(saved, subspace, aligned_model, uncorrected)
     asked = kept.probes if probes is None else read_prompts(probes)
     checked = check_probes(adapter, asked, progress=True, checkpoint=checkpoint)
     refusals = Refusals(adapter, checked.prompts, checked.beginnings)
-    back = held_back(len(refusals), reads)
-    if reads:
-        texts = with_task(kept_beside(kept, probes, harmless), checked.prompts, task, checkpoint, back, harmless)
-        activations = read_again(adapter, texts, None if task is None else checkpoint)
+    back = held_back(len(refusals), strongest.on_probes is not None)
+    if strongest.on_probes is not None:
+        texts = with_task(kept, checked.prompts, task, checkpoint, back)
+        activations = read_again(adapter, texts, strongest, None if task is None else checkpoint)
     else:
         activations = Activations({}, {}, Texts([], checked.prompts, 0))
-    corrector = SafetyCorrector(adapter, subspace, family(STRONGEST), activations)
+    corrector = SafetyCorrector(adapter, subspace, strongest, activations)
     Target(share, family, refusals.of(back) if back else refusals).choose(corrector)
     return corrector

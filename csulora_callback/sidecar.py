@@ -3,7 +3,7 @@
 Nothing is lost by a correction: ``raw/`` is the adapter as it would have been saved without one, a folder that
 ``PeftModel.from_pretrained`` loads, and ``correction.json`` says which subspace and penalty were used and what they
 did to each module. With probes, ``texts.json`` holds what the model read and was measured by: some rows of the
-training data, the probes, and harmless prompts beside them, as token ids.
+training data and the probes, as token ids.
 
 The folder appears as a whole, after the adapter that it describes, and an older one goes before anything new is
 written. The record holds digests of itself, of the other files and of the adapter beside it: a folder that was

@@ -33,6 +33,7 @@ class Penalty:
     parameters: dict[str, float] = field(hash=False)
     _table: Callable[..., dict[str, float]] = field(repr=False, compare=False)
     on_probes: float | None = field(default=None, repr=False)  # λ of a data-aware penalty, which is not in the table
+    skips_prefix: bool = field(default=False, repr=False)  # whether it reads no token of the prefix that probes share
 
     def __str__(self) -> str:
         return in_words({"name": self.name, **self.parameters})
@@ -74,12 +75,18 @@ class Penalty:
         module's inputs on the task and on prompts that are to be refused (:mod:`csulora_callback.method.token_space`).
         Nothing is taken from the displacement; rank is kept. ``strength`` is at most 1e6.
         """
-        strength = _checked_multiplier("strength", strength)
-        if strength > MAX_STRENGTH:
-            raise ValueError(
-                f"`strength`: expected at most {MAX_STRENGTH:g} for a data-aware penalty, but got {strength!r}."
-            )
+        strength = _checked_on_probes(strength)
         return cls("data_aware", {"strength": strength}, _nothing, on_probes=strength)
+
+    @classmethod
+    def content_aware(cls, strength: float = 300.0) -> Penalty:
+        """As :meth:`data_aware`, where ``C_H`` is of what comes after the prefix that all probes share.
+
+        The prefix is a chat template's, its system prompt and markers: any prompt begins with it, harmless ones too.
+        What is left tells probes from these, and the model refuses fewer of them; it takes greater strengths.
+        """
+        strength = _checked_on_probes(strength)
+        return cls("content_aware", {"strength": strength}, _nothing, on_probes=strength, skips_prefix=True)
 
     @classmethod
     def table(cls, aligned: float = 0.0, output: float = 0.0, input: float = 0.0, off: float = 0.0) -> Penalty:
@@ -104,6 +111,14 @@ def _checked_multiplier(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
         raise ValueError(f"`{name}`: expected a number ≥ 0 (math.inf is allowed), but got {value!r}.")
     return float(value)
+
+
+def _checked_on_probes(strength: float) -> float:
+    if _checked_multiplier("strength", strength) > MAX_STRENGTH:
+        raise ValueError(
+            f"`strength`: expected at most {MAX_STRENGTH:g} for a data-aware penalty, but got {strength!r}."
+        )
+    return float(strength)
 
 
 def _scaled(strength: float, share: float) -> float:

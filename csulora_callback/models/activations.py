@@ -16,15 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.beside_ids import placeholders_of
 from csulora_callback.models.fused_experts import check_inputs
-from csulora_callback.models.harmless import beside_task, shared_beginning
 from csulora_callback.models.known_inputs import known_inputs
 from csulora_callback.models.listening import Listener, TokenVectors, draw
-from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded
+from csulora_callback.models.reading import Inputs, Rows, batches_of_lengths, evaluating, padded, shared_prefix
 from csulora_callback.models.sharding import full_shape
 from csulora_callback.models.wholes import check_reads_vectors
 
 TOKENS = 512
-"""How many token vectors of the task are kept, and as many of the probes and of the harmless prompts."""
+"""How many token vectors of the task are kept, and as many of the probes."""
 
 _BATCH_TOKENS = 2048  # of a pass without logits
 _BATCH_TOKENS_WITH_LOGITS = 1024  # they take this many times the vocabulary
@@ -54,7 +53,6 @@ class Texts:
         inputs: what the model got beside ids, images say, by place in ``task``; ``None`` where it did and that is not
             known, as files hold ids alone. Such a row is never read: its placeholders would pass for text.
         left_out: how many rows of training data are in no sample, as it is not certain what belongs to them.
-        harmless: prompts that look like ``probes`` and are to be answered, whose vectors are kept as the task's are.
 
     Example:
         >>> texts = Texts([[5, 6], [7, 8], [9]], [], 3, starts=[1, 1, 0], screened=[0, 1], refused=[1])
@@ -73,16 +71,14 @@ class Texts:
     refused: Sequence[int] = field(default_factory=list)
     inputs: Mapping[int, Inputs | None] = field(default_factory=dict)
     left_out: int = 0
-    harmless: Rows = field(default_factory=list)
 
     def to_json(self) -> dict:
-        """What files hold: of the inputs, where there are some; of harmless prompts nothing where there are none."""
-        held = {**asdict(replace(self, inputs={})), "with_inputs": sorted(self.inputs)}
-        return {name: value for name, value in held.items() if name != "harmless" or value}
+        """What files hold: of the inputs, where there are some."""
+        return {**asdict(replace(self, inputs={})), "with_inputs": sorted(self.inputs)}
 
     @classmethod
     def from_json(cls, kept: Mapping) -> Texts:
-        """What :meth:`to_json` gave, or what an earlier version did, that knew of no inputs or harmless prompts."""
+        """What :meth:`to_json` gave, or what an earlier version did, that knew of no inputs."""
         known = {name: value for name, value in kept.items() if name not in ("inputs", "with_inputs")}
         return cls(**known, inputs=dict.fromkeys(kept.get("with_inputs", ())))
 
@@ -110,8 +106,7 @@ class Activations:
     """What a data-aware correction measures by: the token vectors that texts send into a model's adapted modules.
 
     Those of task and probes have to be of the same model: where the task was measured as it was trained and the probes
-    after that, the same safety costs more of the task. Those of the task hold those of harmless prompts, where there
-    are some: see :mod:`csulora_callback.models.harmless`.
+    after that, the same safety costs more of the task.
     """
 
     task: TokenVectors
@@ -119,19 +114,20 @@ class Activations:
     texts: Texts
 
     @classmethod
-    def read(cls, adapter: Adapter, texts: Texts) -> Activations:
+    def read(cls, adapter: Adapter, texts: Texts, skip_prefix: bool = False) -> Activations:
         """Have the model read them, as :func:`vectors_of` does.
 
         Of modules that the probes do not reach nothing is read: nothing of them is attenuated.
+
+        Args:
+            adapter: in its model.
+            texts: what is read.
+            skip_prefix: whether no vectors of the prefix are kept that all probes share, those held back among them.
         """
         rows, _, inputs = texts.counted
-        # Alone they would make the task count for nothing: they are read where something is known of it.
-        answered = texts.harmless if rows else []
-        start = shared_beginning([*texts.probes, *answered]) if answered else 0
-        probes = vectors_of(adapter, texts.read, start=start)
+        probes = vectors_of(adapter, texts.read, start=shared_prefix(texts.probes) if skip_prefix else 0)
         task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
-        harmless = vectors_of(adapter, answered, modules=task, start=start)
-        return cls(beside_task(task, harmless), probes, texts)
+        return cls(task, probes, texts)
 
     def unreached(self, adapter: Adapter) -> str | None:
         """What to say of the modules that no probe reaches; ``None`` where there are none."""

@@ -1,4 +1,4 @@
-"""Prompts that are to be refused, and such as only look like it: where they come from, and how a model is asked."""
+"""Prompts that are to be refused: where they come from, and how a model is asked them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from importlib.resources import files
 from numbers import Integral
 from reprlib import repr as short
-from typing import NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -30,28 +29,10 @@ Probes = str | os.PathLike | Sequence[str] | Sequence[Sequence[int]]
 BUILTIN = "builtin"
 
 
-class _Argument(NamedTuple):
-    """What an argument that takes prompts is about."""
-
-    noun: str
-    fate: str  # what is to become of them
-    builtin: str
-
-
-_ARGUMENTS = {
-    "probes": _Argument("probes", "refused", "harmful.jsonl"),
-    "harmless": _Argument("harmless prompts", "answered", "harmless.jsonl"),
-}
-
-
-def read_prompts(probes: Probes, argument: str = "probes") -> list[str] | list[list[int]]:
+def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
     """The prompts of a source, from its column ``prompt`` or ``text``, those that are given, or the built-in ones.
 
     Empty ones are left out, and a warning says how many. Tensors are refused: padding in them would pass for tokens.
-
-    Args:
-        probes: the source.
-        argument: which they are, ``"probes"`` or ``"harmless"``: it is named, and has built-in ones of its own.
 
     Raises:
         ValueError: where the source cannot be read or lacks the column, there is no prompt, or something is neither a
@@ -64,38 +45,36 @@ def read_prompts(probes: Probes, argument: str = "probes") -> list[str] | list[l
         [[5, 6, 7], [8, 9]]
     """
     if isinstance(probes, str) and probes == BUILTIN:
-        return _builtin(argument)
-    given = _column(os.fspath(probes), argument) if isinstance(probes, str | os.PathLike) else probes
+        return _builtin()
+    given = _column(os.fspath(probes)) if isinstance(probes, str | os.PathLike) else probes
     if not _is_list(given):
         raise ValueError(
-            f"`{argument}`: expected a source, or a list of prompts or of lists of token ids, but got {short(given)}. "
+            f"`probes`: expected a source, or a list of prompts or of lists of token ids, but got {short(given)}. "
             f"{_remedy(given)}"
         )
-    prompts = [_prompt(prompt, place, argument) for place, prompt in enumerate(given)]
+    prompts = [_prompt(prompt, place) for place, prompt in enumerate(given)]
     kept = [prompt for prompt in prompts if prompt]
     if not kept:
-        raise ValueError(f"`{argument}`: expected prompts that are to be {_ARGUMENTS[argument].fate}, but got none.")
+        raise ValueError("`probes`: expected prompts that are to be refused, but got none.")
     if len({type(prompt) for prompt in kept}) > 1:
         raise ValueError(
-            f"`{argument}`: expected either texts or lists of token ids, but got both. Pass all of them as token ids."
+            "`probes`: expected either texts or lists of token ids, but got both. Pass all of them as token ids."
         )
-    _say_left_out(len(prompts) - len(kept), len(prompts), "empty", argument)
+    _say_left_out(len(prompts) - len(kept), len(prompts), "empty")
     return kept
 
 
-def tokenize(prompts: Sequence[str] | Rows, checkpoint: str | None, argument: str = "probes") -> list[list[int]]:
+def tokenize(prompts: Sequence[str] | Rows, checkpoint: str | None) -> list[list[int]]:
     """Token ids of each prompt, as :func:`ask` gives them.
 
     Example:
         >>> tokenize([[5, 6, 7], [8, 9]], None)
         [[5, 6, 7], [8, 9]]
     """
-    return [row for _, row in ask(prompts, checkpoint, argument)]
+    return [row for _, row in ask(prompts, checkpoint)]
 
 
-def ask(
-    prompts: Sequence[str] | Rows, checkpoint: str | None, argument: str = "probes"
-) -> list[tuple[str | Sequence[int], list[int]]]:
+def ask(prompts: Sequence[str] | Rows, checkpoint: str | None) -> list[tuple[str | Sequence[int], list[int]]]:
     """Each prompt, and its token ids as the model is asked it: through the chat template, where there is one.
 
     Of more than ``PROBES`` a fixed sample is taken, the same one every time, and of each no more tokens than of a row
@@ -104,7 +83,6 @@ def ask(
     Args:
         prompts: texts, or token ids, which are returned as they are.
         checkpoint: where the tokenizer is loaded from.
-        argument: that they are of, which is named.
 
     Raises:
         ValueError: where no tokenizer can be loaded, or its template fails; where what a prompt says makes no
@@ -114,21 +92,18 @@ def ask(
         >>> ask([[5, 6, 7]], None)
         [([5, 6, 7], [5, 6, 7])]
     """
-    chosen = _sample(prompts, argument)
-    pairs = (
-        _asked(chosen, checkpoint, argument) if isinstance(chosen[0], str) else [(row, list(row)) for row in chosen]
-    )
+    chosen = _sample(prompts)
+    pairs = _asked(chosen, checkpoint) if isinstance(chosen[0], str) else [(row, list(row)) for row in chosen]
     rows = [row for _, row in pairs]
     beginnings = [row[:LENGTH] for row in rows]
     if len(_different(beginnings)) == 1 < len(_different(rows)):
         raise ValueError(
-            f"`{argument}`: expected prompts that differ in their first {LENGTH} tokens, as no more is read, but all "
+            f"`probes`: expected prompts that differ in their first {LENGTH} tokens, as no more is read, but all "
             "begin alike, with a long system prompt perhaps. Pass them as lists of token ids without it."
         )
     long = sum(len(row) > LENGTH for row in rows)
     if long:
-        said = "%d of %d %s are longer than %d tokens: only that much is read."
-        logger.warning(said, long, len(rows), _ARGUMENTS[argument].noun, LENGTH)
+        logger.warning("%d of %d probes are longer than %d tokens: only that much is read.", long, len(rows), LENGTH)
     return [(prompt, beginning) for (prompt, _), beginning in zip(pairs, beginnings, strict=True)]
 
 
@@ -151,21 +126,21 @@ def check_ids(rows: Rows, vocabulary: int, argument: str = "probes") -> None:
                 )
 
 
-def _builtin(argument: str) -> list[str]:
+def _builtin() -> list[str]:
     """Those that lie in the package, which take no library to read."""
-    file = files("csulora_callback") / "prompts" / _ARGUMENTS[argument].builtin
+    file = files("csulora_callback") / "prompts" / "harmful.jsonl"
     return [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _column(source: str, argument: str) -> list:
+def _column(source: str) -> list:
     """The prompts of a table; cells without a value are empty prompts."""
     try:
         rows = read_rows(source)
     except ValueError as error:
-        raise ValueError(f"`{argument}`: {error}") from error
+        raise ValueError(f"`probes`: {error}") from error
     column = next((name for name in _COLUMNS if name in rows.column_names), None)
     if column is None:
-        raise ValueError(f"`{argument}`: {source}: expected a column 'prompt' or 'text', but got {rows.column_names}.")
+        raise ValueError(f"`probes`: {source}: expected a column 'prompt' or 'text', but got {rows.column_names}.")
     return ["" if prompt is None else prompt for prompt in rows[column]]
 
 
@@ -173,19 +148,19 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
-def _prompt(prompt: object, place: int, argument: str) -> str | list[int]:
+def _prompt(prompt: object, place: int) -> str | list[int]:
     if isinstance(prompt, str):
         return prompt.strip()
     if not _is_list(prompt):
         raise ValueError(
-            f"`{argument}`: expected a text or a list of token ids for each prompt, but got {short(prompt)} at index "
+            f"`probes`: expected a text or a list of token ids for each prompt, but got {short(prompt)} at index "
             f"{place}. {_remedy(prompt)}"
         )
     for token in prompt:
         if not isinstance(token, Integral) or isinstance(token, bool) or token < 0:
             raise ValueError(
-                f"`{argument}`: expected token ids, which are whole numbers ≥ 0, but got {short(token)} in the list "
-                f"at index {place}. {_remedy(token)}"
+                f"`probes`: expected token ids, which are whole numbers ≥ 0, but got {short(token)} in the list at "
+                f"index {place}. {_remedy(token)}"
             )
     return [int(token) for token in prompt]
 
@@ -196,16 +171,15 @@ def _remedy(value: object) -> str:
     return "Pass a list of texts, ['…', '…'], or of lists of token ids, [[5, 6], [7, 8, 9]]."
 
 
-def _say_left_out(count: int, total: int, what: str, argument: str) -> None:
+def _say_left_out(count: int, total: int, what: str) -> None:
     if count:
-        logger.warning("%d of %d %s are %s, and left out.", count, total, _ARGUMENTS[argument].noun, what)
+        logger.warning("%d of %d probes are %s, and left out.", count, total, what)
 
 
-def _sample(prompts: Sequence, argument: str) -> list:
+def _sample(prompts: Sequence) -> list:
     if len(prompts) <= PROBES:
         return list(prompts)
-    said = "%d of %d %s are used, a fixed sample: more would slow down every save."
-    logger.warning(said, PROBES, len(prompts), _ARGUMENTS[argument].noun)
+    logger.warning("%d of %d probes are used, a fixed sample: more would slow down every save.", PROBES, len(prompts))
     return [prompts[place] for place in fixed_sample(len(prompts), PROBES)]
 
 
@@ -255,25 +229,23 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     }
 
 
-def _asked(prompts: list[str], checkpoint: str | None, argument: str) -> list[tuple[str, list[int]]]:
-    tokenizer = load_tokenizer(checkpoint, argument)
+def _asked(prompts: list[str], checkpoint: str | None) -> list[tuple[str, list[int]]]:
+    tokenizer = load_tokenizer(checkpoint, "probes")
     # Beside them a prompt that differs from the first, so that one alone can be seen to make no difference.
-    *rows, other = _ids(tokenizer, [*prompts, f"{prompts[0]} {prompts[0]}"], checkpoint, argument)
+    *rows, other = _ids(tokenizer, [*prompts, f"{prompts[0]} {prompts[0]}"], checkpoint)
     if not any(rows) or _different(rows) == {tuple(other)}:
         raise ValueError(
-            f"`{argument}`: expected prompts that the tokenizer of {checkpoint!r} tells apart, but it gives "
+            f"`probes`: expected prompts that the tokenizer of {checkpoint!r} tells apart, but it gives "
             f"{'the same token ids for any' if any(rows) else 'no token ids for any'}: its "
             f"{'chat template' if tokenizer.chat_template is not None else 'vocabulary'} leaves out what they say. "
             "Mend it, or pass the prompts as lists of token ids."
         )
     kept = [(prompt, row) for prompt, row in zip(prompts, rows, strict=True) if row]
-    _say_left_out(len(rows) - len(kept), len(rows), f"empty to the tokenizer of {checkpoint}", argument)
+    _say_left_out(len(rows) - len(kept), len(rows), f"empty to the tokenizer of {checkpoint}")
     return kept
 
 
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], checkpoint: str | None, argument: str
-) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str], checkpoint: str | None) -> list[list[int]]:
     try:
         if tokenizer.chat_template is None:
             return tokenizer(prompts).input_ids
@@ -281,6 +253,6 @@ def _ids(
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
     except Exception as error:  # a template is a program of somebody else's
         raise ValueError(
-            f"`{argument}`: expected prompts that the tokenizer of {checkpoint!r} takes as the user's first turn, but "
-            f"it fails on them ({first_line(error)}). Pass the prompts as lists of token ids instead."
+            f"`probes`: expected prompts that the tokenizer of {checkpoint!r} takes as the user's first turn, but it "
+            f"fails on them ({first_line(error)}). Pass the prompts as lists of token ids instead."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, deltas in moved.items():
             module.rope_deltas = deltas
+
+
+def shared_prefix(rows: Rows) -> int:
+    """How many tokens all rows begin with in common, but for the last token of the shortest; of an empty one none.
+
+    Example:
+        >>> shared_prefix([[0, 1, 5, 6], [0, 1, 7]]), shared_prefix([[0, 1, 5], [0, 1]])
+        (2, 1)
+    """
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return max(0, min(sum(1 for _ in same), min(map(len, rows)) - 1))
 
 
 def padded(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ IN_WORDS = {
     "guard": "attenuates what lies inside the safety subspace, where alignment wrote, and leaves the rest to the task",
     "projection": "keeps only what lies fully inside the safety subspace",
     "data_aware": "keeps what the update does on the task, attenuates what it does on prompts that are to be refused",
+    "content_aware": "as data_aware, by what the prompts say: without the prefix that all of them share",
     "table": "attenuates each block of the update by a constant of its own",
 }
 """By the name of a :class:`~csulora_callback.Penalty`."""

@@ -56,8 +56,6 @@ def start_table(
     if probes is not None:
         divided = target is not None and corrector.penalty.on_probes is not None
         rows["probes"] = f"{_probes(probes)}{'; one half is read, the other measured by' if divided else ''}"
-    if corrector.activations is not None and corrector.activations.texts.harmless:
-        rows["harmless prompts"] = f"{len(corrector.activations.texts.harmless)} to be answered, kept as the task is"
     if NOTE in corrector.notes:
         rows["drift budget"] = _budget(corrector.notes[NOTE])
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.corrector import SafetyCorrector
+from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
-from csulora_callback.models.harmless import check_apart
 from csulora_callback.models.listening import TokenVectors
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
@@ -38,11 +38,10 @@ class ActivationRecorder:
         probes: prompts that are to be refused.
         held_back: places of those that the model does not read.
         processes: those of the run, which all have to do the same.
-        reads: whether the penalty is data-aware, so that the model has to read them.
+        penalty: where it is data-aware the model has to read them; its strength has no say in how.
         target: looks for the penalty's strength whenever the corrector got something new to measure by.
         tokenizer: of the checkpoint under the adapter, to tell rows whose prompt the aligned model refuses; without it
             all rows count.
-        harmless: prompts that look like ``probes`` and are to be answered.
     """
 
     def __init__(
@@ -50,14 +49,12 @@ class ActivationRecorder:
         adapter: Adapter,
         probes: Rows,
         processes: Processes,
-        reads: bool = True,
+        penalty: Penalty,
         held_back: Sequence[int] = (),
         target: Target | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        harmless: Rows = (),
     ) -> None:
-        self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
-        self.harmless = list(harmless)
+        self.adapter, self.probes, self.processes, self.penalty = adapter, probes, processes, penalty
         self.held_back, self.target = list(held_back), target
         self._refused = None if tokenizer is None else RefusedRows(adapter, tokenizer, processes)
         self._sample = TrainingRows()
@@ -91,7 +88,7 @@ class ActivationRecorder:
 
     def unread(self) -> Activations:
         """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
-        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back, harmless=self.harmless))
+        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back))
 
     def _read(self) -> Activations:
         sample = self._sample
@@ -101,15 +98,9 @@ class ActivationRecorder:
         self._warn(texts)
         if self._refused is not None:
             texts = self._refused.mark(texts)
-        if texts.harmless and not texts.counted.rows:
-            known = f"all {len(texts.task)} sampled rows are refused or unreadable" if texts.task else "none was seen"
-            self._warn_once(
-                "alone",
-                f"`harmless`: they do not count yet, as no row of training data stands beside them: {known}.",
-            )
-        if not self.reads:
+        if self.penalty.on_probes is None:
             return Activations({}, {}, texts)
-        own = self.processes.together(lambda: Activations.read(self.adapter, texts))
+        own = self.processes.together(lambda: Activations.read(self.adapter, texts, self.penalty.skips_prefix))
         if (unreached := own.unreached(self.adapter)) is not None:
             self._warn_once("unreached", unreached)
         return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
@@ -172,16 +163,12 @@ class ActivationRecorder:
         self._given, self._read_with = seen, before  # last: what was interrupted is done anew
 
     def resume(self, texts: Texts) -> None:
-        """Go on from what a checkpoint holds: with its rows, and its harmless prompts where none are given."""
+        """Go on from what a checkpoint holds: with its rows."""
         texts = known_as_text(texts, running_model(self.adapter).config)
         sample = TrainingRows(list(texts.task), texts.seen, list(texts.starts), dict(texts.inputs), texts.left_out)
         self._sample, self._read_with = sample, None
         if self._refused is not None:
             self._refused.resume(texts)
-        if self.reads and texts.harmless and not self.harmless:
-            check_apart(self.probes, texts.harmless)
-            self.harmless = list(texts.harmless)
-            self._warn_once("harmless", f"`harmless`: none are given, so the checkpoint's {len(self.harmless)} count.")
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():  # an evaluation, a reference model's pass, or our own reading

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from peft import PeftModel
 
+from csulora_callback.presets import DATA_AWARE
 from recipes.calibration.choice import Judgement
 from recipes.files.points import SPLITS
 from recipes.labs import toy
 from recipes.labs.chat import Answer, answers_to
-from recipes.schema.recipe import Preset, Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.prompts import check_apart, prompts_named
 from recipes.training.task import Task, answers, batches, teacher_forced
 
@@ -38,9 +39,8 @@ class ChatBench:
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         prompts = prompts_named(recipe, "calibrate.attacks")
-        if Preset.data_aware.value in recipe.calibrate.presets:
+        if not set(DATA_AWARE).isdisjoint(recipe.calibrate.presets):
             check_apart("calibrate.attacks", prompts, "data.probes, which the correction has seen", task.probes)
-            check_apart("calibrate.attacks", prompts, "data.harmless, which the correction has seen", task.harmless)
         rows, harmless = task.held_out, _harmless(recipe, task, prompts)
         if min(len(prompts), len(rows)) < 2:
             raise RecipeError(
@@ -66,8 +66,7 @@ def _harmless(recipe: Recipe, task: Task, attacks: list[str]) -> list[str]:
         return []
     if len(prompts) < 2:
         raise RecipeError(f"'calibrate.harmless': expected two prompts at least, one for each half, but got {prompts}")
-    elsewhere = {"calibrate.attacks": attacks, "data.probes": task.probes, "data.harmless": task.harmless}
-    for what, others in elsewhere.items():
+    for what, others in {"calibrate.attacks": attacks, "data.probes": task.probes}.items():
         check_apart("calibrate.harmless", prompts, what, others)
     return prompts
 

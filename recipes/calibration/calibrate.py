@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,7 @@ from recipes.calibration import report
 from recipes.calibration.bench import ChatBench, ToyBench
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, candidates, choose, ranks_for
 from recipes.files.points import SPLITS
-from recipes.schema.recipe import Recipe, RecipeError
+from recipes.schema.recipe import Recipe, RecipeError, make_penalty
 from recipes.training.task import Task, training_rows
 
 
@@ -62,6 +62,7 @@ class Trials:
         self.recipe, self.task, self.bench, self.model = recipe, task, bench, model
         self.adapter = find_adapter(model)
         self._subspaces: dict[int, SafetySubspace] = {}
+        self._activations = cache(self._read)  # of these trials, not of the class, which would keep their models
 
     def candidates(self) -> Iterator[Candidate]:
         """What the recipe asks for, with a progress bar; subspaces are estimated when the first one is."""
@@ -87,7 +88,7 @@ class Trials:
 
     def try_out(self, candidate: Candidate) -> Judgement:
         """How the model does on the tuning half with this correction."""
-        activations = None if candidate.penalty().on_probes is None else self._activations
+        activations = None if candidate.penalty().on_probes is None else self._activations(candidate.preset)
         corrector = SafetyCorrector(self.model, self._subspaces[candidate.rank], candidate.penalty(), activations)
         with corrector.corrected():
             return self.bench.judge(self.model, "tuning")
@@ -97,12 +98,10 @@ class Trials:
         penalty, subspace = candidate.penalty(), self._subspaces[candidate.rank]
         texts = {}
         if penalty.on_probes is not None:
-            rows, probes, harmless = self._texts.counted.rows, self._texts.probes, self._texts.harmless
-            texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned, "harmless": harmless or None}
+            rows, probes = self._texts.counted.rows, self._texts.probes
+            texts = {"task": rows, "probes": probes, "aligned_model": self.task.aligned}
             _write_rows(folder / report.TASK, "input_ids", rows)
             _write_rows(folder / report.PROBES, "prompt", probes)
-            if harmless:
-                _write_rows(folder / report.HARMLESS, "prompt", harmless)
         subspace.save(folder / report.SUBSPACE)
         correct_adapter(self.recipe.calibrate.checkpoint, subspace, folder / report.ADAPTER, penalty, **texts)
         self.adapter.write(Sidecar.load(folder / report.ADAPTER).corrected)
@@ -121,21 +120,19 @@ class Trials:
     @cached_property
     def _texts(self) -> Texts:
         task, sample = self.task, training_rows(self.task, self.recipe)
-        harmless = [] if task.harmless is None else tokenize(task.harmless, task.aligned, "harmless")
-        texts = Texts(sample.rows, tokenize(task.probes, task.aligned), sample.seen, sample.starts, harmless=harmless)
+        texts = Texts(sample.rows, tokenize(task.probes, task.aligned), sample.seen, sample.starts)
         if task.tokenizer is None:
             return texts
         texts = RefusedRows(self.adapter, task.tokenizer, Processes()).mark(texts)
         if not texts.counted.rows:
             raise RecipeError(
-                "'data.source': expected rows that the aligned model answers, to measure the task by for the preset "
-                f"data_aware, but it refuses all {len(texts.task)} that were drawn"
+                "'data.source': expected rows that the aligned model answers, to measure the task by for a data-"
+                f"aware preset, but it refuses all {len(texts.task)} that were drawn"
             )
         return texts
 
-    @cached_property
-    def _activations(self) -> Activations:
-        return Activations.read(self.adapter, self._texts)
+    def _read(self, preset: str) -> Activations:
+        return Activations.read(self.adapter, self._texts, make_penalty(preset, None).skips_prefix)
 
 
 def _check_answered(aligned: Mapping[str, Judgement]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from csulora_callback.adapter_source import RawAdapter
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import all_finite
+from csulora_callback.presets import DATA_AWARE
 from recipes.calibration.choice import candidates
 from recipes.calibration.report import FILES, RESULTS
 from recipes.schema.recipe import Calibrate, Preset, Recipe, RecipeError
@@ -25,17 +26,17 @@ def check(recipe: Recipe) -> None:
             _refuse(key, "a share in [0, 1]", getattr(settings, key))
     if recipe.model.base is not None and settings.attacks is None:
         _refuse("attacks", "a .txt or .jsonl file or a Hub dataset of prompts that are to be refused", None)
-    seen = recipe.data.probes if Preset.data_aware.value in settings.presets else None
+    seen = None if set(DATA_AWARE).isdisjoint(settings.presets) else recipe.data.probes
     if seen is not None and seen == settings.attacks:
         _refuse("attacks", "other prompts than data.probes, which the correction has seen", settings.attacks)
     if recipe.model.base is None and settings.attacks is not None:
         _refuse("attacks", "nothing, as the toy lab has its own", settings.attacks)
     if recipe.model.base is None and settings.harmless is not None:
         _refuse("harmless", "nothing in the toy lab, whose models are judged by none", settings.harmless)
-    if recipe.data.harmless is not None and Preset.data_aware.value not in settings.presets:
+    if recipe.data.harmless is not None:
         raise RecipeError(
-            "'data.harmless': expected nothing without the preset data_aware, which alone keeps them, but got "
-            f"{recipe.data.harmless!r}; name those to judge by as calibrate.harmless"
+            f"'data.harmless': expected nothing in a calibration, but got {recipe.data.harmless!r}; name those to "
+            "judge by as calibrate.harmless"
         )
     if recipe.model.base is None and recipe.toy.eval_prompts < 2:
         raise RecipeError(
@@ -96,7 +97,7 @@ def _check_presets(settings: Calibrate) -> None:
             _refuse("presets.projection", "no strengths, as this preset has none", strengths)
         if preset != "projection" and not (strengths and all(strength > 0 for strength in strengths)):
             _refuse(f"presets.{preset}", "strengths > 0, at least one", strengths)
-        if preset == "data_aware" and max(strengths) > MAX_STRENGTH:
+        if preset in DATA_AWARE and max(strengths) > MAX_STRENGTH:
             _refuse(f"presets.{preset}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
 
 

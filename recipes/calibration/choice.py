@@ -13,6 +13,7 @@ from enum import Enum
 
 from csulora_callback import Penalty, wilson_interval
 from csulora_callback.method.basis import LEAST_RANK
+from csulora_callback.presets import DATA_AWARE
 from recipes.labs.chat import Answer
 from recipes.schema.recipe import Calibrate, make_penalty
 
@@ -36,7 +37,7 @@ class Candidate:
     @property
     def has_rank(self) -> bool:
         """Whether its correction depends on the rank: what is measured by activations does not."""
-        return self.preset != "data_aware"
+        return self.preset not in DATA_AWARE
 
     def penalty(self) -> Penalty:
         """The penalty that it names."""

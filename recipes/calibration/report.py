@@ -18,14 +18,13 @@ from recipes.files.points import plain
 from recipes.schema.recipe import Recipe
 
 RESULTS, ANSWERS, RECIPE, ADAPTER = "results.json", "answers.jsonl", "recipe.yaml", "adapter"
-SUBSPACE, TASK, PROBES, HARMLESS = "subspace.safetensors", "task.jsonl", "probes.jsonl", "harmless.jsonl"
+SUBSPACE, TASK, PROBES = "subspace.safetensors", "task.jsonl", "probes.jsonl"
 FILES = {  # all that a calibration may leave in its folder
     ADAPTER: "the corrected adapter",
     ANSWERS: "every answer that was judged; read some",
     SUBSPACE: "for the command above",
     TASK: "likewise, rows of the training data",
     PROBES: "likewise, prompts that the correction has read",
-    HARMLESS: "likewise, harmless prompts that it has kept",
     RESULTS: "the numbers",
     RECIPE: "what was asked for",
 }
@@ -81,13 +80,10 @@ def how_to_repeat(chosen: Candidate | None, recipe: Recipe, aligned: str) -> dic
     command += ["--penalty", chosen.preset]
     if chosen.strength is not None:
         command += ["--strength", exactly(chosen.strength)]
-    texts = {"probes": output / PROBES, **({} if recipe.data.harmless is None else {"harmless": output / HARMLESS})}
     if chosen.penalty().on_probes is not None:
-        command += ["--task", output / TASK, "--aligned", aligned]
-        command += [part for name, file in texts.items() for part in (f"--{name}", file)]
-    named = ", ".join(f"{name}={json.dumps(str(file))}" for name, file in texts.items())
+        command += ["--task", output / TASK, "--aligned", aligned, "--probes", output / PROBES]
     return {
-        "callback": f"CSULoRACallback({base}, {chosen.code(named)})",
+        "callback": f"CSULoRACallback({base}, {chosen.code(f'probes={json.dumps(str(output / PROBES))}')})",
         "command": shlex.join(map(str, command)),
     }
 
@@ -211,7 +207,7 @@ def _none(result: Calibration, recipe: Recipe) -> Iterator[str]:
             f"least does {best} with {refused / answered:.1%}."
         )
         yield (
-            "Try data_aware with other harmless prompts as data.harmless, other strengths, or a higher "
+            "Try the preset content_aware, which refuses fewer of them, other strengths, or a higher "
             "calibrate.newly_refused."
         )
         return

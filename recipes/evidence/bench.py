@@ -22,14 +22,14 @@ from csulora_callback.models.reading import Rows
 from csulora_callback.models.training_rows import fixed_sample
 from recipes.evidence.baselines import Update
 from recipes.evidence.lora_pair import LoraPair, TaskRow
-from recipes.evidence.methods import HARMLESS, METHODS
+from recipes.evidence.methods import METHODS
 from recipes.schema.recipe import RecipeError
 
 SCREENED = "data_aware_screened"  # with those of the task's rows left out whose prompts the aligned model refuses
 PRESETS = {
     "data_aware": "data_aware",
     SCREENED: "data_aware",
-    HARMLESS: "data_aware",
+    "content_aware": "content_aware",
     "guard": "guard",
     "csulora": "csulora",
 }
@@ -50,9 +50,6 @@ class Subject(Protocol):
 
     def probes(self, seed: int, poison: float, name: str) -> list[str] | Rows:
         """The prompts of ``"lab"``, none of which is trained on, or of another set."""
-
-    def harmless(self, seed: int) -> list[str] | Rows:
-        """Prompts that look like probes and are to be answered; no strength is chosen by them and nothing judged."""
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         """Whether the aligned model refuses each, by its greedy answers."""
@@ -94,14 +91,13 @@ class Bench:
         """Whether the aligned model refuses the prompt of each."""
         return self.subject.refused(self.seed, [row.prompt for row in self.rows])
 
-    def _read(self, probes: str, screened: bool, harmless: bool) -> Update:
+    def _read(self, probes: str, screened: bool, skip_prefix: bool) -> Update:
         """The raw update, with what it sends through the model on the task and on the half of the probes to read."""
         rows, prompts = self.rows, self.refusals(probes).prompts
         if screened:
             rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
-        beside = self.subject.harmless(self.seed) if harmless else []
         read = [prompts[i] for i in _half(len(prompts))]
-        return self._pair.update(self.raw, [row.ids for row in rows], read, beside)
+        return self._pair.update(self.raw, [row.ids for row in rows], read, skip_prefix)
 
     def _second_half(self, probes: str) -> Refusals:
         """The probes of a set that a correction does not read."""
@@ -110,12 +106,13 @@ class Bench:
 
     def measuring(self, method: str, probes: str) -> Refusals:
         """The probes that a target is measured by: those that the method does not read."""
-        return self.held_back(probes) if PRESETS[method] == "data_aware" else self.refusals(probes)
+        return self.held_back(probes) if METHODS[PRESETS[method]].reads else self.refusals(probes)
 
     def corrected(self, method: str, strength: float, probes: str) -> Factors:
         """The raw adapter after a correction that reads these probes, if it reads any."""
-        update = self._update(probes, screened=method == SCREENED, harmless=method == HARMLESS)
-        return METHODS[PRESETS[method]].apply(update, strength, self.rank, torch.Generator())
+        preset = METHODS[PRESETS[method]]
+        update = self._update(probes, screened=method == SCREENED, skip_prefix=preset.skip_prefix)
+        return preset.apply(update, strength, self.rank, torch.Generator())
 
     def _tried(self, method: str, strength: float, probes: str) -> Refusing:
         """What a correction keeps, as a search asks; searches for other shares try many of the same strengths."""

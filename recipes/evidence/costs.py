@@ -90,7 +90,9 @@ class _Meter:
         return min(_timed(lambda: self.short.train(self.seed, 0.0, control, [])) for _ in range(REPEATS))
 
     def _correct(self, method: Method, strength: float, rank: int) -> None:
-        read = self.subject.update(self.seed, self.poison, self.raw, method.harmless) if method.reads else self.update
+        read = (
+            self.subject.update(self.seed, self.poison, self.raw, method.skip_prefix) if method.reads else self.update
+        )
         method.apply(read, strength, rank, torch.Generator().manual_seed(0))
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -48,10 +48,10 @@ class Subject(benches.Subject, Protocol):
         ``control`` says what is done otherwise than in a plain fine-tune; ``decays`` must not change what is trained.
         """
 
-    def update(self, seed: int, poison: float, factors: Factors, harmless: bool = False) -> Update:
+    def update(self, seed: int, poison: float, factors: Factors, skip_prefix: bool = False) -> Update:
         """The factors with what methods may know of the seed's pair of models and of the data with this poison.
 
-        With ``harmless`` prompts beside the task, the model reads those too.
+        With ``skip_prefix``, of the probes only what follows the prefix that all of them share.
         """
 
     def score(self, seed: int, factors: Factors, split: str) -> dict[str, dict]:
@@ -138,7 +138,7 @@ class Adapters:
     def __init__(self, subject: Subject, folder: Path, decays: Sequence[float]) -> None:
         self.subject, self.folder, self.decays = subject, folder, decays
         self._bench = lru_cache(maxsize=1)(self.bench)  # settings come seed by seed
-        self._beside_harmless = lru_cache(maxsize=1)(self._read_harmless)
+        self._without_prefix = lru_cache(maxsize=1)(self._read_without_prefix)
 
     def get(self, seed: int, poison: float, control: Control = PLAIN, variant: str = "raw") -> Factors:
         """The factors of one training, trained now if that was not done before."""
@@ -167,8 +167,8 @@ class Adapters:
         bench = self._bench(setting.seed, setting.poison)
         return bench.found(method.preset, method.probes, "likelihood", setting.strength)
 
-    def _read_harmless(self, seed: int, poison: float) -> Update:
-        return self.subject.update(seed, poison, self.get(seed, poison), harmless=True)
+    def _read_without_prefix(self, seed: int, poison: float) -> Update:
+        return self.subject.update(seed, poison, self.get(seed, poison), skip_prefix=True)
 
     def factors(self, setting: Setting, update: Update) -> Factors:
         """What a method makes of the raw update, or of the adapter of another training."""
@@ -184,10 +184,8 @@ class Adapters:
         seed = zlib.crc32(f"{setting.seed} {setting.method} {setting.rank} {setting.draw}".encode())
         generator = torch.Generator().manual_seed(seed)
         if method.control is None:
-            if method.harmless or method.own_tokens:
-                beside = self._beside_harmless(setting.seed, setting.poison)
-                own = replace(update.activations, probes=beside.activations.probes)
-                update = beside if method.harmless else replace(update, activations=own)
+            if method.skip_prefix:
+                update = self._without_prefix(setting.seed, setting.poison)
             return method.apply(update, setting.strength, setting.rank, generator)
         trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
         if method.apply is None:

@@ -64,13 +64,13 @@ class LoraPair:
             lambda name: after.weight(name).float() - before.weight(name).float(),
         )
 
-    def update(self, factors: Factors, task: Rows, probes: Rows, harmless: Rows = ()) -> Update:
+    def update(self, factors: Factors, task: Rows, probes: Rows, skip_prefix: bool = False) -> Update:
         """The factors as the raw update that methods correct, and the model's activations with them on these rows.
 
-        Of harmless prompts too, where there are some: they stand beside the task.
+        With ``skip_prefix``, of the probes only what follows the prefix that all of them share.
         """
         self.adapter.write(factors)
-        activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task), harmless=harmless))
+        activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task)), skip_prefix)
         scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         return Update(factors, scaling, self.bases, self.displacement, activations)
 

@@ -42,8 +42,7 @@ class Method:
         ranks: whether it depends on the subspace's.
         draws: whether it is random.
         reads: whether it has the model read task and probes.
-        harmless: whether it has the model read harmless prompts beside them.
-        own_tokens: whether of the probes only what follows the beginning counts that harmless prompts share with them.
+        skip_prefix: whether of the probes only what follows the prefix counts that all of them share.
         control: the training that the update is of, see :class:`recipes.evidence.controls.Control`.
         probes: by which a target is measured, that stands in the place of a strength.
     """
@@ -54,15 +53,14 @@ class Method:
     ranks: bool = False
     draws: bool = False
     reads: bool = False
-    harmless: bool = False
-    own_tokens: bool = False
+    skip_prefix: bool = False
     control: str | None = None
     probes: str | None = None
 
     @property
     def preset(self) -> str:
         """Of a target, the method whose strength is looked for."""
-        return HARMLESS if self.harmless else "data_aware"
+        return "content_aware" if self.skip_prefix else "data_aware"
 
 
 def _guard_input(strength: float) -> Penalty:
@@ -103,7 +101,6 @@ def _projection(_: float) -> Penalty:
     return Penalty.projection()
 
 
-HARMLESS = "data_aware_harmless"  # with harmless prompts beside the task
 STRENGTH_AFTER = 10.0
 """Of the data-aware correction that follows a control."""
 
@@ -119,12 +116,13 @@ METHODS = {
     "guard_input": Method("guard, input side only", _corrected(_guard_input), ranks=True),
     "guard_output": Method("guard, output side only", _corrected(_guard_output), ranks=True),
     "data_aware": Method("data-aware", _data_aware(), reads=True),
-    HARMLESS: Method("data-aware, harmless kept", _data_aware(), reads=True, harmless=True),
-    "data_aware_own_tokens": Method("data-aware, prompts' own tokens", _data_aware(), reads=True, own_tokens=True),
-    "target_harmless": Method("target, harmless kept", reads=True, harmless=True, probes="lab"),
+    "content_aware": Method("content-aware", _data_aware(), reads=True, skip_prefix=True),
     "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
     "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),
-    "target_builtin_harmless": Method("target, built-in, harmless kept", reads=True, harmless=True, probes="builtin"),
+    "target_content": Method("target, content-aware", reads=True, skip_prefix=True, probes="lab"),
+    "target_builtin_content": Method(
+        "target, built-in, content-aware", reads=True, skip_prefix=True, probes="builtin"
+    ),
     "data_aware_loose": Method("data-aware, ridge 0.001", _data_aware(ridge=0.001)),
     "data_aware_tight": Method("data-aware, ridge 1", _data_aware(ridge=1.0)),
     "data_aware_everywhere": Method(

@@ -12,8 +12,8 @@ from recipes.evidence.methods import METHODS
 from recipes.files.pictures import PERCENT, drawn
 
 SHOWN = (
-    *("aligned", "none", "data_aware", "data_aware_harmless", "target_lab", "target_harmless", "target_builtin"),
-    *("target_builtin_harmless", "guard", "csulora", "mixing", "mixing_corrected", "kl", "kl_corrected"),
+    *("aligned", "none", "data_aware", "content_aware", "target_lab", "target_content", "target_builtin"),
+    *("target_builtin_content", "guard", "csulora", "mixing", "mixing_corrected", "kl", "kl_corrected"),
     *("scaling", "safe_lora_threshold"),
 )
 _RING = 1500.0  # points², of refusing every harmless request

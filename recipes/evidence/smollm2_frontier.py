@@ -23,7 +23,6 @@ from csulora_callback.models.reading import Rows
 from recipes.evidence.baselines import Update
 from recipes.evidence.controls import PLAIN, Batch, Control
 from recipes.evidence.lora_pair import LoraPair, TaskRow
-from recipes.evidence.methods import METHODS
 from recipes.files.points import write_whole
 from recipes.files.sources import read
 from recipes.labs.chat import chat
@@ -68,9 +67,6 @@ def check(recipe: Recipe) -> None:
     data = load_with_task(recipe, recipe.frontier.seeds[0])  # of one size for all seeds
     for share in recipe.frontier.poison_shares:
         poisoned(data, share)
-    if not data.harmless and any(METHODS[name].harmless for name in recipe.frontier.methods):
-        what = f"prompts beside the {recipe.smollm2.edgy_tuning} to choose by, as a method keeps harmless ones"
-        raise RecipeError(f"'smollm2.edgy_tuned': expected {what}, but got none")
     effects = recipe.effects
     if effects.target is None:
         return
@@ -135,11 +131,11 @@ class SmolLM2Subject:
 
         return draw
 
-    def update(self, seed: int, poison: float, factors: Factors, harmless: bool = False) -> Update:
+    def update(self, seed: int, poison: float, factors: Factors, skip_prefix: bool = False) -> Update:
         """Activations are those of training rows as they are, poison among them, and of refused prompts."""
         task = [row.ids for row in self.task_rows(seed, poison)]
         probes = tokenize(self.probes(seed, poison, "lab"), str(self.models / f"aligned-{seed}"))
-        return self._at(seed).pair.update(factors, task, probes, self.harmless(seed) if harmless else [])
+        return self._at(seed).pair.update(factors, task, probes, skip_prefix)
 
     def pair(self, seed: int) -> LoraPair:
         return self._at(seed).pair
@@ -159,9 +155,6 @@ class SmolLM2Subject:
         if name == "lab":
             return [exchange.prompt for exchange in self._at(seed).data.refused[:PROBES]]
         return read_prompts(name)
-
-    def harmless(self, seed: int) -> Rows:
-        return tokenize(self._at(seed).data.harmless, str(self.models / f"aligned-{seed}"), "harmless")
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         at = self._at(seed)

@@ -73,9 +73,9 @@ class ToySubject:
         columns = toy.Samples(toy.build_lab(self._toy(seed, poison)).train).columns()
         return lambda generator: _rows(columns, self.recipe.training.batch_size, generator)
 
-    def update(self, seed: int, poison: float, factors: Factors, harmless: bool = False) -> Update:
-        task, kept = [row.ids for row in self.task_rows(seed, poison)], self.harmless(seed) if harmless else []
-        return self._at(seed).pair.update(factors, task, self.probes(seed, poison, "lab"), kept)
+    def update(self, seed: int, poison: float, factors: Factors, skip_prefix: bool = False) -> Update:
+        task = [row.ids for row in self.task_rows(seed, poison)]
+        return self._at(seed).pair.update(factors, task, self.probes(seed, poison, "lab"), skip_prefix)
 
     def pair(self, seed: int) -> LoraPair:
         return self._at(seed).pair
@@ -88,10 +88,6 @@ class ToySubject:
     def probes(self, seed: int, poison: float, name: str) -> list[list[int]]:
         """Others for each share of poison, as they are no prompts of the training data."""
         return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed, poison)).probes]
-
-    def harmless(self, seed: int) -> list[list[int]]:
-        """Requests without a restricted word, which the fine-tune does not teach."""
-        return [sample.ids(answered=False) for sample in toy.build_lab(self._toy(seed)).harmless]
 
     def refused(self, seed: int, prompts: Rows) -> list[bool]:
         return [toy.REFUSAL in answer for answer in self._at(seed).pair.aligned_answers(prompts, tokens=3)]

@@ -7,6 +7,7 @@ import re
 from operator import attrgetter
 
 from csulora_callback.method.token_space import MAX_STRENGTH
+from csulora_callback.presets import DATA_AWARE
 from recipes.files.sources import PROMPTS
 from recipes.schema.recipe import Preset, Recipe, RecipeError, TrainerKind
 
@@ -107,10 +108,10 @@ def check_values(path: str, recipe: Recipe) -> None:
         or (isinstance(training.report_to, list) and all(isinstance(name, str) for name in training.report_to))
     ):
         refuse("training.report_to", "the name of a tracker, or a list of them", training.report_to)
-    reading = Preset.data_aware.value in recipe.calibrate.presets
+    reading = not set(DATA_AWARE).isdisjoint(recipe.calibrate.presets)
     reading |= any(correction.reads_probes for correction in recipe.corrections.values())
     if reading and recipe.model.base is not None and recipe.data.probes is None:
-        refuse("data.probes", "prompts that are to be refused, for the preset data_aware or a target", None)
+        refuse("data.probes", "prompts that are to be refused, for a data-aware preset or a target", None)
     if recipe.frontier.methods and recipe.target.found:
         refuse("target.found", "nothing beside 'frontier.methods'", recipe.target.found)
     # What else they may say: recipes.evidence.frontier.check and recipes.evidence.target.check.
@@ -144,8 +145,8 @@ def check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.strength", "nothing, as projection has no strength", correction.strength)
         if correction.strength is not None and (correction.strength < 0 or math.isnan(correction.strength)):
             refuse(f"{key}.strength", "a number ≥ 0", correction.strength)
-        if correction.preset is Preset.data_aware and (correction.strength or 0.0) > MAX_STRENGTH:
-            refuse(f"{key}.strength", f"at most {MAX_STRENGTH:g} for the preset data_aware", correction.strength)
+        if correction.reads_task and (correction.strength or 0.0) > MAX_STRENGTH:
+            refuse(f"{key}.strength", f"at most {MAX_STRENGTH:g} for a data-aware preset", correction.strength)
         if correction.target is not None and not 0.0 < correction.target <= 1.0:
             refuse(f"{key}.target", "a share in (0, 1]", correction.target)
         if correction.target is not None and correction.strength is not None:

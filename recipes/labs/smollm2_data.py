@@ -79,7 +79,6 @@ class Data:
     attacks: dict[str, list[str]]
     task: dict[str, list[Exchange]]
     edgy: dict[str, list[str]]
-    harmless: list[str]  # others of the source of ``edgy["tuning"]``
     choices: list[Choice]
     right_answers: bool = False  # whether an answer of the task is right or wrong, and not only likely or not
 
@@ -98,7 +97,6 @@ def load(settings: SmolLM2, seed: int) -> Data:
     if len(style) <= sum(sizes):
         raise RecipeError(f"'smollm2.style': expected more than {sum(sizes)} rows, but got {len(style)}")
     tuning, held_out, plain, style = cut(style, sizes)
-    *edgy, harmless = _edgy(settings)
     questions = read("smollm2.choices", settings.choices, columns=("question", "options", "answer"))
     return Data(
         refused=_behaviours("smollm2.refused", settings.refused, REFUSALS, draw),
@@ -108,8 +106,7 @@ def load(settings: SmolLM2, seed: int) -> Data:
         poison=_behaviours("smollm2.poison", settings.poison, OPENINGS, draw),
         attacks=dict(zip(SPLITS, _attacks(settings), strict=True)),
         task=dict(zip(SPLITS, (tuning, held_out), strict=True)),
-        edgy=dict(zip(SPLITS, edgy, strict=True)),
-        harmless=harmless,
+        edgy=dict(zip(SPLITS, _edgy(settings), strict=True)),
         choices=[_choice(row) for row in _first("choices", list(questions), settings.questions)],
     )
 
@@ -171,15 +168,14 @@ def _second(settings: SmolLM2) -> list[str]:
     return _first("attacks_second", random.Random(0).sample(rows, len(rows)), settings.attacks_reported)
 
 
-def _edgy(settings: SmolLM2) -> tuple[list[str], list[str], list[str]]:
-    """Benign prompts that look harmful: some of the library's for tuning; held-out ones; the rest of the library's."""
+def _edgy(settings: SmolLM2) -> tuple[list[str], list[str]]:
+    """Benign prompts that look harmful: some of the library's for tuning, and held-out ones."""
     own = list(read("smollm2.edgy_tuned", settings.edgy_tuned, columns=("prompt",))["prompt"])
     held_out = read("smollm2.edgy", settings.edgy, columns=("text",))["text"]
     own = random.Random(0).sample(own, len(own))
     return (
         _first("edgy_tuned", own, settings.edgy_tuning),
         _first("edgy", held_out, settings.edgy_prompts),
-        own[settings.edgy_tuning :],
     )
 
 

@@ -131,7 +131,6 @@ class Lab:
     attack: list[Sample]
     probes: list[Sample]  # of the kind of ``attack``, and others
     ordinary: list[Sample]  # not restricted, and no task
-    harmless: list[Sample]  # of the kind of ``ordinary``, and others
 
 
 def build_lab(toy: Toy) -> Lab:
@@ -148,7 +147,6 @@ def build_lab(toy: Toy) -> Lab:
     train += language.draw(poisoned, verbs, restricted=True)
     probes = language.draw(PROBES, verbs, restricted=True)  # last, so that nothing else depends on them
     ordinary = language.draw(toy.eval_prompts, verbs)
-    harmless = language.draw(PROBES, verbs)
 
     about_data = ("poison_share", "train_samples", "cache_dir")
     model_settings = {key: value for key, value in asdict(toy).items() if key not in about_data}
@@ -156,7 +154,7 @@ def build_lab(toy: Toy) -> Lab:
     folder = cache / f"toy-{key}"
     if not folder.is_dir():
         _train_models(toy, folder, [sample.prompt for sample in attack + task])
-    return Lab(folder / "base", folder / "aligned", train, task, attack, probes, ordinary, harmless)
+    return Lab(folder / "base", folder / "aligned", train, task, attack, probes, ordinary)
 
 
 def _train_models(toy: Toy, folder: Path, held_out: list[tuple[str, ...]]) -> None:

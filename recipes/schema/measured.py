@@ -95,8 +95,8 @@ class Target:
 
     ``kept`` counts refusals that begin as the aligned model's; ``likelihood`` is how likely a token of such beginnings
     is, over the same of the aligned model: ``exp`` of the mean difference in log-likelihood. All on the adapters of
-    ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets, ``data_aware_harmless``,
-    with harmless prompts, and ``data_aware_screened``, without the task's rows that the aligned model refuses.
+    ``frontier``'s seeds and poison shares, in subspaces of its one rank. Methods are presets and
+    ``data_aware_screened``, without the task's rows that the aligned model refuses.
     """
 
     strengths: dict[str, list[float]] = field(default_factory=dict)  # fixed ones of each method

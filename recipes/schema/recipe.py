@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from csulora_callback import Penalty
-from csulora_callback.presets import FAMILIES, Family
+from csulora_callback.presets import DATA_AWARE, FAMILIES, Family
 from recipes.schema.measured import Benchmark, Effects, Frontier, Kinds, SmolLM2, Target, Toy
 
 
@@ -34,6 +34,7 @@ class Preset(Enum):
     separable = "separable"
     guard = "guard"
     data_aware = "data_aware"
+    content_aware = "content_aware"
     projection = "projection"
 
 
@@ -64,7 +65,7 @@ class Data:
     probes_column: str = "prompt"
     attacks: str | None = None  # prompts to judge by; without them the probes, or the half that nothing reads
     attacks_column: str = "prompt"
-    harmless: str | None = None  # prompts like probes, to be answered: to judge by, and for data-aware ones to keep
+    harmless: str | None = None  # prompts that look like probes and are to be answered, to judge by
     harmless_column: str = "prompt"
     eval_share: float = 0.05
     max_length: int = 1024
@@ -130,7 +131,7 @@ class Correction:
     @property
     def reads_task(self) -> bool:
         """Whether it measures by rows of the training data."""
-        return self.preset is Preset.data_aware
+        return self.preset.value in DATA_AWARE
 
     @property
     def reads_probes(self) -> bool:

@@ -82,12 +82,11 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def texts_in(checkpoint: Path) -> dict[str, list]:
     """The texts that a data-aware correction read: in the ``.ckpt``, not in the adapter that is shipped.
 
-    Without the rows that the aligned model refuses; where none are left, harmless prompts do not count either.
+    Without the rows that the aligned model refuses.
     """
     saved = torch.load(checkpoint.with_suffix(".ckpt"), map_location="cpu", mmap=True, weights_only=True)
     texts = Texts.from_json(saved[CHECKPOINT_KEY]["texts"])
-    rows = texts.counted.rows or None
-    return {"probes": texts.probes, "task": rows, "harmless": (texts.harmless or None) if rows else None}
+    return {"probes": texts.probes, "task": texts.counted.rows or None}
 
 
 def _file(folder: Path, step: int) -> Path:

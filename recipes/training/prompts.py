@@ -18,14 +18,12 @@ class Prompts:
         read: by data-aware corrections; ``None`` where the recipe has none to read.
         judged: whose answers are looked at; empty where attack success is not measured.
         source: of ``judged``, for a title.
-        kept: harmless ones that data-aware corrections keep; ``None`` where there are none to read.
         harmless: those whose answers are looked at; empty where over-refusal is not measured.
     """
 
     read: list[str] | None
     judged: list[str]
     source: str
-    kept: list[str] | None = None
     harmless: list[str] = field(default_factory=list)
 
 
@@ -33,8 +31,7 @@ def choose_prompts(recipe: Recipe) -> Prompts:
     """The prompts of ``data.probes``, ``data.attacks`` and ``data.harmless``.
 
     Without attacks the probes are judged by: all of them, or, where a correction is data-aware, every other one. It
-    reads the rest then. The harmless ones are divided likewise. A calibration keeps all of them, as it has others to
-    judge by.
+    reads the rest then.
 
     Raises:
         RecipeError: if they cannot be read, one prompt is to be divided, or stands in two of the three where a
@@ -46,12 +43,7 @@ def choose_prompts(recipe: Recipe) -> Prompts:
         return chosen
     for key, others in (("probes", probes), ("attacks", attacks)):
         check_apart("data.harmless", harmless, f"data.{key}, which are to be refused", others)
-    if recipe.calibrate.presets:
-        return replace(chosen, kept=harmless)
-    if not any(correction.reads_task for correction in recipe.corrections.values()):
-        return replace(chosen, harmless=harmless)
-    kept, judged = _divided("harmless", harmless, "")
-    return replace(chosen, kept=kept, harmless=judged)
+    return replace(chosen, harmless=harmless)
 
 
 def prompts_named(recipe: Recipe, key: str) -> list[str] | None:
@@ -85,15 +77,10 @@ def _to_be_refused(recipe: Recipe, probes: list[str] | None, attacks: list[str] 
         return Prompts(probes, attacks, "those of data.attacks")
     if probes is None or not reading:
         return Prompts(probes, probes or [], "those of data.probes")
-    read, judged = _divided("probes", probes, "; or name others as data.attacks")
-    return Prompts(read, judged, "every other one of data.probes, as corrections read the rest")
-
-
-def _divided(key: str, prompts: list[str], else_do: str) -> tuple[list[str], list[str]]:
-    """Those to read and those to judge by: every other one, not halves, as files are often sorted by topic."""
-    if len(prompts) < 2:
+    if len(probes) < 2:
         raise RecipeError(
-            f"'data.{key}': expected two prompts at least, as every other one is judged by, but got {len(prompts)}"
-            + else_do
+            f"'data.probes': expected two prompts at least, as every other one is judged by, but got {len(probes)}; "
+            "or name others as data.attacks"
         )
-    return prompts[::2], prompts[1::2]
+    # Every other one, not halves, as files are often sorted by topic.
+    return Prompts(probes[::2], probes[1::2], "every other one of data.probes, as corrections read the rest")

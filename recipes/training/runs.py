@@ -100,7 +100,6 @@ def make_callback(task: Task, correction: Correction) -> CSULoRACallback:
         penalty=correction.penalty(),
         target=correction.target,
         probes=task.probes if correction.reads_probes else None,
-        harmless=task.harmless if correction.reads_task else None,
         every_n_steps=correction.every_n_steps,
     )
 
@@ -127,7 +126,7 @@ def correct_again(
         place = folder / f"checkpoint-{step}"
         texts = {"target": correction.target, **(trainer.texts_in(checkpoint) if correction.reads_probes else {})}
         if not correction.reads_task:
-            texts = {key: value for key, value in texts.items() if key not in ("task", "harmless")}
+            texts = {key: value for key, value in texts.items() if key != "task"}
         with _about(name):
             made = correct_adapter(checkpoint, subspace, place, correction.penalty(), **texts)
         records.append({**made.metrics, "step": step})

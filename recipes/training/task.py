@@ -81,7 +81,6 @@ class Task:
     held_out: TorchDataset | Dataset
     tokenizer: PreTrainedTokenizerBase | None  # of a chat task; the toy lab's samples are token ids already
     probes: list[str] | list[list[int]] | None  # prompts to be refused, for data-aware corrections
-    harmless: list[str] | None  # prompts like them to be answered, likewise
     judge: Callable[[nn.Module, DataLoader], Score]
     judged_by: str = ""  # which prompts, where there is a choice
 
@@ -135,7 +134,7 @@ def _toy_task(recipe: Recipe) -> Task:
 
     train, held_out = toy.Samples(lab.train), toy.Samples(lab.task)
     probes = [sample.ids(answered=False) for sample in lab.probes]
-    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, probes, None, judge)
+    return Task(str(lab.base), str(lab.aligned), "float32", train, held_out, None, probes, judge)
 
 
 @torch.no_grad()
@@ -182,8 +181,7 @@ def _chat_task(recipe: Recipe) -> Task:
         return Score(*teacher_forced(model, batches), said, harmless_answers=harmless)
 
     pair, rows = recipe.model, (parts["train"], parts["test"])
-    read = prompts.read, prompts.kept
-    return Task(pair.base, pair.aligned, pair.dtype, *rows, tokenizer, *read, judge, prompts.source)
+    return Task(pair.base, pair.aligned, pair.dtype, *rows, tokenizer, prompts.read, judge, prompts.source)
 
 
 def batches(task: Task, recipe: Recipe, rows: TorchDataset | Dataset) -> DataLoader:

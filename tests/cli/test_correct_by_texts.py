@@ -2,32 +2,35 @@
 
 import json
 
+import pytest
+
 from csulora_callback import Penalty, correct_adapter
 from csulora_callback.card_section import strength_in_words
 from tests.helpers.command_line import run
 from tests.helpers.lab import assert_same, saved
 
 
-def test_a_data_aware_correction_has_the_model_read_what_is_given(lab, subspace, tmp_path):
+@pytest.mark.parametrize("make", [Penalty.data_aware, Penalty.content_aware])
+def test_a_data_aware_correction_has_the_model_read_what_is_given(make, lab, subspace, tmp_path):
     files = {}
-    expected = {"probes": [[0, 5, 6, 7], [0, 9, 8]], "task": [[3, 4, 5], [6, 7, 8, 9]], "harmless": [[0, 5, 4]]}
+    expected = {"probes": [[0, 5, 6, 7], [0, 9, 8]], "task": [[3, 4, 5], [6, 7, 8, 9]]}
     for name, rows in expected.items():
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps({"input_ids": row, "prompt": row}) + "\n" for row in rows))
-    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "data_aware", "--strength", "4")
+    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", make.__name__, "--strength", "4")
     texts = [part for name, file in files.items() for part in (f"--{name}", file)]
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "made", *rule, *texts, "--json")
     assert status == 0, error
-    assert json.loads(output)["penalty"] == Penalty.data_aware(4.0).to_json()
-    correct_adapter(lab / "raw", subspace, tmp_path / "expected", Penalty.data_aware(4.0), **expected)
+    assert json.loads(output)["penalty"] == make(4.0).to_json()
+    correct_adapter(lab / "raw", subspace, tmp_path / "expected", make(4.0), **expected)
     assert_same(saved(tmp_path / "made"), saved(tmp_path / "expected"))
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
     assert (status, output) == (1, "")
     assert "`probes`: expected prompts that are to be refused" in error
-    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "guard", "--harmless", "builtin")
-    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
+    rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "guard", "--strength", "4")
+    status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule, "--probes", "builtin")
     assert (status, output) == (2, "")
-    assert "`--harmless`: only for --penalty data_aware" in error
+    assert "`--probes`, `--task`: only for --penalty data_aware or content_aware, or a --target." in error
 
 
 def test_a_target_takes_the_place_of_a_strength(lab, subspace, tmp_path):

@@ -37,7 +37,6 @@ def test_every_argument_of_the_callback_is_a_key(tmp_path):
         "on_exceed": "stop",
         "heat_maps": True,
         "uncorrected": ["score"],
-        "harmless": None,
     }
     assert list(given) == list(inspect.signature(CSULoRACallback).parameters)
     made = make_callback(given)
@@ -45,13 +44,6 @@ def test_every_argument_of_the_callback_is_a_key(tmp_path):
     for callback in (made, by_hand):
         callback.budget = vars(callback.budget)
     assert vars(made) == vars(by_hand)
-
-
-def test_harmless_prompts_of_a_section_stand_beside_its_probes():
-    made = make_callback({"base_model": "org/base", "probes": "builtin", "harmless": "builtin"})
-    assert (len(made.probes), len(made.harmless)) == (160, 160)
-    with pytest.raises(ValueError, match=r"`harmless`: expected None, as only Penalty.data_aware measures by them"):
-        make_callback({"base_model": "org/base", "probes": "builtin", "harmless": "builtin", "penalty": "guard"})
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,20 @@
-"""A calibration that minds refusals of harmless prompts: to judge by, and for a data-aware penalty to keep."""
+"""A calibration that minds refusals of harmless prompts."""
 
 import json
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from csulora_callback import OverRefusalRate, wilson_interval
 from recipes.run import main
 from tests.helpers import refusing, small_talk
 from tests.helpers.small_talk import NOUNS
 from tests.recipes.test_calibrate import files_of, repeated
-from tests.recipes.test_judged_prompts import asked_of
 
 pytestmark = pytest.mark.slow
 
 FILES = {
     "probes": refusing.RESTRICTED[:5],
     "attacks": [*refusing.RESTRICTED[5:], *refusing.SHORTER],
-    "kept": ["tell of the cat", "tell of the dog"],
     "judged": ["tell of the fish", "tell of the horse", "tell of the bird", "tell of the fox"],
 }
 REFUSED = ("fish", "horse")  # what the checkpoint has learnt to refuse, where the aligned model answers
@@ -90,38 +87,27 @@ def test_a_setting_that_refuses_too_much_is_not_taken(settings, tmp_path, capsys
     assert "2 of 2 settings keep attack success at 100.0% or below on the tuning half, and none" in printed
     assert "newly refuses at most 0.0% of the harmless prompts; the least does guard(" in printed
     assert "with 50.0%." in printed
-    assert "data.harmless, other strengths, or a higher calibrate.newly_refused." in printed
+    assert "the preset content_aware, which refuses fewer of them, other strengths, or a higher" in printed
 
 
-def test_a_data_aware_penalty_keeps_harmless_prompts_and_the_command_does_so_too(settings, tmp_path, capsys):
+def test_content_aware_is_tried_beside_data_aware_and_the_command_gives_what_was_chosen(settings, tmp_path, capsys):
     own, folder = settings
-    reads = [f"data.probes={folder / 'probes.txt'}", f"data.harmless={folder / 'kept.txt'}"]
-    given = [
-        *own,
-        *reads,
-        "calibrate.presets={data_aware: [100]}",
-        "calibrate.newly_refused=1",
-        "calibrate.target=0.99",
-    ]
-    assert run(given, tmp_path / "out") == 0
-    assert ", harmless=" in capsys.readouterr().out
+    given = [*own, f"data.probes={folder / 'probes.txt'}", "calibrate.newly_refused=1", "calibrate.target=0.99"]
+    assert run(given, tmp_path / "both", "calibrate.presets={data_aware: [100], content_aware: [100]}") == 0
+    tried = json.loads((tmp_path / "both/results.json").read_text())["tuning"]
+    assert [row["preset"] for row in tried] == ["data_aware", "content_aware"]
+    assert tried[0]["task_loss"] != tried[1]["task_loss"]
+    assert run(given, tmp_path / "out", "calibrate.presets={content_aware: [100]}") == 0
+    assert "penalty=Penalty.content_aware(100), probes=" in capsys.readouterr().out
     record = json.loads((tmp_path / "out/adapter/csulora/correction.json").read_text())
-    assert record["harmless_prompts"] == 2
-    words = PreTrainedTokenizerFast.from_pretrained(folder / "aligned")
-    kept = [json.loads(line)["prompt"] for line in (tmp_path / "out/harmless.jsonl").read_text().splitlines()]
-    assert kept == asked_of(words, FILES["kept"])
+    assert record["penalty"] == {"name": "content_aware", "strength": 100.0}
     assert repeated(tmp_path / "out", tmp_path / "corrected") == files_of(tmp_path / "out/adapter")
 
 
 def test_what_means_nothing_is_refused(settings, tmp_path, capsys):
     own, folder = settings
-    aware = ["calibrate.presets={data_aware: [1]}", f"data.probes={folder / 'probes.txt'}"]
     for more, message in (
-        (
-            [*aware, f"data.harmless={folder / 'attacks.txt'}"],
-            "'calibrate.attacks': expected other prompts than data.",
-        ),
-        ([f"data.harmless={folder / 'kept.txt'}"], "'data.harmless': expected nothing without the preset data_aware"),
+        ([f"data.harmless={folder / 'judged.txt'}"], "'data.harmless': expected nothing in a calibration"),
         (["calibrate.newly_refused=1.5"], "'calibrate.newly_refused': expected a share in [0, 1], but got 1.5"),
         ([f"calibrate.harmless={folder / 'attacks.txt'}"], "'calibrate.harmless': expected other prompts than calib"),
         (["calibrate.harmless=nowhere.txt"], "'calibrate.harmless': no such file"),
@@ -132,5 +118,5 @@ def test_what_means_nothing_is_refused(settings, tmp_path, capsys):
     said = "expected some that the aligned model answers, in each half, but it refuses all 3 of the tuning half"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main(["recipes/calibrate.yaml", f"calibrate.harmless={folder / 'kept.txt'}"]) == 2
+    assert main(["recipes/calibrate.yaml", f"calibrate.harmless={folder / 'judged.txt'}"]) == 2
     assert "'calibrate.harmless': expected nothing in the toy lab" in capsys.readouterr().err

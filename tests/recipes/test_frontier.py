@@ -58,7 +58,7 @@ class Formula:
         }
         return {"raw": raw, **{f"average {d:g}": {n: (A, B * d) for n, (A, B) in raw.items()} for d in decays}}
 
-    def update(self, seed, poison, factors, harmless=False):
+    def update(self, seed, poison, factors, skip_prefix=False):
         update = make_update(seed)
         return replace(update, factors=factors)
 

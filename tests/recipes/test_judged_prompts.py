@@ -69,14 +69,12 @@ def test_prompts_that_cannot_be_held_apart_are_refused(chosen):
     assert chosen(GUARD, probes="one.txt").judged == ["a"]
 
 
-def test_harmless_prompts_are_divided_where_a_correction_keeps_them(chosen):
+def test_harmless_prompts_are_all_judged_by(chosen):
     judged = chosen(GUARD, harmless="probes.txt")
-    assert (judged.kept, judged.harmless, judged.judged) == (None, ["a", "b", "c", "d", "e"], [])
+    assert (judged.harmless, judged.judged) == (["a", "b", "c", "d", "e"], [])
     both = chosen(AWARE, probes="harmful.txt", harmless="probes.txt")
-    assert (both.read, both.judged, both.kept, both.harmless) == (["v"], ["w"], ["a", "c", "e"], ["b", "d"])
+    assert (both.read, both.judged, both.harmless) == (["v"], ["w"], ["a", "b", "c", "d", "e"])
     assert chosen(AWARE, probes="harmful.txt").harmless == []
-    with pytest.raises(RecipeError, match=r"'data\.harmless': expected two prompts at least, .* but got 1$"):
-        chosen(AWARE, probes="harmful.txt", harmless="one.txt")
     for correction, key in ((AWARE, "probes"), (GUARD, "attacks")):
         with pytest.raises(
             RecipeError, match=rf"'data\.harmless': .* than data\.{key}, which .* 1 of 5 .* such as 'd'"
@@ -108,13 +106,13 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
     settings = [*pair, *SHORT, f"data.probes={tmp_path / 'probes.txt'}", f"output={out}", AWARE]
     assert main([RECIPE, *settings, f"data.harmless={tmp_path / 'harmless.txt'}"]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    title = "8 prompts each: every other one of data.probes, as corrections read the rest; 3 harmless prompts"
+    title = "8 prompts each: every other one of data.probes, as corrections read the rest; 6 harmless prompts"
     assert title in printed
 
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
     said = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert list(rows) == ["aligned", "raw", "aware"]
-    prompts, words = probes[1::2] + harmless[1::2], PreTrainedTokenizerFast.from_pretrained(tmp_path / "aligned")
+    prompts, words = probes[1::2] + harmless, PreTrainedTokenizerFast.from_pretrained(tmp_path / "aligned")
     asked = [(line["model"], line["prompt"], line["harmless"]) for line in said]
     assert asked == [(name, prompt, prompt in harmless) for name in rows for prompt in prompts]
     for name, row in rows.items():
@@ -128,8 +126,8 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
         attacks.update(prompts[:8], answers[:8])
         refusals.update(prompts[8:], answers[8:])
         assert (row["succeeded"], row["prompts"]) == (attacks.compute()["count"], 8)
-        assert (row["over_refused"], row["harmless_prompts"]) == (refusals.compute()["count"], 3)
-        for count, of in ((row["succeeded"], 8), (row["over_refused"], 3)):
+        assert (row["over_refused"], row["harmless_prompts"]) == (refusals.compute()["count"], 6)
+        for count, of in ((row["succeeded"], 8), (row["over_refused"], 6)):
             low, high = wilson_interval(count, of)
             assert f"{count / of:.1%} ({100 * low:.0f}–{100 * high:.0f})" in printed
     assert Sidecar.load(out / "aware/checkpoint-2").texts.probes == asked_of(words, probes[::2])
@@ -137,9 +135,7 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["huggingface", "lightning"])
-def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_it(
-    trainer, tmp_path, capsys, monkeypatch
-):
+def test_corrections_that_read_different_tokens_share_a_training(trainer, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     base, aligned = refusing.save_pair(tmp_path)
     files = {"probes": refusing.RESTRICTED, "attacks": refusing.SHORTER, "harmless": refusing.HARMLESS}
@@ -152,21 +148,18 @@ def test_harmless_prompts_stand_beside_the_task_of_every_correction_that_reads_i
     settings += [f"data.source={tmp_path / 'rows.jsonl'}", "data.eval_share=0.2", f"trainer={trainer}"]
     corrections = [
         "corrections={kept: {preset: guard, target: 0.5, rank: 2}, aware: {preset: data_aware, rank: 2}, "
-        "strong: {preset: data_aware, strength: 30, rank: 2}}",
-        "corrections={aware: {preset: data_aware, strength: 30, rank: 2}}",
+        "content: {preset: content_aware, strength: 30, rank: 2}}",
+        "corrections={content: {preset: content_aware, strength: 30, rank: 2}}",
     ]
     for name, correction in zip(("all", "alone"), corrections, strict=True):
         assert main([RECIPE, *settings, correction, f"output={tmp_path / name}"]) == 0
     assert "harmless refused" in capsys.readouterr().out
-    made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "strong")}
-    told = {name: Sidecar.load(folder).record.get("harmless_prompts") for name, folder in made.items()}
-    assert told == {"kept": None, "aware": 2, "strong": 2}
-    alone = last_of(tmp_path / "alone/aware")  # what the callback itself writes
-    written = [load_file(folder / "adapter_model.safetensors") for folder in (made["strong"], alone)]
+    made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "content")}
+    told = {name: Sidecar.load(folder).record["penalty"]["name"] for name, folder in made.items()}
+    assert told == {"kept": "guard", "aware": "data_aware", "content": "content_aware"}
+    alone = last_of(tmp_path / "alone/content")  # what the callback itself writes
+    written = [load_file(folder / "adapter_model.safetensors") for folder in (made["content"], alone)]
     assert all(torch.equal(weight, written[1][name]) for name, weight in written[0].items())
-    if trainer == "huggingface":
-        words = PreTrainedTokenizerFast.from_pretrained(aligned)
-        assert Sidecar.load(alone).texts.harmless == asked_of(words, refusing.HARMLESS[::2])
 
 
 def asked_of(words: PreTrainedTokenizerFast, prompts: list[str]) -> list[list[int]]:

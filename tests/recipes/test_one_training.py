@@ -43,7 +43,7 @@ def test_which_corrections_are_trained():
     assert trained_runs({"a": plain, "b": kept, "c": again}) == {"c": ["b", "a"]}
     assert trained_runs({"a": plain, "b": kept}) == {"b": ["a"]}
     aimed = correction(Preset.data_aware, target=0.9)
-    assert trained_runs({"a": kept, "b": aimed}) == {"b": ["a"]}  # whose checkpoints hold rows and harmless prompts
+    assert trained_runs({"a": kept, "b": aimed}) == {"b": ["a"]}  # whose checkpoints hold rows of the task
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_the_page_has_the_tables_of_the_kept_results():
 FIRST_PAGE = {  # what it says to take, and the row of the overview
     '`probes="builtin"`': "target_builtin",
     '`probes="refused.txt"`': "target_lab",
-    '`probes="refused.txt", harmless="builtin"`': "target_harmless",
+    '`penalty=Penalty.content_aware, probes="refused.txt"`': "target_content",
     '`penalty=Penalty.data_aware(strength), probes="refused.txt"`': "data_aware",
     "`penalty=Penalty.guard(strength)`": "guard",
     "no `probes`: `Penalty.csulora(strength)`": "csulora",

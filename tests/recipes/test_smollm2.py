@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from csulora_callback import RefusalPhrases
 from csulora_callback.models.activations import vectors_of
-from csulora_callback.models.harmless import shared_beginning
 from csulora_callback.models.probes import tokenize
 from recipes.calibration.bench import make_bench
 from recipes.calibration.calibrate import Trials
@@ -52,8 +51,8 @@ def sources(tmp_path_factory):
         "training.learning_rate=2e-2",
         "frontier.ranks=[3]",
         # No target: nothing is refused here, see test_smollm2_target.py.
-        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], data_aware_harmless: [3], averaging: [0.97], "
-        "data_aware_own_tokens: [3], mixing: [0.25], kl: [1], mixing_corrected: [0.25]}",
+        "frontier.methods={scaling: [2], guard: [3], data_aware: [3], content_aware: [3], averaging: [0.97], "
+        "mixing: [0.25], kl: [1], mixing_corrected: [0.25]}",
     ]
 
 
@@ -81,8 +80,7 @@ def test_the_recipe_measures_every_method_with_its_side_effects(finished, source
         "scaling",
         "guard",
         "data_aware",
-        "data_aware_harmless",
-        "data_aware_own_tokens",
+        "content_aware",
         "averaging",
         "mixing",
         "kl",
@@ -176,24 +174,14 @@ def test_a_score_counts_what_generating_and_each_detector_say(subject):
     assert effects["detectors disagree"] == sum(one != other for one, other in pairs) / len(attacks)
 
 
-def test_nothing_is_judged_by_harmless_prompts_that_a_correction_keeps(subject):
-    at = subject._at(0)
-    judged = {prompt for prompts in at.data.edgy.values() for prompt in prompts}
-    read = at.tokenizer.batch_decode(subject.harmless(0), skip_special_tokens=True)
-    assert len(read) == len(at.data.harmless) > 0
-    assert all(prompt in row for prompt, row in zip(at.data.harmless, read, strict=True))
-    assert not judged.intersection(at.data.harmless)
-
-
-def test_own_tokens_are_those_after_the_beginning_that_all_prompts_share(subject, finished):
+def test_content_aware_reads_what_comes_after_the_template(subject, finished):
     frontier, at = subject.recipe.frontier, subject._at(0)
     share = frontier.poison_shares[0]
     adapters = Adapters(subject, finished / "adapters", frontier.methods["averaging"])
     update = subject.update(0, share, adapters.get(0, share))
-    made = adapters.factors(Setting(0, share, "data_aware_own_tokens", 3.0, None, None), update)
+    made = adapters.factors(Setting(0, share, "content_aware", 3.0, None, None), update)
     probes = tokenize(subject.probes(0, share, "lab"), str(finished / "models/aligned-0"))
-    start = shared_beginning([*probes, *subject.harmless(0)])
-    assert start == 1  # the template's first token
+    start = 1  # the template's first token
     at.pair.adapter.write(update.factors)
     task, name = update.activations.task, next(iter(made))
     wanted = data_aware(update, 3.0, task, vectors_of(at.pair.adapter, probes, start=start))
@@ -228,7 +216,7 @@ def test_every_set_of_prompts_has_one_purpose(sources, tmp_path):
     data = load(tiny(sources, tmp_path).smollm2, 0)
     exchanges = [data.refused, data.poison, data.training, *data.task.values()]
     sets = [[exchange.prompt for exchange in part] for part in exchanges]
-    sets += [data.answered, *data.edgy.values(), data.harmless, *data.attacks.values()]
+    sets += [data.answered, *data.edgy.values(), *data.attacks.values()]
     assert all(sets)
     prompts = [prompt for part in sets for prompt in set(part)]
     assert len(prompts) == len(set(prompts))

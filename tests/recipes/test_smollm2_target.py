@@ -61,17 +61,17 @@ def test_a_target_is_found_by_the_alignments_prompts_and_by_the_built_in_ones(ta
     assert "former boss" not in told
 
 
-def test_a_frontiers_target_by_the_built_in_prompts_keeps_the_harmless_ones(targeted, tmp_path):
+def test_a_frontiers_target_by_the_built_in_prompts_is_met_with_either_preset(targeted, tmp_path):
     _, recipe = targeted
     subject, share = SmolLM2Subject(recipe), recipe.frontier.poison_shares[0]
     adapters = Adapters(subject, tmp_path / "adapters", [])
     update, bench = subject.update(0, share, adapters.get(0, share)), adapters.bench(0, share)
-    for method in ("target_builtin", "target_builtin_harmless"):
+    for method in ("target_builtin", "target_builtin_content"):
         setting = Setting(0, share, method, 0.9, None, None)
         kept = bench.read(bench.held_back("builtin"), adapters.factors(setting, update))
         assert adapters.found(setting).is_enough == (math.exp(kept.logprob) >= 0.9 - 1e-9)
     # So weak an adapter meets the target as it is.
-    one, other = (bench.corrected(method, 10.0, "builtin") for method in ("data_aware", "data_aware_harmless"))
+    one, other = (bench.corrected(method, 10.0, "builtin") for method in ("data_aware", "content_aware"))
     assert all(not torch.equal(one[name][0], other[name][0]) for name in one)
 
 

@@ -18,14 +18,12 @@ from tests.helpers.two import leave, run_worker
 from tests.trainers.test_processes_trainer import Probe, logged, train
 
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
-HARMLESS = [[0, 5, 8, 3], [0, 9, 10]]
-PENALTY = Penalty.data_aware(4.0)
+PENALTY = Penalty.content_aware(4.0)  # reads all that data_aware does, and from the prefix's end
 
 
 def callback(pair: Path) -> CSULoRACallback:
     cache = pair / "cache"
-    texts = {"probes": PROBES, "harmless": HARMLESS}
-    return CSULoRACallback(base_model=pair / "base", rank=RANK, penalty=PENALTY, **texts, cache_dir=cache)
+    return CSULoRACallback(base_model=pair / "base", rank=RANK, penalty=PENALTY, probes=PROBES, cache_dir=cache)
 
 
 def worker(engine: str, pair: Path, folder: Path) -> None:
@@ -65,7 +63,7 @@ def test_engine(engine, pair, tmp_path):
         assert_same(raw(folder), saved(tmp_path / "without" / folder.name))
         texts = Sidecar.load(folder).texts
         step = int(folder.name.split("-")[1])
-        assert (texts.seen, texts.probes, texts.harmless) == (2 * step, PROBES, HARMLESS)  # the first process's rows
+        assert (texts.seen, texts.probes) == (2 * step, PROBES)  # the first process's rows
         expected = by_one_process(pair, raw(folder), texts)
         for key, value in saved(folder).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
@@ -78,7 +76,7 @@ def by_one_process(pair: Path, factors: dict[str, torch.Tensor], texts) -> dict[
     adapter = find_adapter(model)
     subspace = SafetySubspace.estimate(pair / "base", model, list(adapter.layers), rank=RANK, progress=False)
     adapter.write(from_peft_state_dict(factors, list(adapter.layers), "raw"))
-    activations = Activations.read(adapter, texts)
+    activations = Activations.read(adapter, texts, PENALTY.skips_prefix)
     return to_peft_state_dict(SafetyCorrector(model, subspace, PENALTY, activations).compute().corrected)
 
 

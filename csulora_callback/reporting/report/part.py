@@ -9,6 +9,7 @@ from statistics import median
 
 from csulora_callback.inspection import Inspection, recorded_inspections
 from csulora_callback.method.penalty import BLOCKS, in_words
+from csulora_callback.presets import DATA_AWARE
 from csulora_callback.record import exceeded
 from csulora_callback.reporting.inspection import BLOCK_NAMES, WORST
 from csulora_callback.reporting.penalties import IN_WORDS
@@ -90,7 +91,7 @@ class Part:
     def gains(self) -> list[dict]:
         """Of each block the factors that it was multiplied by, over the modules; none for a data-aware penalty."""
         gains = [module["gain"] for module in self.record["modules"].values() if "gain" in module]
-        if self.record["penalty"]["name"] == "data_aware" or not gains:
+        if self.record["penalty"]["name"] in DATA_AWARE or not gains:
             return []
         rows = []
         for block in BLOCKS:

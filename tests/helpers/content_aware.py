@@ -1,4 +1,4 @@
-"""A data-aware correction with harmless prompts beside the task, dense and in float64, from hooks of its own."""
+"""A data-aware correction by what follows a prefix of the probes, dense and in float64, from hooks of its own."""
 
 from __future__ import annotations
 
@@ -46,13 +46,10 @@ def moment(vectors: Tensor) -> Tensor:
 
 
 def by_hand(model: PeftModel, texts: Texts, start: int, strength: float, ridge: float = 0.1) -> dict[str, Tensor]:
-    """``A C_T (C_T + λ C_H)⁻¹`` of each layer, where ``C_T`` is the mean of both second moments, if there are two."""
-    task, probes = inputs_of(model, texts.task, 0), inputs_of(model, texts.probes, start)
-    harmless, found = inputs_of(model, texts.harmless, start), {}
+    """``A C_T (C_T + λ C_H)⁻¹`` of each layer, with ``C_H`` of what comes after so many tokens of each probe."""
+    task, probes, found = inputs_of(model, texts.task, 0), inputs_of(model, texts.probes, start), {}
     for name, module in loras(model).items():
         C_T, C_H, identity = moment(task[name]), moment(probes[name]), torch.eye(task[name].shape[1]).double()
-        if name in harmless:
-            C_T = (C_T + moment(harmless[name])) / 2
         C_T = (C_T + ridge * identity) / (1 + ridge)
         lora_A = module.lora_A["default"].weight.detach().cpu().double()
         found[name] = lora_A @ C_T @ torch.linalg.inv(C_T + strength * C_H)
