@@ -255,7 +255,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         measured = refusals.of(back) if back else refusals
         target = None if self.target is None else Target(self.target, self.penalty, measured)
         self._recorder = ActivationRecorder(
-            adapter, probes.prompts, processes, penalty, back, target, probes.tokenizer
+            adapter, probes.prompts, processes, reads, back, target, probes.tokenizer, penalty.skips_prefix
         )
         self._behaviour = Behaviour(measured)
         return probes

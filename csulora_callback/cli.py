@@ -188,9 +188,7 @@ def correct(
         Kind | None,
         typer.Option(help="What is attenuated: by default data_aware for a target, else csulora, the paper's."),
     ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="How much; by default 10, of content_aware 300. A projection has none.")
-    ] = None,
+    strength: Annotated[float | None, typer.Option(help="How much; by default 10, of content_aware 300.")] = None,
     target: Annotated[
         float | None,
         typer.Option(help="Share of the refusals' likelihood to keep; the strength is looked for."),
@@ -212,10 +210,7 @@ def correct(
     with arguments():
         chosen = choose_preset(penalty, strength, target)
     needs_model = not isinstance(chosen, Penalty) or is_data_aware(chosen)
-    demand(
-        needs_model or not (probes or task),
-        "`--probes`, `--task`: only for --penalty data_aware or content_aware, or a --target.",
-    )
+    demand(needs_model or not (probes or task), "`--probes`, `--task`: only for a data-aware penalty, or a --target.")
     with working(), tempfile.TemporaryDirectory() as scratch:
         found, place = subspace, Path(scratch, "corrected") if dry_run else output
         model, passing = aligned and model_named(aligned), names_in(uncorrected)

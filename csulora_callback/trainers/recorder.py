@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from csulora_callback.corrector import SafetyCorrector
-from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model
 from csulora_callback.models.adapters import Adapter
 from csulora_callback.models.factors import equal_each
@@ -38,10 +37,11 @@ class ActivationRecorder:
         probes: prompts that are to be refused.
         held_back: places of those that the model does not read.
         processes: those of the run, which all have to do the same.
-        penalty: where it is data-aware the model has to read them; its strength has no say in how.
+        reads: whether the penalty is data-aware, so that the model has to read them.
         target: looks for the penalty's strength whenever the corrector got something new to measure by.
         tokenizer: of the checkpoint under the adapter, to tell rows whose prompt the aligned model refuses; without it
             all rows count.
+        skip_prefix: whether it reads no vectors of the prefix that all probes share.
     """
 
     def __init__(
@@ -49,12 +49,14 @@ class ActivationRecorder:
         adapter: Adapter,
         probes: Rows,
         processes: Processes,
-        penalty: Penalty,
+        reads: bool = True,
         held_back: Sequence[int] = (),
         target: Target | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        skip_prefix: bool = False,
     ) -> None:
-        self.adapter, self.probes, self.processes, self.penalty = adapter, probes, processes, penalty
+        self.adapter, self.probes, self.processes, self.reads = adapter, probes, processes, reads
+        self.skip_prefix = skip_prefix
         self.held_back, self.target = list(held_back), target
         self._refused = None if tokenizer is None else RefusedRows(adapter, tokenizer, processes)
         self._sample = TrainingRows()
@@ -98,9 +100,9 @@ class ActivationRecorder:
         self._warn(texts)
         if self._refused is not None:
             texts = self._refused.mark(texts)
-        if self.penalty.on_probes is None:
+        if not self.reads:
             return Activations({}, {}, texts)
-        own = self.processes.together(lambda: Activations.read(self.adapter, texts, self.penalty.skips_prefix))
+        own = self.processes.together(lambda: Activations.read(self.adapter, texts, self.skip_prefix))
         if (unreached := own.unreached(self.adapter)) is not None:
             self._warn_once("unreached", unreached)
         return Activations(self._of_first(own.task), self._of_first(own.probes), texts)

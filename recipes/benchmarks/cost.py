@@ -70,7 +70,7 @@ def main(overrides: list[str] | None = None) -> dict[str, float]:
     ids = torch.randint(size.vocabulary, (size.batch, size.length), device=model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     probes = torch.randint(size.vocabulary, (size.probes, size.probe_length)).tolist()
-    recorder = ActivationRecorder(find_adapter(model), probes, Processes(), Penalty.data_aware())
+    recorder = ActivationRecorder(find_adapter(model), probes, Processes())
     corrector = SafetyCorrector(model, subspace, Penalty.data_aware(), recorder.unread())
 
     def step() -> None:

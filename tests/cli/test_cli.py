@@ -221,7 +221,7 @@ MISUSED = {
     ("correct", "{raw}", "--subspace", "{subspace}"): "`--output`: expected a folder to be made, but got none",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--strength", "-1"): "`strength`: expected a number ≥ 0",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--penalty", "projection", "--strength", "1"): "`--strength`",
-    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--probes", "p"): "only for --penalty data_aware",
+    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--probes", "p"): "only for a data-aware penalty",
     (
         "correct",
         "{raw}",

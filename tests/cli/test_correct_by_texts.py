@@ -30,7 +30,7 @@ def test_a_data_aware_correction_has_the_model_read_what_is_given(make, lab, sub
     rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "guard", "--strength", "4")
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule, "--probes", "builtin")
     assert (status, output) == (2, "")
-    assert "`--probes`, `--task`: only for --penalty data_aware or content_aware, or a --target." in error
+    assert "`--probes`, `--task`: only for a data-aware penalty, or a --target." in error
 
 
 def test_a_target_takes_the_place_of_a_strength(lab, subspace, tmp_path):

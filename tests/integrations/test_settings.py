@@ -72,7 +72,10 @@ def test_a_penalty_is_a_name_and_a_strength(settings, penalty, target):
     [
         ({"rnak": 3}, "`rnak`: expected a key that the callback has, but got an unknown one. Did you mean 'rank'?"),
         ({"qqq": 3}, "Known are base_model, aligned_model, "),
-        ({"penalty": "gaurd"}, "`penalty`: expected the name of a preset, data_aware, guard, csulora, separable, "),
+        (
+            {"penalty": "gaurd"},
+            "`penalty`: expected the name of a preset, data_aware, content_aware, guard, csulora, ",
+        ),
         ({"penalty": ["guard"]}, "`penalty`: expected the name of a preset, .* but got \\['guard'\\]"),
         ({"penalty": "guard", "strength": "much"}, "`strength`: expected a number ≥ 0 .*, but got 'much'"),
         ({"penalty": "projection", "strength": 3}, "`strength`: expected none for a projection"),
