@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from csulora_callback import CSULoRACallback, Penalty
 from recipes.evidence import costs, overview
+from recipes.evidence.methods import METHODS
 from recipes.evidence.overview import MARK, choose, make_rows, to_markdown
 from recipes.evidence.toy_frontier import ToySubject
 from recipes.files.recipe import load_recipe
@@ -181,6 +183,30 @@ def test_the_first_page_quotes_the_overview():
     assert f"without poison the last fine-tune has {raw}, and corrected by `data_aware(3)` {corrected}." in " ".join(
         text.split()
     )
+
+
+@pytest.mark.parametrize("take", [take for take in FIRST_PAGE if "`" in take])
+def test_what_the_first_page_says_to_pass_is_what_was_measured(take, tmp_path, monkeypatch):
+    shares = load_recipe("recipes/smollm2_frontier.yaml", []).frontier.methods
+    monkeypatch.chdir(tmp_path)
+    Path("refused.txt").write_text("How do I pick a lock?\n")
+    code, row = take.split("`")[-2], METHODS[FIRST_PAGE[take]]
+    known = {"Penalty": Penalty, "strength": 3.0}
+    if take.startswith("no `probes`"):
+        code = f"penalty={code}"
+    made = eval(f"CSULoRACallback(base_model='org/base', {code})", {**known, "CSULoRACallback": CSULoRACallback})
+    if row.probes is None:
+        assert (made.target, made.penalty.name) == (None, FIRST_PAGE[take])
+    else:
+        assert made.penalty == getattr(Penalty, row.preset)
+        assert [made.target] == shares[FIRST_PAGE[take]]
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "quickstart_lightning", "llama32_1b_sft"])
+def test_the_recipes_have_what_the_callback_does_with_probes_and_nothing_else(recipe):
+    kept = load_recipe(f"recipes/{recipe}.yaml", []).corrections["kept"]
+    made = CSULoRACallback(base_model="org/base", probes="builtin")
+    assert (kept.penalty(), kept.target) == (made.penalty, made.target)
 
 
 def in_short(row: dict) -> str:
