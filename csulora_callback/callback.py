@@ -73,7 +73,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             smaller side (64 at 2048), at least 4.
         energy: keep the smallest \\( k \\) that holds this share of the displacement's energy, instead of ``rank``.
         penalty: the table of \\( λ_b \\), or, for a ``target``, a preset without its strength: ``Penalty.guard``. By
-            default the data-aware preset where there are ``probes``, and otherwise the paper's, ``Penalty.csulora``.
+            default ``Penalty.data_aware`` where there are ``probes`` (where that is seen to refuse harmless requests,
+            take ``Penalty.content_aware``), and otherwise the paper's, ``Penalty.csulora``.
         strength: of the default penalty; ``0`` corrects nothing. By default 10 without ``probes``, and with them what
             ``target`` finds. A ``penalty`` may have its own.
         target: the share of the aligned model's likelihood of refusing ``probes`` that what is saved has to keep
@@ -101,7 +102,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset. With any penalty, every evaluation
             and save then says how much of the refusing is left, before and after the correction, and what this costs
             the task (the keys of :class:`~csulora_callback.behaviour.Behaviour`; in the Trainer's evaluations with
-            ``eval_`` before them). ``Penalty.data_aware`` needs them to correct by. The tokenizer is that of the
+            ``eval_`` before them). The data-aware ones need them to correct by. The tokenizer is that of the
             checkpoint under the adapter. Those that the aligned model does not refuse are left out, and at least 8
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.

@@ -135,13 +135,13 @@ BAD = {
     "no probes": (
         "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\ncorrections: {mine: {preset: data_aware}}",
         [],
-        "'data.probes': expected prompts that are to be refused, for the preset data_aware or a target, but got None",
+        "'data.probes': expected prompts that are to be refused, for a data-aware preset or a target, but got None",
     ),
     "no probes for a target": (
         "output: a\nmodel: {base: a/b, aligned: a/b}\ndata: {source: c/d}\n"
         "corrections: {mine: {preset: guard, target: 0.9}}",
         [],
-        "'data.probes': expected prompts that are to be refused, for the preset data_aware or a target, but got None",
+        "'data.probes': expected prompts that are to be refused, for a data-aware preset or a target, but got None",
     ),
     "a target in percent": (
         "output: a\ncorrections: {mine: {preset: guard, target: 90}}",
@@ -161,7 +161,7 @@ BAD = {
     "data-aware without end": (
         "output: a\ncorrections: {mine: {preset: data_aware, strength: .inf}}",
         [],
-        "'corrections.mine.strength': expected at most 1e+06 for the preset data_aware, but got inf",
+        "'corrections.mine.strength': expected at most 1e+06 for a data-aware preset, but got inf",
     ),
     "attacks in the toy lab": (
         "output: a\ndata: {attacks: a.txt}\ncorrections: {mine: {preset: guard}}",
