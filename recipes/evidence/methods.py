@@ -118,6 +118,7 @@ METHODS = {
     "data_aware": Method("data-aware", _data_aware(), reads=True),
     "content_aware": Method("content-aware", _data_aware(), reads=True, skip_prefix=True),
     "target_lab": Method("target, the lab's probes", reads=True, probes="lab"),
+    "target_strict": Method("target 0.98, the lab's probes", reads=True, probes="lab"),
     "target_builtin": Method("target, built-in probes", reads=True, probes="builtin"),
     "target_content": Method("target, content-aware", reads=True, skip_prefix=True, probes="lab"),
     "target_builtin_content": Method(

@@ -38,6 +38,7 @@ ROWS = (
         "data_aware",
         "content_aware",
         "target_lab",
+        "target_strict",
         "target_content",
         "target_builtin",
         "target_builtin_content",
