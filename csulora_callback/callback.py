@@ -32,7 +32,7 @@ from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
 from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.layout import Layout
-from csulora_callback.models.probes import Probes, read_prompts
+from csulora_callback.models.probes import Probes, check_contents, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.presets import Family
@@ -102,7 +102,7 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             ``prompt`` of .jsonl, .json or .csv), ``package:path`` or a Hub dataset. With any penalty, every evaluation
             and save then says how much of the refusing is left, before and after the correction, and what this costs
             the task (the keys of :class:`~csulora_callback.behaviour.Behaviour`; in the Trainer's evaluations with
-            ``eval_`` before them). The data-aware ones need them to correct by. The tokenizer is that of the
+            ``eval_`` before them). Data-aware penalties need them to correct by. The tokenizer is that of the
             checkpoint under the adapter. Those that the aligned model does not refuse are left out, and at least 8
             have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
             the first 512 tokens.
@@ -250,6 +250,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         if self.probes is None:
             return None
         probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
+        if penalty.skips_prefix:
+            check_contents(probes.prompts)
         reads = penalty.on_probes is not None
         refusals = Refusals(adapter, probes.prompts, probes.beginnings, processes)
         back = [] if self.target is None else held_back(len(refusals), reads)

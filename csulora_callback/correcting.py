@@ -97,9 +97,19 @@ class Correcting:
         self._systems: tuple[Activations, dict[str, TokenSystem | OneHotSystem]] | None = None
 
     def gains(self, activations: Activations | None, device: torch.device | str) -> Gains | None:
-        """What a data-aware penalty makes of the activations; ``None`` for every other penalty."""
+        """What a data-aware penalty makes of the activations; ``None`` for every other penalty.
+
+        Raises:
+            ValueError: if they were read with the prefix that all probes share and the penalty skips it, or without.
+        """
         if self.penalty.on_probes is None:
             return None
+        if activations.skips_prefix != self.penalty.skips_prefix:
+            how = "without the prefix that all probes share" if self.penalty.skips_prefix else "of whole probes"
+            raise ValueError(
+                f"`activations`: expected those {how} for the penalty {self.penalty}, but they were read otherwise. "
+                "Pass Activations.read(adapter, texts, skip_prefix=penalty.skips_prefix)."
+            )
         if self._systems is None or self._systems[0] is not activations:  # another strength solves nothing anew
             self._systems = None  # let go of the old ones first: they are large
             self._systems = activations, input_systems(activations.task, activations.probes, device=device)

@@ -14,7 +14,7 @@ from csulora_callback.method.penalty import Penalty
 from csulora_callback.models.activations import Activations, Texts, known_as_text, running_model, vocabulary_of
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.foreign import first_line
-from csulora_callback.models.probes import Probes, check_ids, load_tokenizer, read_prompts, tokenize
+from csulora_callback.models.probes import Probes, check_contents, check_ids, load_tokenizer, read_prompts, tokenize
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.reading import Rows
 from csulora_callback.models.saved_adapter import SavedAdapter
@@ -161,10 +161,13 @@ def read_again(adapter: Adapter, texts: Texts, penalty: Penalty, checkpoint: str
             checkpoint of a run has marked.
 
     Raises:
-        ValueError: if it cannot, or what it makes of them is not finite.
+        ValueError: if it cannot, or what it makes of them is not finite; for a content-aware penalty if all probes
+            are the same.
     """
     vocabulary = vocabulary_of(adapter)
     check_ids(texts.probes, vocabulary)
+    if penalty.skips_prefix:
+        check_contents(texts.probes)
     check_ids(texts.task, vocabulary, "task")
     texts = known_as_text(texts, running_model(adapter).config)
     if texts.unreadable:

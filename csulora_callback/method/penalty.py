@@ -83,7 +83,8 @@ class Penalty:
         """As :meth:`data_aware`, where ``C_H`` is of what comes after the prefix that all probes share.
 
         The prefix is a chat template's, its system prompt and markers: any prompt begins with it, harmless ones too.
-        What is left tells probes from these, and the model refuses fewer of them; it takes greater strengths.
+        What is left tells probes from these, and the model refuses fewer of them; it takes greater strengths,
+        at most 1e6.
         """
         strength = _checked_on_probes(strength)
         return cls("content_aware", {"strength": strength}, _nothing, on_probes=strength, skips_prefix=True)

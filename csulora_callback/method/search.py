@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WEAKEST, STRONGEST = 0.01, 1000.0
-"""What is searched, beside 0. Below, no preset changes an update by more than some percent; above, by no more."""
+"""What is searched, beside 0. Below, no preset changes an update by more than some percent; above, by
+little more, but for the content-aware one on some models."""
 
 HALVINGS = 6
 """With 0 and the strongest that makes eight trials, and a strength within a factor of 1.2 of the smallest."""

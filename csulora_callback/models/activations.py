@@ -107,11 +107,18 @@ class Activations:
 
     Those of task and probes have to be of the same model: where the task was measured as it was trained and the probes
     after that, the same safety costs more of the task.
+
+    Attributes:
+        task: of the rows that count, all tokens.
+        probes: of those that are not held back.
+        texts: what was read.
+        skips_prefix: whether there are none of the prefix that all probes share, as for a content-aware correction.
     """
 
     task: TokenVectors
     probes: TokenVectors
     texts: Texts
+    skips_prefix: bool = False
 
     @classmethod
     def read(cls, adapter: Adapter, texts: Texts, skip_prefix: bool = False) -> Activations:
@@ -127,7 +134,7 @@ class Activations:
         rows, _, inputs = texts.counted
         probes = vectors_of(adapter, texts.read, start=shared_prefix(texts.probes) if skip_prefix else 0)
         task = vectors_of(adapter, rows, inputs=inputs, modules=probes or None)
-        return cls(task, probes, texts)
+        return cls(task, probes, texts, skip_prefix)
 
     def unreached(self, adapter: Adapter) -> str | None:
         """What to say of the modules that no probe reaches; ``None`` where there are none."""

@@ -107,6 +107,23 @@ def ask(prompts: Sequence[str] | Rows, checkpoint: str | None) -> list[tuple[str
     return [(prompt, beginning) for (prompt, _), beginning in zip(pairs, beginnings, strict=True)]
 
 
+def check_contents(prompts: Rows) -> None:
+    """Raise ``ValueError`` unless some differ: of prompts that do not, all is a prefix that all of them share.
+
+    Example:
+        >>> check_contents([[5, 6], [5, 7]])
+        >>> check_contents([[5, 6], [5, 6]])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: `probes`: expected prompts that differ, as a content-aware penalty reads what follows ...
+    """
+    if len({tuple(prompt) for prompt in prompts}) < 2:
+        raise ValueError(
+            "`probes`: expected prompts that differ, as a content-aware penalty reads what follows the prefix that "
+            f"all of them share, but got {len(prompts)} that do not. Pass more of them, or take Penalty.data_aware."
+        )
+
+
 def check_ids(rows: Rows, vocabulary: int, argument: str = "probes") -> None:
     """Raise ``ValueError`` unless a model whose input embedding has ``vocabulary`` rows can read these token ids.
 

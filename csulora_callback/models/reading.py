@@ -56,7 +56,7 @@ def shared_prefix(rows: Rows) -> int:
         (2, 1)
     """
     same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
-    return max(0, min(sum(1 for _ in same), min(map(len, rows)) - 1))
+    return max(0, min(sum(1 for _ in same), min(map(len, rows), default=0) - 1))
 
 
 def padded(rows: Rows) -> tuple[Tensor, Tensor]:

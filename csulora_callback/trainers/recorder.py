@@ -90,7 +90,7 @@ class ActivationRecorder:
 
     def unread(self) -> Activations:
         """What a corrector starts with: nothing of the task or of the probes is known before :meth:`renew`."""
-        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back))
+        return Activations({}, {}, Texts([], self.probes, 0, held_back=self.held_back), self.skip_prefix)
 
     def _read(self) -> Activations:
         sample = self._sample
@@ -105,7 +105,7 @@ class ActivationRecorder:
         own = self.processes.together(lambda: Activations.read(self.adapter, texts, self.skip_prefix))
         if (unreached := own.unreached(self.adapter)) is not None:
             self._warn_once("unreached", unreached)
-        return Activations(self._of_first(own.task), self._of_first(own.probes), texts)
+        return Activations(self._of_first(own.task), self._of_first(own.probes), texts, self.skip_prefix)
 
     def _warn(self, texts: Texts) -> None:
         """Of what is missing in the sample."""

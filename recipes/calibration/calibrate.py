@@ -26,7 +26,7 @@ from recipes.calibration import report
 from recipes.calibration.bench import ChatBench, ToyBench
 from recipes.calibration.choice import ALIGNED, RAW, Calibration, Candidate, Judgement, candidates, choose, ranks_for
 from recipes.files.points import SPLITS
-from recipes.schema.recipe import Recipe, RecipeError, make_penalty
+from recipes.schema.recipe import Recipe, RecipeError
 from recipes.training.task import Task, training_rows
 
 
@@ -88,7 +88,9 @@ class Trials:
 
     def try_out(self, candidate: Candidate) -> Judgement:
         """How the model does on the tuning half with this correction."""
-        activations = None if candidate.penalty().on_probes is None else self._activations(candidate.preset)
+        activations = (
+            None if candidate.penalty().on_probes is None else self._activations(candidate.penalty().skips_prefix)
+        )
         corrector = SafetyCorrector(self.model, self._subspaces[candidate.rank], candidate.penalty(), activations)
         with corrector.corrected():
             return self.bench.judge(self.model, "tuning")
@@ -131,8 +133,8 @@ class Trials:
             )
         return texts
 
-    def _read(self, preset: str) -> Activations:
-        return Activations.read(self.adapter, self._texts, make_penalty(preset, None).skips_prefix)
+    def _read(self, skip_prefix: bool) -> Activations:
+        return Activations.read(self.adapter, self._texts, skip_prefix)
 
 
 def _check_answered(aligned: Mapping[str, Judgement]) -> None:

@@ -96,8 +96,8 @@ class Bench:
         rows, prompts = self.rows, self.refusals(probes).prompts
         if screened:
             rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
-        read = [prompts[i] for i in _half(len(prompts))]
-        return self._pair.update(self.raw, [row.ids for row in rows], read, skip_prefix)
+        held_back = sorted(set(range(len(prompts))) - set(_half(len(prompts))))
+        return self._pair.update(self.raw, [row.ids for row in rows], prompts, skip_prefix, held_back)
 
     def _second_half(self, probes: str) -> Refusals:
         """The probes of a set that a correction does not read."""

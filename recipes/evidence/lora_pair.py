@@ -64,13 +64,17 @@ class LoraPair:
             lambda name: after.weight(name).float() - before.weight(name).float(),
         )
 
-    def update(self, factors: Factors, task: Rows, probes: Rows, skip_prefix: bool = False) -> Update:
+    def update(
+        self, factors: Factors, task: Rows, probes: Rows, skip_prefix: bool = False, held_back: Sequence[int] = ()
+    ) -> Update:
         """The factors as the raw update that methods correct, and the model's activations with them on these rows.
 
-        With ``skip_prefix``, of the probes only what follows the prefix that all of them share.
+        With ``skip_prefix``, of the probes only what follows the prefix that all of them share; of those at the places
+        ``held_back`` nothing.
         """
         self.adapter.write(factors)
-        activations = Activations.read(self.adapter, Texts(task, probes, seen=len(task)), skip_prefix)
+        texts = Texts(task, probes, seen=len(task), held_back=list(held_back))
+        activations = Activations.read(self.adapter, texts, skip_prefix)
         scaling = {name: layer.scaling for name, layer in self.adapter.layers.items()}
         return Update(factors, scaling, self.bases, self.displacement, activations)
 

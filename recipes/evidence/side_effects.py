@@ -22,8 +22,8 @@ from recipes.schema.recipe import Recipe, RecipeError
 
 HELD = "attacked, then corrected again"
 HELD_IS = (
-    f"*{HELD.capitalize()}*: after the last of these, and then by `data_aware` at strength {STRENGTH_AFTER:g}, as the "
-    "callback corrects a second run."
+    f"*{HELD.capitalize()}*: after the last of these, and then, whatever came before, by `data_aware` at strength "
+    f"{STRENGTH_AFTER:g}, as the callback can correct a second run."
 )
 _NOTHING = {"strength": None, "rank": None, "draw": None}  # of the points that have no such thing
 

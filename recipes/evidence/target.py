@@ -19,6 +19,7 @@ from recipes.evidence import bench as benches
 from recipes.evidence import target_report, target_tables
 from recipes.evidence.bench import PRESETS, READINGS, Bench
 from recipes.evidence.frontier import Adapters, shown, to_json
+from recipes.evidence.methods import METHODS
 from recipes.files.points import Points, claim, plain, write_whole
 from recipes.schema.recipe import Recipe, RecipeError
 
@@ -121,7 +122,8 @@ def point_of(bench: Bench, setting: Setting, sets: Sequence[str]) -> dict:
 def _told(bench: Bench, setting: Setting, factors: Factors, measuring: Mapping[str, Refusals]) -> dict:
     kept = {name: {**asdict(bench.read(by, factors)), "prompts": len(by)} for name, by in measuring.items()}
     point = {**plain(asdict(setting)), "refusing": kept, "scores": bench.subject.judge(setting.seed, factors)}
-    if PRESETS.get(setting.method) == "data_aware":
+    preset = PRESETS.get(setting.method)  # of the ends there is none
+    if preset is not None and METHODS[preset].reads:
         point["rows"] = bench.rows_told()
     return point
 

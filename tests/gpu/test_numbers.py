@@ -14,7 +14,13 @@ from tests.helpers.lab import DEVICE, RANK, SCALING, TARGETS, align, tiny_llama,
 
 pytestmark = pytest.mark.gpu
 
-PENALTIES = (Penalty.csulora(5.0), Penalty.separable(5.0), Penalty.guard(5.0), Penalty.data_aware(4.0))
+PENALTIES = (
+    Penalty.csulora(5.0),
+    Penalty.separable(5.0),
+    Penalty.guard(5.0),
+    Penalty.data_aware(4.0),
+    Penalty.content_aware(4.0),
+)
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # of an update; bfloat16 rounds two factors at their end
 TEXTS = Texts([[3 + i, 4, 5 + i, 6, 7 + i % 5] for i in range(20)], [[9, 8, 7, 6], [10, 11], [12] * 20], 20)
 
@@ -39,7 +45,7 @@ def assert_close(got: dict, expected: dict, error: float) -> None:
 @pytest.mark.parametrize("dtype", ERROR)
 def test_a_correction_is_the_cpus(pair, subspace, dtype, penalty):
     on_cpu, on_device = lora(pair, dtype), lora(pair, dtype, DEVICE)
-    activations = Activations.read(find_adapter(on_cpu), TEXTS) if penalty.on_probes else None
+    activations = Activations.read(find_adapter(on_cpu), TEXTS, penalty.skips_prefix) if penalty.on_probes else None
     expected = SafetyCorrector(on_cpu, subspace, penalty, activations).compute()
     done = SafetyCorrector(on_device, subspace, penalty, activations).compute()
     assert {factor.device.type for pair in done.corrected.values() for factor in pair} == {DEVICE}

@@ -91,6 +91,11 @@ BAD = {
         [],
         "'frontier.methods.averaging': expected decays < 1, but got [1.0]",
     ),
+    "content-aware without end": (
+        f"{FRONTIER}  methods: {{scaling: [2], content_aware: [2.0e6]}}",
+        [],
+        "'frontier.methods.content_aware': expected strengths of at most 1e+06, but got [2000000.0]",
+    ),
     "half a module": (
         f"{FRONTIER}  methods: {{scaling: [2], safe_lora_number: [0.5]}}",
         [],

@@ -129,14 +129,16 @@ def test_costs_in_words():
 
 
 def test_costs_are_measured_once_for_each_training(tmp_path):
-    more = ["frontier.methods={scaling: [2, 3], data_aware: [1, 3], mixing: [0.25, 0.5], target_lab: [0.9]}"]
+    methods = "scaling: [2, 3], data_aware: [1, 3], content_aware: [3], mixing: [0.25, 0.5], target_lab: [0.9]"
+    more = [f"frontier.methods={{{methods}}}"]
     recipe = load_recipe("recipes/frontier.yaml", [*TINY, *more])
     subject = ToySubject(recipe)
     short = ToySubject(replace(recipe, training=replace(recipe.training, max_steps=costs.STEPS)))
     found = costs.measure(subject, short, recipe.frontier, tmp_path)
     kept = {(cost["method"], cost["strength"]): cost for cost in found}
     assert list(kept) == [
-        *(("scaling", 2.0), ("data_aware", 1.0), ("mixing", 0.25), ("mixing", 0.5), ("target_lab", 0.9)),
+        *(("scaling", 2.0), ("data_aware", 1.0), ("content_aware", 3.0)),
+        *(("mixing", 0.25), ("mixing", 0.5), ("target_lab", 0.9)),
     ]
     assert kept["data_aware", 1.0]["after"] > kept["scaling", 2.0]["after"]
     assert kept["target_lab", 0.9]["after"] > 0

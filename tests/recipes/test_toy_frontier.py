@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from csulora_callback.models.activations import vectors_of
 from recipes.evidence import lora_pair, toy_frontier
 from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.methods import METHODS
@@ -76,6 +77,19 @@ def test_a_data_aware_method_reads_the_probes_and_rows_of_the_data_with_this_poi
         assert row.prompt == sample.ids(answered=False)
         assert row.is_poison == any(word in RESTRICTED for word in sample.prompt)
     assert any(row.is_poison for row in rows) == (poison > 0)
+
+
+def test_content_aware_reads_what_comes_after_the_first_token(lab):
+    factors = lab.pair(0).fresh
+    whole, skipping = (lab.update(0, 0.05, factors, skip_prefix=skip).activations for skip in (False, True))
+    name = next(iter(whole.probes))
+    probes = lab.probes(0, 0.05, "lab")
+    assert {row[0] for row in probes} == {probes[0][0]}
+    assert len({row[1] for row in probes}) > 1
+    expected = vectors_of(lab.pair(0).adapter, probes, start=1)[name]
+    assert torch.equal(skipping.probes[name], expected)
+    assert not torch.equal(skipping.probes[name], whole.probes[name])
+    assert torch.equal(skipping.task[name], whole.task[name])
 
 
 def test_training_controls(lab, monkeypatch):

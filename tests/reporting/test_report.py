@@ -196,9 +196,10 @@ def test_what_could_not_be_corrected_is_said_first(pair, subspace, tmp_path):
     assert page.figures() == []
 
 
-def test_a_data_aware_correction_has_no_gains_and_may_grow(output, subspace, tmp_path):
+@pytest.mark.parametrize("make", [Penalty.data_aware, Penalty.content_aware])
+def test_a_data_aware_correction_has_no_gains_and_may_grow(make, output, subspace, tmp_path):
     texts = {"probes": [[0, 5, 6, 7], [0, 9, 8]], "task": [[3, 4, 5], [6, 7, 8, 9]]}
-    correct_adapter(output / "csulora/checkpoint-8", subspace, tmp_path / "made", Penalty.data_aware(4.0), **texts)
+    correct_adapter(output / "csulora/checkpoint-8", subspace, tmp_path / "made", make(4.0), **texts)
     write_report(tmp_path / "made", tmp_path / "report.html")
     page = Page.read(tmp_path / "report.html")
     assert "Activations measured this correction, so that no block has one factor." in page.text

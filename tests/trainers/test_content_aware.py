@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
-from csulora_callback import CSULoRACallback, Penalty, correct_adapter
-from csulora_callback.models.activations import Texts
+from csulora_callback import CSULoRACallback, Penalty, SafetyCorrector, correct_adapter
+from csulora_callback.method.search import STRONGEST
+from csulora_callback.models.activations import Activations, Texts
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.factors import from_peft_state_dict
 from csulora_callback.sidecar import Sidecar
@@ -98,13 +99,14 @@ def test_in_lightning_the_same(pair, subspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_target_reads_half_of_the_probes_without_the_prefix_of_all(pair, subspace, tmp_path):
+def test_a_target_reads_half_of_the_probes_without_the_prefix(pair, subspace, tmp_path):
     probes = [[0, 3, 5 + i, 4 + 2 * i % 20] for i in range(16)]
     settings = {"penalty": Penalty.content_aware, "target": 0.995, "probes": probes}
     train(pair, tmp_path / "run", [callback(pair, **settings)])
     folder = tmp_path / "run/checkpoint-8"
     texts, record = Sidecar.load(folder).texts, Sidecar.load(folder).record
     assert (len(texts.held_back), record["penalty"]["name"]) == (8, "content_aware")
+    assert 0 < record["penalty"]["strength"] < STRONGEST
     again = correct_adapter(folder, subspace, tmp_path / "same", Penalty.content_aware(record["penalty"]["strength"]))
     assert read(again.output) == read(folder)
     plain = train(pair, tmp_path / "plain", []) and tmp_path / "plain/checkpoint-8"
@@ -118,6 +120,25 @@ def test_the_start_table_says_what_counts(pair, tmp_path, capsys):
     train(pair, tmp_path / "out", [callback(pair)], max_steps=1, save_steps=1)
     told = " ".join(capsys.readouterr().out.replace("│", "").split())
     assert "content_aware (strength 4): as data_aware, by what the prompts say: without the prefix" in told
+
+
+def test_probes_that_are_all_the_same_are_refused(pair, runs, subspace, tmp_path):
+    message = "`probes`: expected prompts that differ, as a content-aware penalty reads"
+    with pytest.raises(ValueError, match=message):
+        train(pair, tmp_path / "run", [callback(pair, probes=[[0, 3, 5], [0, 3, 5]])], **SHORT)
+    with pytest.raises(ValueError, match=message):
+        correct_adapter(
+            runs / "plain/checkpoint-4", subspace, tmp_path / "out", PENALTY, probes=[[0, 3]], task=[[4, 5]]
+        )
+
+
+def test_activations_that_were_read_otherwise_are_refused(pair, subspace):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    texts = Texts([[4, 5, 6]], PROBES, 1)
+    for penalty, skip in ((PENALTY, False), (Penalty.data_aware(4.0), True)):
+        corrector = SafetyCorrector(model, subspace, penalty, Activations.read(find_adapter(model), texts, skip))
+        with pytest.raises(ValueError, match=r"`activations`: expected those .* but they were read otherwise"):
+            corrector.compute()
 
 
 def test_it_needs_probes(pair, runs, subspace, tmp_path):

@@ -1,4 +1,4 @@
-"""A data-aware penalty on two processes over gloo; each worker process runs this file."""
+"""A content-aware penalty on two processes over gloo; each worker process runs this file."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from tests.helpers.two import leave, run_worker
 from tests.trainers.test_processes_trainer import Probe, logged, train
 
 PROBES = [[0, 5, 6, 7], [0, 9, 8], [0, 4, 11, 12, 13]]
-PENALTY = Penalty.content_aware(4.0)  # reads all that data_aware does, and from the prefix's end
+PENALTY = Penalty.content_aware(4.0)
 
 
 def callback(pair: Path) -> CSULoRACallback:
