@@ -18,6 +18,7 @@ from tests.helpers.lab import PENALTY, RANK, TARGETS, assert_same, corrected_by_
 ESCAPE = "\x1b"
 
 
+@pytest.mark.slow
 def test_a_subspace_is_estimated_written_and_shown(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # another test's may hold one of equal weights
     file = tmp_path / "subspace.safetensors"

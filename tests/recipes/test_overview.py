@@ -149,6 +149,7 @@ def test_costs_are_measured_once_for_each_training(tmp_path):
     assert (tmp_path / "costs.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_page_has_the_tables_of_the_kept_results():
     text = PAGE.read_text(encoding="utf-8")
     for name, poison in MARK.findall(text):
@@ -170,6 +171,7 @@ FIRST_PAGE = {  # what it says to take, and the row of the overview
 }
 
 
+@pytest.mark.slow
 def test_the_first_page_quotes_the_overview():
     text = Path("README.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]

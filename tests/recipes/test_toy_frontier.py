@@ -127,6 +127,7 @@ def command(tmp_path):
     return [str(tmp_path / "frontier.yaml"), *TINY]
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_and_its_resolved_copy_finds_nothing_left_to_do(tmp_path, command, capsys):
     assert main([*command, f"output={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out

@@ -73,6 +73,7 @@ ARCHITECTURES = {
         )
     ),
 }
+CASES = [pytest.param(name, marks=() if name in ("llama", "gpt2") else pytest.mark.slow) for name in ARCHITECTURES]
 # A part of the names of modules that "all-linear" must have reached, by what is special about the architecture.
 TYPICAL = {
     "qwen2": ["self_attn.q_proj", "self_attn.k_proj"],
@@ -154,7 +155,7 @@ def dense_correction(displacement: torch.Tensor, update: torch.Tensor) -> torch.
     return U[:, :LORA_RANK] * sigma[:LORA_RANK] @ Vh[:LORA_RANK]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_holds_the_closest_safe_update_of_what_was_trained(trained, name):
     run = trained(name)
     base, aligned, raw = matrices(run.base), matrices(run.aligned), updates(run.raw_checkpoint)
@@ -168,7 +169,7 @@ def test_a_checkpoint_holds_the_closest_safe_update_of_what_was_trained(trained,
         assert (saved[module] - update).norm() > 0.1 * update.norm(), module
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", CASES)
 def test_the_raw_adapter_comes_back_from_the_sidecar(trained, name, tmp_path):
     run = trained(name)
     shutil.copytree(run.checkpoint, tmp_path / "restored")

@@ -59,6 +59,7 @@ def test_nothing_stays_replaced_in_lightning(pair, tmp_path):
     assert hooks_of(module) == found["hooks"]
 
 
+@pytest.mark.slow
 def test_a_later_run_without_the_callback_is_one_without_it(pair, tmp_path):
     def second(model, folder):
         trainer = make_trainer(model, tmp_path / folder, [], save_steps=2)
