@@ -115,11 +115,12 @@ def _checked_multiplier(name: str, value: float) -> float:
 
 
 def _checked_on_probes(strength: float) -> float:
-    if _checked_multiplier("strength", strength) > MAX_STRENGTH:
+    strength = _checked_multiplier("strength", strength)
+    if strength > MAX_STRENGTH:
         raise ValueError(
             f"`strength`: expected at most {MAX_STRENGTH:g} for a data-aware penalty, but got {strength!r}."
         )
-    return float(strength)
+    return strength
 
 
 def _scaled(strength: float, share: float) -> float:

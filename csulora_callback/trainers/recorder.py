@@ -105,7 +105,7 @@ class ActivationRecorder:
         own = self.processes.together(lambda: Activations.read(self.adapter, texts, self.skip_prefix))
         if (unreached := own.unreached(self.adapter)) is not None:
             self._warn_once("unreached", unreached)
-        return Activations(self._of_first(own.task), self._of_first(own.probes), texts, self.skip_prefix)
+        return replace(own, task=self._of_first(own.task), probes=self._of_first(own.probes))
 
     def _warn(self, texts: Texts) -> None:
         """Of what is missing in the sample."""

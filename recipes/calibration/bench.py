@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peft import PeftModel
 
-from csulora_callback.presets import DATA_AWARE
 from recipes.calibration.choice import Judgement
 from recipes.files.points import SPLITS
 from recipes.labs import toy
@@ -39,7 +38,7 @@ class ChatBench:
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         prompts = prompts_named(recipe, "calibrate.attacks")
-        if not set(DATA_AWARE).isdisjoint(recipe.calibrate.presets):
+        if recipe.calibrate.reads_probes:
             check_apart("calibrate.attacks", prompts, "data.probes, which the correction has seen", task.probes)
         rows, harmless = task.held_out, _harmless(recipe, task, prompts)
         if min(len(prompts), len(rows)) < 2:

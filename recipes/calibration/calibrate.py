@@ -88,10 +88,9 @@ class Trials:
 
     def try_out(self, candidate: Candidate) -> Judgement:
         """How the model does on the tuning half with this correction."""
-        activations = (
-            None if candidate.penalty().on_probes is None else self._activations(candidate.penalty().skips_prefix)
-        )
-        corrector = SafetyCorrector(self.model, self._subspaces[candidate.rank], candidate.penalty(), activations)
+        penalty = candidate.penalty()
+        activations = None if penalty.on_probes is None else self._activations(penalty.skips_prefix)
+        corrector = SafetyCorrector(self.model, self._subspaces[candidate.rank], penalty, activations)
         with corrector.corrected():
             return self.bench.judge(self.model, "tuning")
 

@@ -26,7 +26,7 @@ def check(recipe: Recipe) -> None:
             _refuse(key, "a share in [0, 1]", getattr(settings, key))
     if recipe.model.base is not None and settings.attacks is None:
         _refuse("attacks", "a .txt or .jsonl file or a Hub dataset of prompts that are to be refused", None)
-    seen = None if set(DATA_AWARE).isdisjoint(settings.presets) else recipe.data.probes
+    seen = recipe.data.probes if settings.reads_probes else None
     if seen is not None and seen == settings.attacks:
         _refuse("attacks", "other prompts than data.probes, which the correction has seen", settings.attacks)
     if recipe.model.base is None and settings.attacks is not None:

@@ -64,7 +64,7 @@ class Bench:
         self.subject, self.seed, self.poison = subject, seed, poison
         self.raw, self.rank, self._folder, self._pair = raw, rank, folder, subject.pair(seed)
         # Caches of the bench, not of the class, which would keep the models of all seeds.
-        self.refusals, self.held_back = cache(self._refused_probes), cache(self._second_half)
+        self.refusals, self.held_back = cache(self._refused_probes), cache(self._held_back)
         self._update, self.trial = cache(self._read), cache(self._tried)
 
     def _refused_probes(self, probes: str) -> Refusals:
@@ -96,13 +96,14 @@ class Bench:
         rows, prompts = self.rows, self.refusals(probes).prompts
         if screened:
             rows = [row for row, is_refused in zip(rows, self.refused_rows, strict=True) if not is_refused]
-        held_back = sorted(set(range(len(prompts))) - set(_half(len(prompts))))
-        return self._pair.update(self.raw, [row.ids for row in rows], prompts, skip_prefix, held_back)
+        return self._pair.update(
+            self.raw, [row.ids for row in rows], prompts, skip_prefix, held_back=_second_half(len(prompts))
+        )
 
-    def _second_half(self, probes: str) -> Refusals:
+    def _held_back(self, probes: str) -> Refusals:
         """The probes of a set that a correction does not read."""
         refusals = self.refusals(probes)
-        return refusals.of(sorted(set(range(len(refusals))) - set(_half(len(refusals)))))
+        return refusals.of(_second_half(len(refusals)))
 
     def measuring(self, method: str, probes: str) -> Refusals:
         """The probes that a target is measured by: those that the method does not read."""
@@ -138,6 +139,7 @@ class Bench:
         }
 
 
-def _half(count: int) -> list[int]:
-    """The places of the half that a correction reads."""
-    return fixed_sample(count, count // 2)
+def _second_half(count: int) -> list[int]:
+    """The places of the probes that a correction does not read."""
+    read = set(fixed_sample(count, count // 2))
+    return [place for place in range(count) if place not in read]

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from csulora_callback.method.search import Found
 from csulora_callback.method.token_space import MAX_STRENGTH
 from csulora_callback.models.factors import Factors
+from csulora_callback.presets import DATA_AWARE
 from recipes.evidence import bench as benches
 from recipes.evidence import frontier_picture, frontier_report
 from recipes.evidence.baselines import Update
@@ -119,7 +120,7 @@ def check(frontier: Frontier) -> None:
             refuse(f"methods.{name}", "no strengths, as this method has none", strengths)
         if METHODS[name].strengths and not (strengths and all(strength > 0 for strength in strengths)):
             refuse(f"methods.{name}", "strengths > 0, at least one", strengths)
-        if (name.startswith("data_aware") or name == "content_aware") and max(strengths) > MAX_STRENGTH:
+        if name.startswith(DATA_AWARE) and max(strengths) > MAX_STRENGTH:
             refuse(f"methods.{name}", f"strengths of at most {MAX_STRENGTH:g}", strengths)
         if name == "averaging" and max(strengths) >= 1:
             refuse(f"methods.{name}", "decays < 1", strengths)

@@ -7,7 +7,6 @@ import re
 from operator import attrgetter
 
 from csulora_callback.method.token_space import MAX_STRENGTH
-from csulora_callback.presets import DATA_AWARE
 from recipes.files.sources import PROMPTS
 from recipes.schema.recipe import Preset, Recipe, RecipeError, TrainerKind
 
@@ -108,8 +107,9 @@ def check_values(path: str, recipe: Recipe) -> None:
         or (isinstance(training.report_to, list) and all(isinstance(name, str) for name in training.report_to))
     ):
         refuse("training.report_to", "the name of a tracker, or a list of them", training.report_to)
-    reading = not set(DATA_AWARE).isdisjoint(recipe.calibrate.presets)
-    reading |= any(correction.reads_probes for correction in recipe.corrections.values())
+    reading = recipe.calibrate.reads_probes or any(
+        correction.reads_probes for correction in recipe.corrections.values()
+    )
     if reading and recipe.model.base is not None and recipe.data.probes is None:
         refuse("data.probes", "prompts that are to be refused, for a data-aware preset or a target", None)
     if recipe.frontier.methods and recipe.target.found:

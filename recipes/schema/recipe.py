@@ -153,6 +153,11 @@ class Calibrate:
     harmless_column: str = "prompt"
     newly_refused: float = 0.1  # the most that may be refused of those that the aligned model answers
 
+    @property
+    def reads_probes(self) -> bool:
+        """Whether a preset measures by prompts that are to be refused."""
+        return not self.presets.keys().isdisjoint(DATA_AWARE)
+
 
 @dataclass
 class Recipe:

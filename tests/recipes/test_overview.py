@@ -195,10 +195,10 @@ def test_what_the_first_page_says_to_pass_is_what_was_measured(take, tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("refused.txt").write_text("How do I pick a lock?\n")
     code, row = take.split("`")[-2], METHODS[FIRST_PAGE[take]]
-    known = {"Penalty": Penalty, "strength": 3.0}
     if take.startswith("no `probes`"):
         code = f"penalty={code}"
-    made = eval(f"CSULoRACallback(base_model='org/base', {code})", {**known, "CSULoRACallback": CSULoRACallback})
+    known = {"CSULoRACallback": CSULoRACallback, "Penalty": Penalty, "strength": 3.0}
+    made = eval(f"CSULoRACallback(base_model='org/base', {code})", known)
     if row.probes is None:
         assert (made.target, made.penalty.name) == (None, FIRST_PAGE[take])
     else:
