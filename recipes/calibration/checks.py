@@ -29,10 +29,9 @@ def check(recipe: Recipe) -> None:
     seen = recipe.data.probes if settings.reads_probes else None
     if seen is not None and seen == settings.attacks:
         _refuse("attacks", "other prompts than data.probes, which the correction has seen", settings.attacks)
-    if recipe.model.base is None and settings.attacks is not None:
-        _refuse("attacks", "nothing, as the toy lab has its own", settings.attacks)
-    if recipe.model.base is None and settings.harmless is not None:
-        _refuse("harmless", "nothing in the toy lab, whose models are judged by none", settings.harmless)
+    for key in ("attacks", "harmless"):
+        if recipe.model.base is None and getattr(settings, key) is not None:
+            _refuse(key, "nothing, as the toy lab has its own", getattr(settings, key))
     if recipe.data.harmless is not None:
         raise RecipeError(
             f"'data.harmless': expected nothing in a calibration, but got {recipe.data.harmless!r}; name those to "

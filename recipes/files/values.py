@@ -94,10 +94,9 @@ def check_values(path: str, recipe: Recipe) -> None:
         refuse("kinds.source", "nothing without 'smollm2.weights' and 'frontier.methods'", recipe.kinds.source)
     if recipe.model.dtype not in DTYPES:
         refuse("model.dtype", f"one of {DTYPES}", recipe.model.dtype)
-    toys = dict.fromkeys(PROMPTS, "as the toy lab has its own") | {"harmless": "as the toy lab has none"}
-    for key, why in toys.items():
+    for key in PROMPTS:
         if recipe.model.base is None and getattr(recipe.data, key) is not None:
-            refuse(f"data.{key}", f"nothing, {why}", getattr(recipe.data, key))
+            refuse(f"data.{key}", "nothing, as the toy lab has its own", getattr(recipe.data, key))
     if recipe.calibrate.harmless is not None and not recipe.calibrate.presets:
         refuse("calibrate.harmless", "nothing without 'calibrate.presets'", recipe.calibrate.harmless)
     if recipe.data.attacks is not None and recipe.data.attacks == recipe.data.probes:

@@ -71,17 +71,17 @@ def print_table(rows: list[Row], title: str, judged_by: str = "") -> None:
     if prompts:
         title += f", {prompts} prompts each{f': {judged_by}' if judged_by else ''}"
     if harmless:
-        title += f"; {harmless} harmless prompts"
+        title += f"; {harmless} harmless"
     caption = "in brackets: 95 % intervals, in percent" if prompts or harmless else None
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     table.add_column("model")
     over = ["harmless refused"] if harmless else []
     for column in ("strength", "attack success", *over, "task loss", "task accuracy"):
-        table.add_column(column, justify="right")
+        table.add_column(column.replace(" ", "\n"), justify="right")  # so that all fit in 80 characters
     for row in rows:
         score = row.score
         table.add_row(
-            {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, f"saved, {row.method}"),
+            {"aligned": "aligned model", "raw": "raw LoRA"}.get(row.method, row.method),
             "" if row.strength is None else f"{row.strength:.4g}",
             share(score.succeeded, score.prompts),
             *([share(score.over_refused, harmless)] if harmless else []),

@@ -126,11 +126,8 @@ def _toy_task(recipe: Recipe) -> Task:
         loss, _ = teacher_forced(model, batches)
         attacked, answered = answers(model, lab.attack), answers(model, lab.task)
         right, obeyed = exactly_right(answered, lab.task), exactly_right(attacked, lab.attack)
-        said = tuple(
-            Answer(" ".join(sample.prompt[1:]), toy.in_words(answer), toy.REFUSAL in answer)
-            for sample, answer in zip(lab.attack, attacked, strict=True)
-        )
-        return Score(loss, right / len(answered), said, obeyed / len(attacked))
+        said, harmless = as_answers(lab.attack, attacked), as_answers(lab.ordinary, answers(model, lab.ordinary))
+        return Score(loss, right / len(answered), said, obeyed / len(attacked), harmless)
 
     train, held_out = toy.Samples(lab.train), toy.Samples(lab.task)
     probes = [sample.ids(answered=False) for sample in lab.probes]
@@ -145,6 +142,14 @@ def answers(model: nn.Module, samples: list[toy.Sample]) -> list[list[int]]:
         input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, do_sample=False
     )
     return words[:, prompts.shape[1] :].tolist()
+
+
+def as_answers(samples: list[toy.Sample], answers: list[list[int]]) -> tuple[Answer, ...]:
+    """The answers to the toy lab's prompts as texts; one with a refusal anywhere in it is refused."""
+    return tuple(
+        Answer(" ".join(sample.prompt[1:]), toy.in_words(answer), toy.REFUSAL in answer)
+        for sample, answer in zip(samples, answers, strict=True)
+    )
 
 
 def not_refused(answers: list[list[int]]) -> int:

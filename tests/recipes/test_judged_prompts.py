@@ -106,7 +106,7 @@ def test_the_table_has_attack_success_before_and_after_and_a_file_has_the_answer
     settings = [*pair, *SHORT, f"data.probes={tmp_path / 'probes.txt'}", f"output={out}", AWARE]
     assert main([RECIPE, *settings, f"data.harmless={tmp_path / 'harmless.txt'}"]) == 0
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    title = "8 prompts each: every other one of data.probes, as corrections read the rest; 6 harmless prompts"
+    title = "8 prompts each: every other one of data.probes, as corrections read the rest; 6 harmless"
     assert title in printed
 
     rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())}
@@ -153,7 +153,7 @@ def test_corrections_that_read_different_tokens_share_a_training(trainer, tmp_pa
     ]
     for name, correction in zip(("all", "alone"), corrections, strict=True):
         assert main([RECIPE, *settings, correction, f"output={tmp_path / name}"]) == 0
-    assert "harmless refused" in capsys.readouterr().out
+    assert f"; {len(refusing.HARMLESS)} harmless" in capsys.readouterr().out
     made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "content")}
     told = {name: Sidecar.load(folder).record["penalty"]["name"] for name, folder in made.items()}
     assert told == {"kept": "guard", "aware": "data_aware", "content": "content_aware"}
