@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from rich.console import Console
@@ -139,18 +140,29 @@ def with_interval(values: Sequence[float]) -> dict:
     """Mean, and the 2.5 and 97.5 percentiles of means over resampled seeds; no interval of a single seed."""
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None}
-    resampled = np.random.default_rng(0).choice(values, (_RESAMPLES, len(values))).mean(axis=1)
+    resampled = np.asarray(values)[_resampled(len(values))].mean(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return {"mean": _mean(values), "low": float(low), "high": float(high)}
 
 
+@cache
+def _resampled(count: int) -> np.ndarray:
+    """Places ``(resamples, count)`` that were drawn of ``count``: the same ones for every mean."""
+    return np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
+
+
+@cache
+def _resampled_shares(*counts: int) -> list[np.ndarray]:
+    """Of each of ``counts`` the shares ``(resamples, count)`` that its places have of what was drawn."""
+    generator = np.random.default_rng(0)
+    return [generator.multinomial(count, np.full(count, 1 / count), _RESAMPLES) / count for count in counts]
+
+
 def over_seeds_and_prompts(values: np.ndarray) -> dict:
     """The same of values ``(seeds, prompts)`` of the same prompts in each seed: both are resampled."""
-    generator, (seeds, prompts) = np.random.default_rng(0), values.shape
-    if seeds == 1:
+    if len(values) == 1:
         return {"mean": _mean(values), "low": None, "high": None}
-    by_seed = generator.multinomial(seeds, np.full(seeds, 1 / seeds), _RESAMPLES) / seeds
-    by_prompt = generator.multinomial(prompts, np.full(prompts, 1 / prompts), _RESAMPLES) / prompts
+    by_seed, by_prompt = _resampled_shares(*values.shape)
     low, high = np.percentile((by_seed @ values * by_prompt).sum(axis=1), [2.5, 97.5])
     return {"mean": _mean(values), "low": float(low), "high": float(high)}
 
