@@ -28,12 +28,19 @@ from tests.recipes.test_toy_frontier import TINY
 pytestmark = pytest.mark.slow
 
 STEPS = [1, 3]
-SETTINGS = [*TINY, "frontier.targets=[1.0]", "effects.target=1.0", "effects.steps=[1,3]"]
+ONCE = {name: own[:1] for name, own in load_recipe("recipes/frontier.yaml", []).frontier.methods.items()}
+SETTINGS = [
+    *TINY,
+    f"frontier.methods={json.dumps(ONCE)}",
+    "frontier.targets=[1.0]",
+    "effects.target=1.0",
+    "effects.steps=[1,3]",
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a whole run."""
+    """The folder of a whole run, of every method at one strength."""
     output = tmp_path_factory.mktemp("finished")
     assert main(["recipes/frontier.yaml", *SETTINGS, f"output={output}"]) == 0
     return output
@@ -162,6 +169,6 @@ def test_what_was_not_chosen_for_is_refused(case):
 
 @pytest.mark.slow
 def test_without_a_target_there_are_none(tmp_path):
-    settings = [*TINY, "effects.target=null", f"output={tmp_path}"]
+    settings = [*TINY, "frontier.methods={scaling: [2]}", "effects.target=null", f"output={tmp_path}"]
     assert main(["recipes/frontier.yaml", *settings]) == 0
     assert not list(Path(tmp_path).glob("*effects*"))
