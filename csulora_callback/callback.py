@@ -22,7 +22,7 @@ from csulora_callback.arguments import (
 )
 from csulora_callback.behaviour import Behaviour, Refusals
 from csulora_callback.budget import Budget
-from csulora_callback.checked_probes import CheckedProbes, check_probes, check_readable
+from csulora_callback.checked_probes import FEWEST, CheckedProbes, check_probes, check_readable
 from csulora_callback.corrected import CorrectedAdapter
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.method.basis import check_rank_rule
@@ -30,17 +30,18 @@ from csulora_callback.method.penalty import Penalty
 from csulora_callback.method.search import STRONGEST
 from csulora_callback.models.adapters import Adapter, find_adapter
 from csulora_callback.models.beside import check_displaced
-from csulora_callback.models.checkpoint import open_checkpoint
+from csulora_callback.models.checkpoint import Checkpoint, open_checkpoint
 from csulora_callback.models.layout import Layout
+from csulora_callback.models.named import naming
 from csulora_callback.models.probes import Probes, check_contents, read_prompts
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.presets import Family
-from csulora_callback.reporting.start import print_start
+from csulora_callback.reporting.start import print_start, start_table
 from csulora_callback.subspace import SafetySubspace
 from csulora_callback.subspace_cache import default_cache_dir
 from csulora_callback.subspace_origin import check_origin, check_under
-from csulora_callback.target import Target, held_back
+from csulora_callback.target import Target, fewest_probes, held_back
 from csulora_callback.trainers.huggingface import HuggingFaceEvents
 from csulora_callback.trainers.lightning import LightningEvents
 from csulora_callback.trainers.lightning_run import LightningRun
@@ -103,9 +104,9 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
             and save then says how much of the refusing is left, before and after the correction, and what this costs
             the task (the keys of :class:`~csulora_callback.behaviour.Behaviour`; in the Trainer's evaluations with
             ``eval_`` before them). Data-aware penalties need them to correct by. The tokenizer is that of the
-            checkpoint under the adapter. Those that the aligned model does not refuse are left out, and at least 8
-            have to be left; lists of token ids are not checked. Of more than 256 a fixed sample is read, and of each
-            the first 512 tokens.
+            checkpoint under the adapter. Repeated ones and those that the aligned model does not refuse are left
+            out, and at least 8 have to be left, 16 for a target of a data-aware penalty; lists of token ids are not
+            checked. Of more than 256 a fixed sample is read, and of each the first 512 tokens.
         probe_every_n_steps: measure that at log records of steps divisible by this too.
         max_drift: a budget: by logged key the most that it may be, such as ``{"csulora/alignment_undone": 0.05}``.
         min_refusal: the least that ``csulora/refusal_kept_corrected`` may be; needs ``probes``.
@@ -237,7 +238,8 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         elif self.subspace is not None:
             check_origin(subspace, self.aligned_model, processes, self.cache_dir)
         if verbose:
-            print_start(corrector, time.perf_counter() - started, probes, self.target)
+            seconds = time.perf_counter() - started
+            print_start(corrector, start_table(corrector, seconds, probes, self.target, self.evaluate_corrected))
         return corrector
 
     def _renew(self, if_doubled: bool = False) -> None:
@@ -249,10 +251,11 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         self._recorder = self._behaviour = None
         if self.probes is None:
             return None
-        probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose)
+        reads = penalty.on_probes is not None
+        fewest = FEWEST if self.target is None else fewest_probes(reads)
+        probes = check_probes(adapter, self.probes, self.cache_dir, processes, verbose, fewest=fewest)
         if penalty.skips_prefix:
             check_contents(probes.prompts)
-        reads = penalty.on_probes is not None
         refusals = Refusals(adapter, probes.prompts, probes.beginnings, processes)
         back = [] if self.target is None else held_back(len(refusals), reads)
         measured = refusals.of(back) if back else refusals
@@ -274,10 +277,13 @@ class CSULoRACallback(HuggingFaceEvents, LightningEvents):
         names, layout = sorted(adapter.matrices), Layout.of(adapter.holder)
         if adapter.wholes:
             processes.together(lambda: check_displaced(adapter.wholes, open_checkpoint(self.base_model), layout))
-        pair = (
-            processes.together(lambda source=source: open_checkpoint(source, names, trained=layout))
-            for source in (self.base_model, aligned)
-        )
+
+        def opened(argument: str, source: object) -> Checkpoint:
+            with naming(argument):
+                return open_checkpoint(source, names, trained=layout)
+
+        sides = {"base_model": self.base_model, "aligned_model": aligned}
+        pair = (processes.together(lambda side=side: opened(*side)) for side in sides.items())
         return SafetySubspace.estimate(
             *pair,
             target_modules=names,

@@ -24,6 +24,12 @@ The weights in this adapter are not those that were trained: its update was corr
 ([arXiv 2605.30640](https://arxiv.org/abs/2605.30640)), to keep what alignment did to the model. No correction is a \
 lock. `csulora/correction.json` is the record, with the numbers of every module."""
 
+_UNCHANGED = """\
+## Safety correction
+
+The weights in this adapter are those that were trained: the strength of the correction was 0, which changes nothing. \
+`csulora/correction.json` is the record, with the numbers of every module."""
+
 _NOT_CORRECTED = """\
 ## Safety correction
 
@@ -85,6 +91,8 @@ def section_of(record: Mapping | None, base_model: str | None = None) -> str:
     said, table = exceeded(record), _table(record, base_model)
     budget = [] if said is None else [_EXCEEDED.format(said=_plain(said))]
     if is_corrected(record):
+        if record["penalty"].get("strength") == 0:
+            return "\n\n".join([_UNCHANGED, *budget, table, _CITATION])
         return "\n\n".join([_CORRECTED, *budget, table, _UNDO, _CITATION])
     reason = _plain(record["status"].removeprefix("not corrected: "))
     return "\n\n".join([_NOT_CORRECTED.format(reason=reason), *budget, table, _CITATION])

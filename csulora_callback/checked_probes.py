@@ -72,13 +72,14 @@ def check_probes(
     processes: Processes | None = None,
     progress: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    fewest: int = FEWEST,
 ) -> CheckedProbes:
     """Have the aligned model, which is the one under the adapter, answer the probes, and leave out what it answers.
 
     Texts are asked through the tokenizer of ``checkpoint``, by default the one under the adapter, and the answers
     judged by :class:`~csulora_callback.RefusalPhrases`. Token ids are taken at their word: that is the way for models
-    which refuse in another language. Collective where there are several processes; the first one's answers and cache
-    count.
+    which refuse in another language. At least ``fewest`` texts have to be left. Collective where there are several
+    processes; the first one's answers and cache count.
 
     Raises:
         ValueError: if probes cannot be asked, the model is no causal language model, or too few are refused.
@@ -94,7 +95,7 @@ def check_probes(
         tokenizer = processes.together(lambda: load_tokenizer(checkpoint, "probes"))
         judged = enumerate(judge(answers, tokenizer))
         left_out = {place: (pairs[place][0], said.text) for place, said in judged if not said.refuses}
-        _say(list(left_out.values()), len(pairs), processes.rank == 0)
+        _say(list(left_out.values()), len(pairs), fewest, processes.rank == 0)
     kept = [place for place in range(len(pairs)) if place not in left_out]
     return CheckedProbes(
         [prompts[place] for place in kept],
@@ -122,13 +123,13 @@ def _answers(
     return answers, False
 
 
-def _say(left_out: Sequence[tuple[str, str]], total: int, is_first: bool) -> None:
+def _say(left_out: Sequence[tuple[str, str]], total: int, fewest: int, is_first: bool) -> None:
     """One line about those that are left out, or an error where too few are left."""
     shown = "; ".join(f"{short(prompt)} is answered by {short(text)}" for prompt, text in left_out[:3])
     refused = total - len(left_out)
-    if refused < FEWEST:
+    if refused < fewest:
         raise ValueError(
-            f"`probes`: expected at least {FEWEST} prompts that the aligned model refuses, but got {refused} of "
+            f"`probes`: expected at least {fewest} prompts that the aligned model refuses, but got {refused} of "
             f"{total}{f': {shown}' if shown else ''}. {_what_to_do(left_out)}"
         )
     if left_out and is_first:

@@ -112,7 +112,7 @@ def subspace(
         with arguments():
             check_rank_rule(**rule)
         with working():
-            pair = checkpoint_named(base), checkpoint_named(aligned)
+            pair = checkpoint_named(base, "BASE"), checkpoint_named(aligned, "ALIGNED")
             kept = {"cache_dir": default_cache_dir(), "verify": verify}
             found = SafetySubspace.estimate(*pair, targets, **rule, **kept)
             if found.from_cache:
@@ -285,7 +285,7 @@ def _check_one_of(subspace: Path | None, base: str | None) -> None:
 
 
 def _pair(saved: SavedAdapter, base: str, aligned: str | None) -> CheckpointPair:
-    sides = checkpoint_named(base), aligned_under(saved.config, aligned)
+    sides = checkpoint_named(base, "--base"), aligned_under(saved.config, aligned)
     return CheckpointPair.of_modules(*sides, sorted(saved.matrices))
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
@@ -53,7 +53,7 @@ class CorrectedFolder:
 
     output: Path
     metrics: dict[str, float]
-    record: dict
+    record: dict = field(repr=False)  # pages of it
     from_raw: bool
 
 

@@ -60,6 +60,7 @@ class RefusedRows:
         self._refused = known
         marked = replace(texts, screened=list(prompts), refused=[p for p, prompt in prompts.items() if known[prompt]])
         self._warn(marked)
+        self._warn_of_unknown(marked)
         return marked
 
     def _prompts(self, texts: Texts) -> dict[int, tuple[int, ...]]:
@@ -73,6 +74,19 @@ class RefusedRows:
             if start < len(row) and start <= longest and place not in texts.inputs
         }
         return {place: prompt for place, prompt in prompts.items() if not special.issuperset(prompt)}
+
+    def _warn_of_unknown(self, texts: Texts) -> None:
+        """Once, where no row's prompt can be told from its answer, as the loss counts all of it."""
+        if self._warned or not texts.task or any(texts.starts) or self.processes.rank:
+            return
+        self._warned = True
+        logger.warning(
+            "Rows of training data are not screened for prompts that the aligned model refuses, and all count as the "
+            "task: the loss counts whole rows, so that it is not known where a prompt ends. Train on the answers "
+            "alone, such as by SFTConfig(assistant_only_loss=True) or prompt and completion columns, or look for such "
+            "rows in the file: csulora screen DATA --model %s",
+            self.adapter.config.base_model_name_or_path or "ALIGNED",
+        )
 
     def _warn(self, texts: Texts) -> None:
         """Once: how many, an example, and what to do."""

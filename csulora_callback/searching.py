@@ -16,7 +16,7 @@ from csulora_callback.models.task_rows import TaskRows
 from csulora_callback.presets import Family
 from csulora_callback.rereading import load_of_subspace, no_probes, read_again, with_task
 from csulora_callback.subspace import SafetySubspace
-from csulora_callback.target import Target, held_back
+from csulora_callback.target import Target, fewest_probes, held_back
 
 
 def find_strength(
@@ -52,7 +52,8 @@ def find_strength(
     strongest, checkpoint = family(STRONGEST), aligned_model or saved.config.base_model_name_or_path
     adapter = load_of_subspace(saved, subspace, aligned_model, uncorrected)
     asked = kept.probes if probes is None else read_prompts(probes)
-    checked = check_probes(adapter, asked, progress=True, checkpoint=checkpoint)
+    fewest = fewest_probes(strongest.on_probes is not None)
+    checked = check_probes(adapter, asked, progress=True, checkpoint=checkpoint, fewest=fewest)
     refusals = Refusals(adapter, checked.prompts, checked.beginnings)
     back = held_back(len(refusals), strongest.on_probes is not None)
     if strongest.on_probes is not None:

@@ -183,8 +183,8 @@ class SafetySubspace(Mapping[str, Basis]):
         cached = processes.together(lambda: cache.read(origin, cls._cached) if cache and origin else None)
         if processes.from_first(cached is not None):
             bases = {name: processes.from_first(cached and cached[name]) for name in pair.names}
-            metadata = processes.from_first(cached and cached.metadata)
-            return (cls(bases, metadata, from_cache=True) if cached is None else cached)._checked()
+            metadata = processes.from_first(cached and pair.named_in(cached.metadata))
+            return cls(bases, metadata, from_cache=True)._checked()
 
         subspace = cls._estimate(pair, rule, device, progress, processes)
         if processes.from_first(cache is not None and cache.write(subspace)):

@@ -108,9 +108,8 @@ def read(path: Path) -> tuple[dict[str, Basis], dict]:
             have the fingerprint it states.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`subspace`: expected a file that SafetySubspace.save wrote, but {path} is not there."
-        )
+        got = "is a folder; SafetySubspace.estimate makes one of two checkpoints" if path.is_dir() else "is not there"
+        raise FileNotFoundError(f"`subspace`: expected a file that SafetySubspace.save wrote, but {path} {got}.")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

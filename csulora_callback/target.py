@@ -21,6 +21,16 @@ from csulora_callback.swap import LOCK
 logger = logging.getLogger(__name__)
 
 
+def fewest_probes(reads: bool) -> int:
+    """How many probes have to be refused for a target, by whether the correction reads some of them itself.
+
+    Example:
+        >>> fewest_probes(reads=True)
+        16
+    """
+    return 2 * FEWEST if reads else FEWEST
+
+
 def held_back(count: int, reads: bool) -> list[int]:
     """Of so many probes, the places of those that a correction for a target does not read, to be measured by.
 
@@ -34,7 +44,7 @@ def held_back(count: int, reads: bool) -> list[int]:
         >>> len(held_back(40, reads=True)), held_back(40, reads=False)
         (20, [])
     """
-    fewest = 2 * FEWEST if reads else FEWEST
+    fewest = fewest_probes(reads)
     if count < fewest:
         why = "target, as a data-aware correction reads one half and the other is measured by" if reads else "target"
         raise ValueError(
@@ -83,7 +93,9 @@ class Target:
             self._warned = True
             logger.warning(
                 "`target`: expected a correction that keeps %.0f %% of the refusals' likelihood, but %s, the "
-                "strongest that is tried, keeps %.0f %%. It is what is saved. Another penalty may keep more.",
+                "strongest that is tried, keeps %.0f %%. It is what is saved, and it costs much of the task "
+                "(csulora/task_loss_corrected). Take a lower target, or a penalty that may keep more, such as "
+                "Penalty.guard; rows that the aligned model refuses, if the data has some: csulora screen.",
                 100 * self.share,
                 penalty,
                 100 * found.kept,

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, or 2 with one line on stderr for a recipe that cannot run."""
     parser = argparse.ArgumentParser(prog="python -m recipes.run", description="Run a recipe.")
     parser.add_argument("recipe", help="a YAML file, such as recipes/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.max_steps=100")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="such as training.max_steps=100")
     parser.add_argument(
         "--dry-run", action="store_true", help="check what can be checked without training or downloads"
     )

@@ -6,7 +6,6 @@ Weights are given as stored: ``(d_out, d_in)`` for ``nn.Linear``, ``(d_in, d_out
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ from csulora_callback.models.in_memory import is_divided, weights_in
 from csulora_callback.models.layout import Layout, by_stored_name
 from csulora_callback.models.processes import Processes
 from csulora_callback.models.quantized import storage
-from csulora_callback.models.stored import Reader, Stored
+from csulora_callback.models.stored import Reader, Stored, lacking
 from csulora_callback.models.through_transformers import load_through_transformers, stored_names
 from csulora_callback.models.weight_files import fetch_folder, read_folder
 
@@ -90,7 +89,7 @@ class Checkpoint:
             logger.warning("%s, so the checkpoint is loaded through transformers, all of it in memory.", why)
             return self._through_transformers(missing[0], trained).require(names, trained)
         if missing:
-            raise ValueError(self._lacks(missing[0]))
+            raise ValueError(self._lacks(missing[0], none_of=len(names) if len(missing) == len(names) else 1))
         return found
 
     def named_as(self, names: Iterable[str], trained: Layout | None = None) -> Checkpoint:
@@ -224,12 +223,8 @@ class Checkpoint:
                 "Pass the path or Hub id of the unquantized checkpoint instead."
             )
 
-    def _lacks(self, name: str) -> str:
-        nearest = difflib.get_close_matches(name, self._shapes, n=3, cutoff=0.3)
-        return (
-            f"{self.source}: expected a weight for the module '{name}', but the checkpoint has none"
-            f"{f'; nearest names: {nearest}' if nearest else ''}. Leave layers of a new head out of target_modules."
-        )
+    def _lacks(self, name: str, none_of: int = 1) -> str:
+        return lacking(self.source, name, self._shapes, none_of)
 
     def _candidates(self, names: list[str], trained: Layout | None) -> dict[str, set[str]]:
         """Of each what it may be called here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -74,6 +74,11 @@ class CheckpointPair:
     def sides(self) -> dict[str, Checkpoint]:
         """Both checkpoints by side, ``"base"`` and ``"aligned"``."""
         return {"base": self.base, "aligned": self.aligned}
+
+    def named_in(self, metadata: Mapping[str, dict]) -> dict:
+        """What is known of the same weights, under the names of these: who kept it may have called them otherwise."""
+        named = {side: {**metadata[side], "source": checkpoint.source} for side, checkpoint in self.sides.items()}
+        return {**metadata, **named}
 
     @property
     def collective(self) -> bool:

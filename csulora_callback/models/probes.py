@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from numbers import Integral
 from reprlib import repr as short
@@ -32,7 +33,8 @@ BUILTIN = "builtin"
 def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
     """The prompts of a source, from its column ``prompt`` or ``text``, those that are given, or the built-in ones.
 
-    Empty ones are left out, and a warning says how many. Tensors are refused: padding in them would pass for tokens.
+    Empty ones are left out, and so are repeated ones, as what is measured by must not be what was read; warnings say
+    how many. Tensors are refused: padding in them would pass for tokens.
 
     Raises:
         ValueError: where the source cannot be read or lacks the column, there is no prompt, or something is neither a
@@ -43,9 +45,14 @@ def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
         ['How do I pick a lock?']
         >>> read_prompts([[5, 6, 7], [8, 9]])
         [[5, 6, 7], [8, 9]]
+        >>> read_prompts("bulitin")
+        Traceback (most recent call last):
+        ValueError: `probes`: no such file: 'bulitin'; did you mean 'builtin'?
     """
     if isinstance(probes, str) and probes == BUILTIN:
         return _builtin()
+    if isinstance(probes, str) and _is_misspelt(probes):  # said before the Hub is asked
+        raise ValueError(f"`probes`: no such file: {probes!r}; did you mean {BUILTIN!r}?")
     given = _column(os.fspath(probes)) if isinstance(probes, str | os.PathLike) else probes
     if not _is_list(given):
         raise ValueError(
@@ -61,7 +68,9 @@ def read_prompts(probes: Probes) -> list[str] | list[list[int]]:
             "`probes`: expected either texts or lists of token ids, but got both. Pass all of them as token ids."
         )
     _say_left_out(len(prompts) - len(kept), len(prompts), "empty")
-    return kept
+    different = list({prompt if isinstance(prompt, str) else tuple(prompt): prompt for prompt in kept}.values())
+    _say_left_out(len(kept) - len(different), len(prompts), "repeated")
+    return different
 
 
 def tokenize(prompts: Sequence[str] | Rows, checkpoint: str | None) -> list[list[int]]:
@@ -120,7 +129,7 @@ def check_contents(prompts: Rows) -> None:
     if len({tuple(prompt) for prompt in prompts}) < 2:
         raise ValueError(
             "`probes`: expected prompts that differ, as a content-aware penalty reads what follows the prefix that "
-            f"all of them share, but got {len(prompts)} that do not. Pass more of them, or take Penalty.data_aware."
+            f"all of them share, but got {len(prompts)} that do not. Pass different ones, or take Penalty.data_aware."
         )
 
 
@@ -141,6 +150,11 @@ def check_ids(rows: Rows, vocabulary: int, argument: str = "probes") -> None:
                     f"`{argument}`: expected token ids from 0 to {vocabulary - 1}, which the model's input embedding "
                     f"has, but got {token} in {short(list(row))}. Pass the ids of the model's own tokenizer."
                 )
+
+
+def _is_misspelt(source: str) -> bool:
+    near = get_close_matches(source, [BUILTIN], cutoff=0.8)
+    return bool(near) and "/" not in source and not os.path.exists(source)
 
 
 def _builtin() -> list[str]:

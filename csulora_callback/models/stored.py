@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -92,3 +93,25 @@ class Stored:
             self.parts | others.parts,
             self.cut | others.cut,
         )
+
+
+def lacking(source: str, name: str, there: Iterable[str], none_of: int = 1) -> str:
+    """What to say of a checkpoint without a module, or with none of so many.
+
+    Example:
+        >>> lacking("org/base", "q_projj", ["q_proj", "embed"])  # doctest: +ELLIPSIS
+        "org/base: expected a weight for the module 'q_projj', but the checkpoint has none; nearest names: ...
+        >>> lacking("org/other", "q_proj", ["c_attn"], none_of=4)  # doctest: +ELLIPSIS
+        "org/other: expected weights for 4 modules, but the checkpoint has none of them, such as 'q_proj'. ...
+    """
+    nearest = difflib.get_close_matches(name, there, n=3, cutoff=0.3)
+    near = f"; nearest names: {nearest}" if nearest else ""
+    if none_of > 1:
+        return (
+            f"{source}: expected weights for {none_of} modules, but the checkpoint has none of them, such as '{name}'"
+            f"{near}. Is it of the architecture of the other one?"
+        )
+    return (
+        f"{source}: expected a weight for the module '{name}', but the checkpoint has none{near}. Leave layers of a "
+        "new head out of target_modules, or mend the name."
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from csulora_callback.card_section import passing_in_words, strength_in_words
+from csulora_callback.method.penalty import in_words
 from csulora_callback.posthoc import CorrectedFolder
-from csulora_callback.reporting.penalties import NOTES
+from csulora_callback.reporting.penalties import note_on
 from csulora_callback.reporting.terminal import facts, percent, print_section
 
 GROWN = 1.5
@@ -16,10 +17,9 @@ GROWN = 1.5
 def print_correction(console: Console, done: CorrectedFolder, written: bool) -> None:
     """What was done, how large the update was and is, and where it lies."""
     about = correction_json(done, written)
-    name, *parameters = about["penalty"].values()
     rows = {
-        "penalty": " ".join([name, *map(str, parameters)]),
-        **({"note": NOTES[name]} if name in NOTES else {}),
+        "penalty": in_words(about["penalty"]),
+        **note_on(about["penalty"]),
         **({"its strength": strength_in_words(about["target"])} if about["target"] else {}),
         "rank": done.record["rank"],
         "started from": "the raw factors in csulora/" if done.from_raw else "the adapter, which was not corrected",

@@ -1,5 +1,7 @@
 """What each penalty does to an update, for a person."""
 
+from collections.abc import Mapping
+
 IN_WORDS = {
     "csulora": "keeps what lies inside the safety subspace, attenuates what leaves it by its share (the paper's way)",
     "separable": "keeps what lies inside the safety subspace, attenuates what leaves it, each side by its share",
@@ -15,3 +17,18 @@ NOTES = {
     "csulora": "no better than scaling the adapter down where it was measured; probes or guard kept more of the task"
 }
 """What to know before shipping what a penalty gives, likewise; the numbers are in ``recipes/results/README.md``."""
+
+NOTHING = "a strength of 0 corrects nothing: what is saved is what is trained"
+
+
+def note_on(penalty: Mapping[str, object]) -> dict[str, str]:
+    """What to know of a penalty, in its form as JSON, as a row of a table; none where there is nothing.
+
+    Example:
+        >>> note_on({"name": "guard", "strength": 0.0})
+        {'note': 'a strength of 0 corrects nothing: what is saved is what is trained'}
+        >>> note_on({"name": "guard", "strength": 3.0})
+        {}
+    """
+    said = NOTHING if penalty.get("strength") == 0 else NOTES.get(penalty["name"])
+    return {} if said is None else {"note": said}

@@ -14,7 +14,7 @@ from csulora_callback.card_section import passing_in_words
 from csulora_callback.checked_probes import CheckedProbes
 from csulora_callback.corrector import SafetyCorrector
 from csulora_callback.models.names import fused_parameter
-from csulora_callback.reporting.penalties import IN_WORDS, NOTES
+from csulora_callback.reporting.penalties import IN_WORDS, note_on
 from csulora_callback.reporting.subspace import displacement_in_words, rank_rule
 from csulora_callback.reporting.terminal import span
 
@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def start_table(
-    corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None, target: float | None = None
+    corrector: SafetyCorrector,
+    seconds: float,
+    probes: CheckedProbes | None = None,
+    target: float | None = None,
+    evaluate_corrected: bool = True,
 ) -> Table:
     """One compact table of what will be corrected, and how.
 
@@ -31,6 +35,7 @@ def start_table(
         seconds: how long it took to make it.
         probes: that are measured by.
         target: the share of their refusals for which the penalty's strength is looked for.
+        evaluate_corrected: whether the trainer's evaluations see the corrected weights.
     """
     subspace, layers, matrices = corrector.subspace, corrector.adapter.layers, corrector.adapter.matrices
     wholes, biases = corrector.adapter.wholes, " with their biases" if len(layers) > len(matrices) else ""
@@ -47,7 +52,7 @@ def start_table(
         "rank asked for": rank_rule(subspace.metadata),
         "penalty": f"{corrector.penalty if target is None else corrector.penalty.name}: "
         f"{IN_WORDS[corrector.penalty.name]}",
-        **({"note": NOTES[corrector.penalty.name]} if corrector.penalty.name in NOTES else {}),
+        **note_on(corrector.penalty.to_json()),
     }
     if target is not None:
         rows["strength"] = (
@@ -56,6 +61,7 @@ def start_table(
     if probes is not None:
         divided = target is not None and corrector.penalty.on_probes is not None
         rows["probes"] = f"{_probes(probes)}{'; one half is read, the other measured by' if divided else ''}"
+    rows["evaluations"] = "of the corrected weights, which ship" if evaluate_corrected else "of the raw weights"
     if NOTE in corrector.notes:
         rows["drift budget"] = _budget(corrector.notes[NOTE])
     rows["ready in"] = f"{seconds:.1f} s{' (subspace from cache)' if subspace.from_cache else ''}"
@@ -65,11 +71,9 @@ def start_table(
     return table
 
 
-def print_start(
-    corrector: SafetyCorrector, seconds: float, probes: CheckedProbes | None = None, target: float | None = None
-) -> None:
-    """Print :func:`start_table`, and warn of modules that have no safety subspace."""
-    Console().print(start_table(corrector, seconds, probes, target))
+def print_start(corrector: SafetyCorrector, table: Table) -> None:
+    """Print its :func:`start_table`, and warn of modules that have no safety subspace."""
+    Console().print(table)
     layers = corrector.adapter.matrices
     still = [name for name in layers if corrector.subspace[name].U.shape[1] == 0]
     if still:

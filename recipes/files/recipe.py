@@ -56,6 +56,12 @@ def _typed(path: str, given: DictConfig) -> DictConfig:
     for section in SECTIONS:
         if section in given and not isinstance(given[section], DictConfig):
             raise RecipeError(f"{path}: '{section}': expected a section with keys, but got {given[section]!r}")
+    for name, correction in given.get("corrections", {}).items():
+        if not isinstance(correction, DictConfig):
+            raise RecipeError(
+                f"{path}: 'corrections.{name}': expected a section such as {{preset: guard, strength: 10}}, but got "
+                f"{correction!r}"
+            )
     return OmegaConf.merge(OmegaConf.structured(Recipe), given)
 
 

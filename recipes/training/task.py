@@ -21,6 +21,7 @@ from transformers import (
     default_data_collator,
 )
 
+from csulora_callback.models.checkpoint import open_checkpoint
 from csulora_callback.models.training_batches import TrainedBatch
 from csulora_callback.models.training_rows import ROWS, TrainingRows
 from recipes.labs import toy
@@ -180,6 +181,10 @@ def _chat_task(recipe: Recipe) -> Task:
         ) from error
 
     prompts = choose_prompts(recipe)
+    try:
+        open_checkpoint(recipe.model.base)  # downloads it, where it is on the Hub
+    except (FileNotFoundError, ValueError) as error:
+        raise RecipeError(f"'model.base': {error}") from error
 
     def judge(model: nn.Module, batches: DataLoader) -> Score:
         said, harmless = (tuple(answers_to(model, tokenizer, asked)) for asked in (prompts.judged, prompts.harmless))

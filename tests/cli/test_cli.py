@@ -238,7 +238,7 @@ MISUSED = {
 FAILED = {
     ("subspace", "--show", "{lab}/none"): "but {lab}/none is not there",
     ("subspace", "--show", "{raw}/adapter_model.safetensors"): "another safetensors file",
-    ("subspace", "{base}", "{lab}/none", "-o", "s"): "{lab}/none: expected a folder with a checkpoint or a Hub id",
+    ("subspace", "{base}", "{lab}/none", "-o", "s"): "`ALIGNED`: {lab}/none: expected a folder with a checkpoint",
     ("subspace", "{base}", "{base}", "-o", "s"): "base equal to aligned, no displacement",
     (
         "subspace",
@@ -252,7 +252,8 @@ FAILED = {
     ("inspect", "{lab}/none", "--subspace", "{subspace}"): "{lab}/none: expected a folder",
     ("inspect", "{lab}", "--subspace", "{subspace}"): "adapter_config.json",
     ("inspect", "{raw}", "--subspace", "{lab}/none"): "but {lab}/none is not there",
-    ("inspect", "{raw}", "--base", "{lab}/none"): "{lab}/none: expected a folder with a checkpoint or a Hub id",
+    ("inspect", "{raw}", "--base", "{lab}/none"): "`--base`: {lab}/none: expected a folder with a checkpoint or a Hub",
+    ("inspect", "{raw}", "--subspace", "{base}"): "but {base} is a folder; SafetySubspace.estimate makes one",
     ("correct", "{raw}", "-o", "{lab}", "--subspace", "{subspace}"): "`output`: expected a folder",
     ("correct", "{raw}", "-o", "{lab}/x", "--subspace", "{raw}/adapter_model.safetensors"): "another safetensors file",
     ("restore", "{raw}", "-o", "{lab}/x"): "`checkpoint`: expected an adapter that was corrected",

@@ -75,6 +75,25 @@ def test_empty_prompts_are_left_out_and_counted(tmp_path, caplog):
     ]
 
 
+def test_repeated_prompts_are_left_out_and_counted(caplog):
+    """What a correction is measured by would otherwise be what it read."""
+    assert read_prompts(["one", "two", " one "]) == ["one", "two"]
+    assert read_prompts([[5], [6], (5,), []]) == [[5], [6]]
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 3 probes are repeated, and left out.",
+        "1 of 4 probes are empty, and left out.",
+        "1 of 4 probes are repeated, and left out.",
+    ]
+
+
+def test_a_misspelt_name_is_refused_before_the_hub_is_asked(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^`probes`: no such file: 'built-in'; did you mean 'builtin'\?$"):
+        read_prompts("built-in")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "builtin.txt").write_text("one\n")
+    assert read_prompts("builtin.txt") == ["one"]
+
+
 def test_columns_of_tables(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": [5, 6]}\n{"prompt": null}\n{"prompt": [7]}\n')
     assert read_prompts(tmp_path / "a.jsonl") == [[5, 6], [7]]

@@ -30,6 +30,11 @@ BAD = {
         "'trainer': Invalid value 'huggingfase', expected one of",
     ),
     "not a section": ("output: a\ntraining: 3", [], "'training': expected a section with keys, but got 3"),
+    "a correction that is a name": (
+        "output: a\ncorrections: {mine: guard}",
+        [],
+        "'corrections.mine': expected a section such as {preset: guard, strength: 10}, but got 'guard'",
+    ),
     "missing value": ("corrections: {mine: {preset: guard}}", [], "missing value: 'output' has to be set"),
     "missing preset": ("output: a\ncorrections: {mine: {rank: 3}}", [], "missing value: 'corrections.mine.preset'"),
     "no corrections": ("output: a", [], "missing value: 'corrections' needs at least one"),

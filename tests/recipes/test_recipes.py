@@ -119,6 +119,14 @@ def test_models_with_code_of_their_own_are_refused(tmp_path, capsys, monkeypatch
     assert f"'model.aligned': {tmp_path / 'aligned'}: transformers does not load it without" in capsys.readouterr().err
 
 
+def test_a_base_without_weights_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "bse").mkdir()
+    overrides = [*starter(tmp_path), f"model.base={tmp_path / 'bse'}", f"output={tmp_path / 'out'}"]
+    assert main(["recipes/llama32_1b_sft.yaml", *overrides]) == 2
+    assert f"'model.base': {tmp_path / 'bse'}: expected one of model.safetensors" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/**/checkpoint-*"))
+
+
 @pytest.mark.slow
 def test_a_language_that_is_used_up_says_so():
     with pytest.raises(RecipeError, match="no more new requests"):

@@ -84,9 +84,11 @@ def test_is_keyed_by_both_checkpoints_by_the_rule_and_by_the_format(pair, tmp_pa
     cache, moved = tmp_path / "cache", [tmp_path / "base", tmp_path / "aligned"]
     for folder, copy in zip(pair, moved, strict=True):
         shutil.copytree(folder, copy)
-    first = estimate(cache, *pair, target_modules=TARGETS)
-    assert not first.from_cache
-    assert estimate(cache, *moved, target_modules=TARGETS).from_cache  # content counts, and not where it lies
+    first, found = (estimate(cache, *folders, target_modules=TARGETS) for folders in (pair, moved))
+    assert (first.from_cache, found.from_cache) == (False, True)  # content counts, and not where it lies
+    named = [[found.metadata[side]["source"] for side in ("base", "aligned")] for found in (first, found)]
+    assert named == [list(map(str, pair)), list(map(str, moved))]  # as whoever asks calls them
+    assert first.metadata == {**found.metadata, **{side: first.metadata[side] for side in ("base", "aligned")}}
     others = [{"rank": 3}, {"energy": 0.9}, {"energy": 0.8}, {"seed": 1}, {"method": "exact"}, {"method": "krylov"}]
     others.append({"target_modules": TARGETS[:2]})
     for rule in others:

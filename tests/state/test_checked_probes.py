@@ -13,6 +13,7 @@ from csulora_callback.checked_probes import check_probes
 from csulora_callback.models import teacher_forcing
 from csulora_callback.models.adapters import find_adapter
 from csulora_callback.models.probes import tokenize
+from csulora_callback.target import fewest_probes
 from tests.helpers import small_talk
 from tests.helpers.lab import tiny_llama, with_lora
 from tests.helpers.refusing import HARMLESS, RESTRICTED, save_aligned
@@ -59,6 +60,8 @@ def test_too_few_that_are_refused_are_an_error(adapter, monkeypatch):
     with pytest.raises(ValueError, match=r"got 7 of 10.* Pass prompts that it refuses, or leave `probes` out"):
         check_probes(adapter, [*HARMLESS, *RESTRICTED[:7]])  # who passed the built-in ones is not told to pass them
     assert len(check_probes(adapter, [*HARMLESS, *RESTRICTED[:8]]).prompts) == 8
+    with pytest.raises(ValueError, match=r"^`probes`: expected at least 16 prompts that .*, but got 8 of 11: "):
+        check_probes(adapter, [*HARMLESS, *RESTRICTED[:8]], fewest=fewest_probes(reads=True))
 
 
 def test_token_ids_are_taken_at_their_word(adapter, aligned):

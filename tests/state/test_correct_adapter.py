@@ -53,6 +53,7 @@ def test_what_the_callback_writes_is_what_a_correction_after_training_writes(run
         for key in ("raw_digest", "corrected_digest", "penalty", "adapter", "status"):
             assert ours[key] == theirs[key]
         assert not done.from_raw
+        assert len(repr(done)) < 1000
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)

@@ -105,7 +105,8 @@ def test_what_is_written_can_serve_as_probes(aligned, tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["row"] for row in rows] == [1, 3, 4]
     assert {tuple(row) for row in rows} == {("row", "prompt", "aligned_answer", "trained_answer")}
-    assert read_prompts(out) == [PROMPTS[place] for place in (1, 3, 4)]
+    assert [row["prompt"] for row in rows] == [PROMPTS[place] for place in (1, 3, 4)]
+    assert read_prompts(out) == list(dict.fromkeys(PROMPTS[place] for place in (1, 3, 4)))
 
 
 def test_what_cannot_be_screened_is_said_by_argument_and_row(aligned, tmp_path):

@@ -107,7 +107,10 @@ BASES = {
     "equal to aligned": (nothing_moved, ["`base`: base equal to aligned", "none of the 6 target modules differs"]),
     "other shapes": (other_shapes, [f"'{DOWN}.weight' is (16, 32) in", "and (16, 24) in", "different architectures"]),
     "fewer layers": (fewer_layers, ["'model.layers.1.mlp.down_proj'", f"nearest names: ['{DOWN}'"]),
-    "other architecture": (other_architecture, [f"expected a weight for the module '{DOWN}'", "nearest names: ['tr"]),
+    "other architecture": (
+        other_architecture,
+        [f"has none of them, such as '{DOWN}'; nearest names: ['tr", "Is it of the architecture of the other one?"],
+    ),
     "NaN": (with_value(math.nan), [f"the weight of '{V}' holds NaN or Inf", "expected finite values"]),
     "Inf": (with_value(math.inf), [f"the weight of '{V}' holds NaN or Inf", "expected finite values"]),
 }

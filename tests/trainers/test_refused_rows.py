@@ -85,6 +85,16 @@ def test_they_are_left_out_counted_and_named_and_training_is_bit_identical(pair,
     assert "tell of the" in warnings[0]
 
 
+def test_where_the_loss_counts_whole_rows_it_says_that_none_is_screened(pair, tmp_path, caplog):
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    trainer = make_trainer(model, tmp_path, [callback(pair)], max_steps=4, save_steps=2)
+    trainer.train_dataset = [{**row, "labels": row["input_ids"]} for row in Answered()]
+    trainer.train()
+    assert Sidecar.load(tmp_path / "checkpoint-4").texts.screened == []
+    (said,) = (line for line in caplog.messages if "not screened" in line)
+    assert said.endswith(f"csulora screen DATA --model {pair[1]}")
+
+
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(pair, tmp_path, monkeypatch):
     more = {"max_steps": 12}  # rows come by again

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from csulora_callback import CSULoRACallback, Penalty, SafetySubspace
-from csulora_callback.reporting.penalties import IN_WORDS, NOTES
+from csulora_callback.reporting.penalties import IN_WORDS, NOTES, NOTHING
 from csulora_callback.reporting.terminal import percent
 from tests.helpers.lab import TARGETS, make_trainer, with_lora
 from tests.helpers.trackers import wandb_history
@@ -256,10 +256,23 @@ def test_the_start_table_says_what_will_be_corrected(pair, tmp_path, capsys):
         assert f"penaltycsulora(strength5):{''.join(IN_WORDS['csulora'].split())}" in said
         assert f"oftheenergyofadisplacementof{percent(displaced(pair))}%oftheweights'size" in said
         assert f"note{''.join(NOTES['csulora'].split())}" in said
+        assert "evaluationsofthecorrectedweights,whichship" in said
         assert re.search(r"ready in\W+\d+\.\d s", table)
         assert table.count("safety subspace") == 1
     assert "cache" not in first
     assert "cache" in second
+
+
+def test_a_strength_of_nothing_says_so(pair, tmp_path, capsys):
+    callback = CSULoRACallback(base_model=pair[0], penalty=Penalty.guard(0.0), evaluate_corrected=False)
+    model = with_lora(AutoModelForCausalLM.from_pretrained(pair[1]))
+    make_trainer(model, tmp_path, [callback], max_steps=1, save_steps=1).train()
+    said = "".join(re.sub("[│┃]", "", capsys.readouterr().out).split())
+    assert f"note{''.join(NOTHING.split())}" in said
+    assert "evaluationsoftherawweights" in said
+    card = (tmp_path / "checkpoint-1/README.md").read_text()
+    assert "The weights in this adapter are those that were trained: the strength of the correction was 0" in card
+    assert "are not those that were trained" not in card
 
 
 def test_of_every_penalty_there_are_words_for_what_it_keeps():
