@@ -254,7 +254,9 @@ def rank_of(shape: Sequence[int], rank: int | None = None) -> int:
 
 
 def check_rank_rule(rank: int | None, energy: float | None) -> None:
-    """Refuse a rank that is no whole number ≥ 1 and an energy outside ``(0, 1]``, with a ValueError; both may be None.
+    """Refuse a rank that is no whole number ≥ 1, an energy outside ``(0, 1]``, and both, with a ValueError.
+
+    Both may be None.
 
     Example:
         >>> check_rank_rule(64, 1.5)
@@ -265,3 +267,8 @@ def check_rank_rule(rank: int | None, energy: float | None) -> None:
         raise ValueError(f"`rank`: expected a whole number ≥ 1 or None, but got {rank!r}.")
     if energy is not None and not (isinstance(energy, (int, float)) and 0.0 < energy <= 1.0):
         raise ValueError(f"`energy`: expected a share in (0, 1] or None, but got {energy!r}.")
+    if rank is not None and energy is not None:
+        raise ValueError(
+            f"`energy`: expected None beside `rank`, as either says how many vectors are kept, but got {energy!r} and "
+            f"{rank!r}. Pass one of them."
+        )

@@ -158,3 +158,5 @@ def check_values(path: str, recipe: Recipe) -> None:
             refuse(f"{key}.every_n_steps", "a whole number ≥ 1", correction.every_n_steps)
         if correction.energy is not None and not 0.0 < correction.energy <= 1.0:
             refuse(f"{key}.energy", "a share in (0, 1]", correction.energy)
+        if correction.energy is not None and correction.rank is not None:
+            refuse(f"{key}.energy", f"nothing beside {key}.rank", correction.energy)

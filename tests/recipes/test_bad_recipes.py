@@ -45,6 +45,11 @@ BAD = {
         [],
         "'corrections.mine.rank': expected a whole number ≥ 1, but got 0",
     ),
+    "rank and energy": (
+        "output: a\ncorrections: {mine: {preset: guard, rank: 4, energy: 0.9}}",
+        [],
+        "'corrections.mine.energy': expected nothing beside corrections.mine.rank, but got 0.9",
+    ),
     "wrong word": ("output: a\ntraining: {batch_sise: 3}", [], "did you mean 'training.batch_size'?"),
     "rank of zero": ("output: a\nlora: {r: 0}", [], "'lora.r': expected a whole number ≥ 1, but got 0"),
     "no learning": ("output: a", ["training.learning_rate=nan"], "'training.learning_rate': expected a number > 0"),

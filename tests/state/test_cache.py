@@ -36,7 +36,8 @@ BASE, ALIGNED = layers()
 
 
 def estimate(folder: Path | None, base: Any = BASE, aligned: Any = ALIGNED, **rule) -> SafetySubspace:
-    return SafetySubspace.estimate(base, aligned, progress=False, cache_dir=folder, **{"rank": 2, **rule})
+    size = {} if "energy" in rule else {"rank": 2}
+    return SafetySubspace.estimate(base, aligned, progress=False, cache_dir=folder, **{**size, **rule})
 
 
 def names(folder: Path) -> list[str]:

@@ -63,6 +63,7 @@ def assert_says(text: str, *parts: str) -> None:
         ({"rank": 0}, ["`rank`", "expected a whole number ≥ 1", "got 0"]),
         ({"rank": 2.0}, ["`rank`", "expected a whole number ≥ 1", "got 2.0"]),
         ({"energy": 1.5}, ["`energy`", "expected a share in (0, 1]", "got 1.5"]),
+        ({"energy": 0.5, "rank": 4}, ["`energy`", "expected None beside `rank`", "got 0.5 and 4", "Pass one"]),
         ({"energy": 0.0}, ["`energy`", "expected a share in (0, 1]", "got 0.0"]),
     ],
     ids=str,
