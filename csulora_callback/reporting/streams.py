@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +15,17 @@ from rich.console import Console
 from csulora_callback.reporting.terminal import make_console
 
 FAILED, MISUSED = 1, 2
+_NAMES = {
+    "adapter": "ADAPTER",
+    "checkpoint": "ADAPTER",
+    "aligned_model": "--aligned",
+    "target_modules": "--target-modules",
+    **{
+        name: f"--{name}"
+        for name in ("energy", "output", "probes", "rank", "strength", "subspace", "target", "task", "uncorrected")
+    },
+}
+"""What arguments of the library are called in a command line, where its errors begin with one."""
 
 
 def set_up_streams() -> None:
@@ -66,5 +78,6 @@ def arguments() -> Iterator[None]:
 
 def fail(message: str, status: int) -> NoReturn:
     """One line on the standard error, and the end."""
-    print(f"csulora: {' '.join(message.split())}", file=sys.stderr)
+    message = re.sub(r"^`(\w+)`", lambda found: f"`{_NAMES.get(found[1], found[1])}`", " ".join(message.split()))
+    print(f"csulora: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -93,7 +93,7 @@ def test_the_aligned_checkpoint_has_to_be_there(pair, tmp_path):
     SafetySubspace.estimate(*pair, [*TARGETS, "lm_head"], rank=RANK, progress=False).save(file)
     status, _, error = run("correct", raw, "-o", tmp_path / "safe", "--subspace", file)
     assert status == 1
-    assert "`aligned_model`: expected the aligned checkpoint, as 'lm_head' was trained beside LoRA" in error
+    assert "`--aligned`: expected the aligned checkpoint, as 'lm_head' was trained beside LoRA" in error
     status, _, error = run("correct", raw, "-o", tmp_path / "safe", "--subspace", file, "--aligned", pair[0])
     assert status == 1
     assert "expected one of the aligned model in use" in error

@@ -212,15 +212,15 @@ MISUSED = {
         "s",
         "--rank",
         "0",
-    ): "`rank`: expected a whole number ≥ 1 or None, but got 0",
-    ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", "2"): "`energy`: expected a share in (0, 1]",
+    ): "`--rank`: expected a whole number ≥ 1 or None, but got 0",
+    ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", "2"): "`--energy`: expected a share in (0, 1]",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", ".5", "--rank", "3"): "`--energy`: expected no --rank",
     ("subspace", "--show", "{subspace}", "--rank", "3"): "`--show`: expected nothing beside it",
     ("inspect", "{raw}"): "expected --subspace FILE or the unaligned --base, but got neither",
     ("inspect", "{raw}", "--base", "b", "--subspace", "s"): "but got both",
     ("inspect", "{raw}", "--subspace", "s", "--aligned", "a"): "`--aligned`: expected it beside --base only",
     ("correct", "{raw}", "--subspace", "{subspace}"): "`--output`: expected a folder to be made, but got none",
-    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--strength", "-1"): "`strength`: expected a number ≥ 0",
+    ("correct", "{raw}", "-o", "x", "--subspace", "s", "--strength", "-1"): "`--strength`: expected a number ≥ 0",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--penalty", "projection", "--strength", "1"): "`--strength`",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--probes", "p"): "only for a data-aware penalty",
     (
@@ -232,7 +232,7 @@ MISUSED = {
         "s",
         "--target",
         "90",
-    ): "`target`: expected the share of the refusals",
+    ): "`--target`: expected the share of the refusals",
     ("correct", "{raw}", "-o", "x", "--subspace", "s", "--target", "1", "--strength", "1"): "expected no strength",
 }
 FAILED = {
@@ -254,9 +254,9 @@ FAILED = {
     ("inspect", "{raw}", "--subspace", "{lab}/none"): "but {lab}/none is not there",
     ("inspect", "{raw}", "--base", "{lab}/none"): "`--base`: {lab}/none: expected a folder with a checkpoint or a Hub",
     ("inspect", "{raw}", "--subspace", "{base}"): "but {base} is a folder; SafetySubspace.estimate makes one",
-    ("correct", "{raw}", "-o", "{lab}", "--subspace", "{subspace}"): "`output`: expected a folder",
+    ("correct", "{raw}", "-o", "{lab}", "--subspace", "{subspace}"): "`--output`: expected a folder",
     ("correct", "{raw}", "-o", "{lab}/x", "--subspace", "{raw}/adapter_model.safetensors"): "another safetensors file",
-    ("restore", "{raw}", "-o", "{lab}/x"): "`checkpoint`: expected an adapter that was corrected",
+    ("restore", "{raw}", "-o", "{lab}/x"): "`ADAPTER`: expected an adapter that was corrected",
 }
 
 
@@ -345,7 +345,7 @@ def test_names_on_the_hub_may_have_a_revision(lab, pair, tmp_path):
             arguments = ("some-org/adapter@first", *rule, "--aligned", f"some-org/{model}", *penalty)
             done = run_process("correct", *arguments, HF_HUB_CACHE=str(tmp_path))
             assert done.returncode == status, done.stderr
-            assert status == 0 or "`subspace`: expected one of the aligned model in use" in done.stderr
+            assert status == 0 or "`--subspace`: expected one of the aligned model in use" in done.stderr
     done = run_process("subspace", "some-org/model", "some-org/model@none", "-o", "s", HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert "csulora: some-org/model: not a local folder, and the Hub did not give it of revision 'none'" in done.stderr

@@ -26,7 +26,7 @@ def test_a_data_aware_correction_has_the_model_read_what_is_given(make, lab, sub
     assert_same(saved(tmp_path / "made"), saved(tmp_path / "expected"))
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule)
     assert (status, output) == (1, "")
-    assert "`probes`: expected prompts that are to be refused" in error
+    assert "`--probes`: expected prompts that are to be refused" in error
     rule = ("--subspace", lab / "subspace.safetensors", "--penalty", "guard", "--strength", "4")
     status, output, error = run("correct", lab / "raw", "-o", tmp_path / "other", *rule, "--probes", "builtin")
     assert (status, output) == (2, "")

@@ -67,7 +67,7 @@ def test_comes_back_as_it_was(path):
 def test_a_file_that_is_not_there_or_is_another_one(path):
     with pytest.raises(FileNotFoundError, match=r"`subspace`: .*SafetySubspace\.save wrote, but .* is not there"):
         SafetySubspace.load(path)
-    with pytest.raises(FileNotFoundError, match="is a folder; SafetySubspace.estimate makes one"):
+    with pytest.raises(FileNotFoundError, match=r"is a folder; SafetySubspace\.estimate makes one"):
         SafetySubspace.load(path.parent)
     save_file({"a": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"expected a safety subspace of format 5, but .* another safetensors file"):
