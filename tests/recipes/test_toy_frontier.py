@@ -13,9 +13,12 @@ import pytest
 import torch
 import yaml
 
+from csulora_callback import Penalty, correct
+from csulora_callback.method.token_space import input_gains
 from csulora_callback.models.activations import vectors_of
 from recipes.evidence import lora_pair, toy_frontier
 from recipes.evidence.controls import PLAIN, Control
+from recipes.evidence.frontier import Adapters, Setting
 from recipes.evidence.methods import METHODS
 from recipes.files.points import SPLITS
 from recipes.files.recipe import load_recipe
@@ -160,3 +163,18 @@ def test_a_killed_process_goes_on_and_ends_as_one_that_was_not(tmp_path, command
     assert [start(folder).wait() for folder in ("killed", "whole")] == [0, 0]
     for name in ("results.json", "table.md"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "skip_prefix"), [("mixing_corrected", 10.0, False), ("mixing_content", 300.0, True)]
+)
+def test_what_follows_a_control_is_the_correction_of_its_own_adapter(lab, tmp_path, method, strength, skip_prefix):
+    adapters = Adapters(lab, tmp_path / "adapters", [])
+    plain, trained = adapters.get(0, 0.05), adapters.get(0, 0.05, Control("mixing", 0.25))
+    made = adapters.factors(Setting(0, 0.05, method, 0.25, None, None), lab.update(0, 0.05, plain))
+    read = lab.update(0, 0.05, trained, skip_prefix)
+    gains = input_gains(read.activations.task, read.activations.probes, strength)
+    for name, (A, B) in trained.items():
+        done = correct(A, B, *read.bases[name], Penalty.data_aware(strength), 2.0, input_gain=gains[name])
+        torch.testing.assert_close(made[name][1] @ made[name][0], done.lora_B @ done.lora_A)
+        assert not torch.equal(trained[name][1], plain[name][1])
