@@ -15,7 +15,7 @@ import torch
 
 from recipes.evidence.controls import PLAIN, Control
 from recipes.evidence.frontier import Adapters, Setting, Subject, grid, to_json
-from recipes.evidence.methods import METHODS, Method
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER, Method
 from recipes.files.points import key_of, write_whole
 from recipes.schema.measured import Frontier
 
@@ -81,7 +81,7 @@ class _Meter:
             bench = self.adapters.bench(self.seed, self.poison)
             after += _timed(lambda: bench.found(method.preset, method.probes, "likelihood", setting.strength))
         elif method.apply is not None:
-            strength = setting.strength if method.control is None else method.after
+            strength = setting.strength if method.control is None else STRENGTH_AFTER
             after += _timed(lambda: self._correct(method, strength, setting.rank))
         return {"during": during / plain, "after": after / (plain / STEPS)}
 

@@ -29,7 +29,7 @@ from recipes.evidence import frontier_picture, frontier_report
 from recipes.evidence.baselines import Update
 from recipes.evidence.bench import Bench
 from recipes.evidence.controls import PLAIN, Control
-from recipes.evidence.methods import METHODS
+from recipes.evidence.methods import METHODS, STRENGTH_AFTER
 from recipes.files.points import SPLITS, Points, claim, key_of, plain, write_whole
 from recipes.schema.measured import Frontier
 from recipes.schema.recipe import RecipeError
@@ -191,8 +191,9 @@ class Adapters:
         trained = self.get(setting.seed, setting.poison, Control(method.control, setting.strength))
         if method.apply is None:
             return trained
-        update = self.subject.update(setting.seed, setting.poison, trained, method.skip_prefix)
-        return method.apply(update, method.after, setting.rank, generator)
+        return method.apply(
+            self.subject.update(setting.seed, setting.poison, trained), STRENGTH_AFTER, setting.rank, generator
+        )
 
 
 def measure(subject: Subject, frontier: Frontier, output: Path) -> list[dict]:

@@ -64,7 +64,6 @@ PANELS = {
     "Trained otherwise with the same prompts or models, and then corrected": (
         "mixing",
         "mixing_corrected",
-        "mixing_content",
         "kl",
         "kl_corrected",
         "asft",
@@ -108,7 +107,6 @@ _LOOKS = {
     "averaging": (_BROWN, ">"),
     "mixing": (_ROSE, "v"),
     "mixing_corrected": (_MAGENTA, "^"),
-    "mixing_content": (_TEAL, "h"),
     "kl": (_PALE, "<"),
     "kl_corrected": (_INDIGO, ">"),
     "asft": (_SAND, "P"),

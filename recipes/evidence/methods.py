@@ -29,9 +29,6 @@ from recipes.evidence.baselines import (
     with_noise,
 )
 
-STRENGTH_AFTER, CONTENT_AFTER = 10.0, 300.0
-"""Of the data-aware and of the content-aware correction that follows a control: those that the presets have."""
-
 
 @dataclass(frozen=True)
 class Method:
@@ -40,13 +37,13 @@ class Method:
     Attributes:
         label: for a person.
         apply: None where the adapter of another training is taken as it is.
-        strengths: whether it has any; those of a control are of the control; those of a target are shares to be kept.
+        strengths: whether it has any; those of a control are of the control, and what follows is of `STRENGTH_AFTER`;
+            those of a target are shares to be kept.
         ranks: whether it depends on the subspace's.
         draws: whether it is random.
         reads: whether it has the model read task and probes.
         skip_prefix: whether of the probes only what follows the prefix counts that all of them share.
         control: the training that the update is of, see :class:`recipes.evidence.controls.Control`.
-        after: the strength of the correction that follows it.
         probes: by which a target is measured, that stands in the place of a strength.
     """
 
@@ -58,7 +55,6 @@ class Method:
     reads: bool = False
     skip_prefix: bool = False
     control: str | None = None
-    after: float = STRENGTH_AFTER
     probes: str | None = None
 
     @property
@@ -104,6 +100,9 @@ def _data_aware(
 def _projection(_: float) -> Penalty:
     return Penalty.projection()
 
+
+STRENGTH_AFTER = 10.0
+"""Of the data-aware correction that follows a control."""
 
 METHODS = {
     "aligned": Method("aligned model", lambda update, *_: uniformly_scaled(update, math.inf), strengths=False),
@@ -157,14 +156,6 @@ METHODS = {
     "safe_lora_threshold": Method("Safe LoRA, by threshold", lambda update, s, *_: safe_lora(update, threshold=s)),
     "safe_lora_number": Method("Safe LoRA, by number", lambda update, s, *_: safe_lora(update, number=int(s))),
     "lower_rate": Method("lower learning rate", control="lower_rate"),
-    "mixing_content": Method(
-        "refusals mixed in, then content-aware",
-        _data_aware(),
-        reads=True,
-        skip_prefix=True,
-        control="mixing",
-        after=CONTENT_AFTER,
-    ),
     "averaging": Method("weight averaging (EMA)"),
     "mixing": Method("refusals mixed in", control="mixing"),
     "kl": Method("KL to the aligned model", control="kl"),

@@ -45,8 +45,8 @@ ROWS = (
         "guard",
         "csulora",
     ),
-    *("mixing", "mixing_corrected", "mixing_content", "kl", "kl_corrected", "asft", "asft_corrected"),
-    *("one_shot", "one_shot_corrected", "scaling", "safe_lora_threshold", "lower_rate"),
+    *("mixing", "mixing_corrected", "kl", "kl_corrected", "asft", "asft_corrected", "one_shot", "one_shot_corrected"),
+    *("scaling", "safe_lora_threshold", "lower_rate"),
 )
 
 

@@ -13,8 +13,8 @@ from recipes.files.pictures import PERCENT, drawn
 
 SHOWN = (
     *("aligned", "none", "data_aware", "content_aware", "target_lab", "target_content", "target_builtin"),
-    *("target_builtin_content", "guard", "csulora", "mixing", "mixing_corrected", "mixing_content"),
-    *("kl", "kl_corrected", "scaling", "safe_lora_threshold"),
+    *("target_builtin_content", "guard", "csulora", "mixing", "mixing_corrected", "kl", "kl_corrected"),
+    *("scaling", "safe_lora_threshold"),
 )
 _RING = 1500.0  # points², of refusing every harmless request
 
