@@ -39,7 +39,7 @@ class RefusedRows:
     def __init__(self, adapter: Adapter, tokenizer: PreTrainedTokenizerBase, processes: Processes) -> None:
         self.adapter, self.tokenizer, self.processes = adapter, tokenizer, processes
         self._refused: dict[tuple[int, ...], bool] = {}  # by prompt
-        self._warned = False
+        self._warned = self._warned_of_unknown = False
 
     def resume(self, texts: Texts) -> None:
         """Remember what was said of the rows that a checkpoint holds."""
@@ -60,7 +60,7 @@ class RefusedRows:
         self._refused = known
         marked = replace(texts, screened=list(prompts), refused=[p for p, prompt in prompts.items() if known[prompt]])
         self._warn(marked)
-        self._warn_of_unknown(marked)
+        self._warn_unless_known(marked)
         return marked
 
     def _prompts(self, texts: Texts) -> dict[int, tuple[int, ...]]:
@@ -75,11 +75,11 @@ class RefusedRows:
         }
         return {place: prompt for place, prompt in prompts.items() if not special.issuperset(prompt)}
 
-    def _warn_of_unknown(self, texts: Texts) -> None:
+    def _warn_unless_known(self, texts: Texts) -> None:
         """Once, where no row's prompt can be told from its answer, as the loss counts all of it."""
-        if self._warned or not texts.task or any(texts.starts) or self.processes.rank:
+        if self._warned_of_unknown or not texts.task or any(texts.starts) or self.processes.rank:
             return
-        self._warned = True
+        self._warned_of_unknown = True
         logger.warning(
             "Rows of training data are not screened for prompts that the aligned model refuses, and all count as the "
             "task: the loss counts whole rows, so that it is not known where a prompt ends. Train on the answers "

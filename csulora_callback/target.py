@@ -93,7 +93,7 @@ class Target:
             self._warned = True
             logger.warning(
                 "`target`: expected a correction that keeps %.0f %% of the refusals' likelihood, but %s, the "
-                "strongest that is tried, keeps %.0f %%. It is what is saved, and it costs much of the task "
+                "strongest that is tried, keeps %.0f %%. It is what is saved, and may cost much of the task "
                 "(csulora/task_loss_corrected). Take a lower target, or a penalty that may keep more, such as "
                 "Penalty.guard; rows that the aligned model refuses, if the data has some: csulora screen.",
                 100 * self.share,
