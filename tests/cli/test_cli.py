@@ -144,7 +144,7 @@ def test_a_correction_is_made_made_again_and_undone(lab, subspace, tmp_path):
     done = run_process("correct", lab / "raw", "-o", made, *rule, "--strength", 5)
     assert done.returncode == 0, done.stderr
     assert_same(saved(made), corrected_by_hand(saved(lab / "raw"), subspace))
-    for part in ("csulora 5.0", "which was not corrected", str(made), "before", "after", "truncation error"):
+    for part in ("csulora (strength 5)", "which was not corrected", str(made), "before", "after", "truncation error"):
         assert part in done.stdout
     done = run_process("correct", made, "-o", again, *rule, "--penalty", "guard", "--json")
     answer = json.loads(done.stdout)
@@ -299,7 +299,7 @@ def test_an_error_has_no_traceback(lab, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"damaged")
     done = run_process("inspect", lab / "raw", "--subspace", tmp_path / "damaged.safetensors", "--json")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("csulora: `subspace`: ")
+    assert done.stderr.startswith("csulora: `--subspace`: ")
     assert done.stderr.count("\n") == 1
 
 
@@ -348,4 +348,7 @@ def test_names_on_the_hub_may_have_a_revision(lab, pair, tmp_path):
             assert status == 0 or "`--subspace`: expected one of the aligned model in use" in done.stderr
     done = run_process("subspace", "some-org/model", "some-org/model@none", "-o", "s", HF_HUB_CACHE=str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert "csulora: some-org/model: not a local folder, and the Hub did not give it of revision 'none'" in done.stderr
+    assert (
+        "csulora: `ALIGNED`: some-org/model: not a local folder, and the Hub did not give it of revision 'none'"
+        in done.stderr
+    )
