@@ -105,9 +105,11 @@ def test_plain_training_is_that_of_the_quickstart(tmp_path, capsys):
     results = {row["method"]: row for row in json.loads((tmp_path / "out/results.json").read_text())}
     for place, method in zip(places, ("raw", "guard"), strict=True):
         row = results[method]
-        low, high = wilson_interval(row["succeeded"], row["prompts"])
-        success = [f"{row['attack_success_rate']:.1%}", f"({100 * low:.0f}–{100 * high:.0f})"]
-        assert lines[place] == [*success, f"{row['task_loss']:.3f}", f"{row['task_accuracy']:.1%}"]
+        shares = []
+        for count, prompts in ((row["succeeded"], row["prompts"]), (row["over_refused"], row["harmless_prompts"])):
+            low, high = wilson_interval(count, prompts)
+            shares += [f"{count / prompts:.1%}", f"({100 * low:.0f}–{100 * high:.0f})"]
+        assert lines[place] == [*shares, f"{row['task_loss']:.3f}", f"{row['task_accuracy']:.1%}"]
 
 
 def test_what_cannot_be_done_is_said_in_one_line(tmp_path, capsys):

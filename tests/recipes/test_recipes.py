@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,8 +91,8 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'first'}"]
     assert main([f"recipes/{name}.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "saved, guard" in printed
-    assert "attack success" in printed
+    assert re.search(r"^\W+guard\W+10\W", printed, re.MULTILINE)
+    assert "8 prompts each; 8 harmless " in " ".join(printed.split())
     rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware", "kept"])
     assert [row["strength"] for row in rows[:-1]] == [None, None, 10.0, 10.0, 10.0]
     kept = read_record(next((tmp_path / "first/kept").glob("*4*/")))["penalty"]
@@ -161,7 +162,7 @@ def test_only_what_reads_probes_keeps_them(tmp_path, capsys):
     overrides = [*SMALL, f"toy.cache_dir={tmp_path / 'cache'}", f"output={tmp_path / 'out'}"]
     assert main(["recipes/quickstart.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
-    assert "saved, data_aware" in printed
+    assert re.search(r"^\W+data_aware\W+10\W", printed, re.MULTILINE)
     assert "64 prompts to be refused" in printed
     check_output(tmp_path / "out", ["csulora", "guard", "data_aware", "kept"])
     texts = json.loads((tmp_path / "out/data_aware/checkpoint-4/csulora/texts.json").read_text())
