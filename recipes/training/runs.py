@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from csulora_callback import CSULoRACallback, SafetySubspace, correct_adapter
 from csulora_callback.models.adapters import find_adapter
+from csulora_callback.models.under_adapter import weights_under
 from csulora_callback.subspace_cache import default_cache_dir
 from recipes.schema.recipe import Correction, Recipe, RecipeError
 from recipes.training.fitted import Fitted
@@ -113,10 +114,11 @@ def correct_again(
         RecipeError: naming the correction and the checkpoint that cannot be.
     """
     shutil.rmtree(folder, ignore_errors=True)  # made anew, whatever an interrupted run has left
+    adapter = find_adapter(run.module)
     subspace = SafetySubspace.estimate(
         task.base,
-        run.module,  # as the callback does, on the weights in memory
-        target_modules=list(find_adapter(run.module).layers),
+        weights_under(adapter),  # as the callback does, on the weights in memory
+        target_modules=list(adapter.layers),
         rank=correction.rank,
         energy=correction.energy,
         cache_dir=default_cache_dir(),
