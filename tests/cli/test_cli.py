@@ -200,11 +200,13 @@ def test_help_shows_examples():
         assert f"\n    csulora {command} " in output
 
 
+ESTIMATE = ("subspace", "{base}", "{aligned}", "-o", "s")
+NO_CHECKPOINT = "{lab}/none: expected a folder with a checkpoint or a Hub id"
 MISUSED = {
     ("subspace",): "expected BASE ALIGNED -o FILE, or --show FILE",
     ("subspace", "{base}", "{aligned}"): "expected BASE ALIGNED -o FILE",
     ("subspace", "{base}", "{aligned}", "-o", "{lab}"): "`--output`: expected the name of a file, but got the folder",
-    ("subspace", "{base}", "{aligned}", "-o", "s", "--rank", "0"): "`--rank`: expected a whole number ≥ 1",
+    (*ESTIMATE, "--rank", "0"): "`--rank`: expected a whole number ≥ 1 or None, but got 0",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", "2"): "`--energy`: expected a share in (0, 1]",
     ("subspace", "{base}", "{aligned}", "-o", "s", "--energy", ".5", "--rank", "3"): "`--energy`: expected no --rank",
     ("subspace", "--show", "{subspace}", "--rank", "3"): "`--show`: expected nothing beside it",
@@ -230,7 +232,7 @@ MISUSED = {
 FAILED = {
     ("subspace", "--show", "{lab}/none"): "but {lab}/none is not there",
     ("subspace", "--show", "{raw}/adapter_model.safetensors"): "another safetensors file",
-    ("subspace", "{base}", "{lab}/none", "-o", "s"): "`ALIGNED`: {lab}/none: expected a folder with a checkpoint",
+    ("subspace", "{base}", "{lab}/none", "-o", "s"): f"`ALIGNED`: {NO_CHECKPOINT}",
     ("subspace", "{base}", "{base}", "-o", "s"): "base equal to aligned, no displacement",
     (
         "subspace",
@@ -244,7 +246,7 @@ FAILED = {
     ("inspect", "{lab}/none", "--subspace", "{subspace}"): "{lab}/none: expected a folder",
     ("inspect", "{lab}", "--subspace", "{subspace}"): "adapter_config.json",
     ("inspect", "{raw}", "--subspace", "{lab}/none"): "but {lab}/none is not there",
-    ("inspect", "{raw}", "--base", "{lab}/none"): "`--base`: {lab}/none: expected a folder with a checkpoint or a Hub",
+    ("inspect", "{raw}", "--base", "{lab}/none"): f"`--base`: {NO_CHECKPOINT}",
     ("inspect", "{raw}", "--subspace", "{base}"): "but {base} is a folder; SafetySubspace.estimate makes one",
     ("correct", "{raw}", "-o", "{lab}", "--subspace", "{subspace}"): "`--output`: expected a folder",
     ("correct", "{raw}", "-o", "{lab}/x", "--subspace", "{raw}/adapter_model.safetensors"): "another safetensors file",

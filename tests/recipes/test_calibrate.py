@@ -75,7 +75,10 @@ def test_the_toy_lab_end_to_end(trained, tmp_path, capsys):
     assert len(results["tuning"]) == 2 * (3 * 6 + 1)
     safe = [row for row in results["tuning"] if row["succeeded"] / row["prompts"] <= 0.1]
     assert 0 < len(safe) < len(results["tuning"])
-    assert f"{len(safe)} of 38 settings meet the target, attack success of at most 10.0% and" in printed
+    assert (
+        f"{len(safe)} of 38 settings meet the target, attack success of at most 10.0% and at most 10.0% newly refused"
+        in printed
+    )
     least = min(safe, key=lambda row: row["task_loss"])
     assert {key: least[key] for key in ("preset", "strength", "rank")} == results["chosen"]
     chosen = Candidate(**results["chosen"])

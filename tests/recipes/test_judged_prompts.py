@@ -1,6 +1,7 @@
 """Attack success of a pair of one's own: by which prompts, which nobody reads, and every answer kept."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,9 @@ def test_corrections_that_read_different_tokens_share_a_training(trainer, tmp_pa
     ]
     for name, correction in zip(("all", "alone"), corrections, strict=True):
         assert main([RECIPE, *settings, correction, f"output={tmp_path / name}"]) == 0
-    assert f"; {len(refusing.HARMLESS)} harmless" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"; {len(refusing.HARMLESS)} harmless" in printed
+    assert re.search(r"\W+success\W+refused\W+loss\W+accuracy\W", printed)  # under attack, harmless, task
     made = {name: last_of(tmp_path / "all" / name) for name in ("kept", "aware", "content")}
     told = {name: Sidecar.load(folder).record["penalty"]["name"] for name, folder in made.items()}
     assert told == {"kept": "guard", "aware": "data_aware", "content": "content_aware"}

@@ -92,6 +92,8 @@ def test_quickstart_at_a_small_size(tmp_path, capsys, name):
     assert main([f"recipes/{name}.yaml", *overrides]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^\W+guard\W+10\W", printed, re.MULTILINE)
+    assert re.search(r"\W+success\W+refused\W+loss\W+accuracy\W", printed)  # under attack, harmless, task
+    assert re.search(r"\W+attack\W+harmless\W+task\W+task\W", printed)
     assert "8 prompts each; 8 harmless " in " ".join(printed.split())
     rows = check_output(tmp_path / "first", ["csulora", "guard", "data_aware", "kept"])
     assert [row["strength"] for row in rows[:-1]] == [None, None, 10.0, 10.0, 10.0]
